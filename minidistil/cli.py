@@ -1,0 +1,98 @@
+"""Command lines made from dataclasses: a setting is one line, an error is one line.
+
+Every script declares a `@dataclass` whose fields are `setting(default, help)`; `--help`, types and the refusal of
+unknown flags follow from it. Exit codes: 0 success, 2 a wrong command line, 1 anything else the user can mend.
+"""
+
+import argparse
+import dataclasses
+import errno
+import os
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend; the message reads `what is wrong: how to mend it`."""
+
+
+def setting(default, help, **argparse_options):
+    """Returns a dataclass field with its help text; extra options (`choices`, `nargs`, `metavar`) go to argparse."""
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}: see `{self.prog} --help`\n")
+
+
+def given(settings_class, argv=None, description=None):
+    """Returns only what the command line says, as a dict; `settings_class(**given(...))` adds the defaults.
+
+    A field without a default is positional. Underscores become hyphens; a bool is a switch.
+    Exits with 2 and one line where the command line is wrong.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(settings_class):
+        options = dict(field.metadata)
+        shown = f" (default: {field.default})" if field.default not in (None, False, dataclasses.MISSING) else ""
+        options["help"] = (options["help"] + shown).replace("%", "%%")
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(field.name, type=field.type, **options)
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        short = [options.pop("short")] if "short" in options else []
+        if field.type is bool:
+            parser.add_argument(*short, flag, dest=field.name, action="store_true", default=argparse.SUPPRESS, **options)
+        else:
+            options.setdefault("metavar", None if "choices" in options else field.type.__name__.upper())
+            parser.add_argument(*short, flag, dest=field.name, type=field.type, default=argparse.SUPPRESS, **options)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    values = vars(parser.parse_args(argv))
+    values.pop("debug")
+    return values
+
+
+# what an operating system's refusal means to the person at the keyboard
+_MEND = {
+    errno.ENOSPC: "free some space or write elsewhere",
+    errno.EDQUOT: "free some space or write elsewhere",
+    errno.EACCES: "choose a path that you may write and read",
+    errno.EPERM: "choose a path that you may write and read",
+    errno.EROFS: "choose a path that you may write and read",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.EEXIST: "choose another path",
+    errno.EIO: "the disk failed; choose another path",
+}
+
+
+def describe_os_error(error):
+    """Returns one line for an OSError: what the system refused, on which path, and how to mend it."""
+    path = f" ({os.fsdecode(error.filename)})" if error.filename is not None else ""
+    return f"{(error.strerror or str(error)).lower()}{path}: {_MEND.get(error.errno, 'see --debug')}"
+
+
+def run(main, argv=None):
+    """Calls `main(argv)` and ends the process with its exit code; what the user can mend becomes one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    program = os.path.basename(sys.argv[0])
+    try:
+        sys.exit(main(argv) or 0)
+    except (UserError, OSError, MemoryError) as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, BrokenPipeError):  # `| head` closed our output: not worth a word
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        if isinstance(error, OSError):
+            message = describe_os_error(error)
+        elif isinstance(error, MemoryError):
+            message = "out of memory: use a smaller --batch or a shorter --seq-len"
+        else:
+            message = " ".join(str(error).split())
+        print(f"{program}: error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)

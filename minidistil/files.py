@@ -1,0 +1,60 @@
+"""Files that are either whole or absent: written beside, synced, renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path in the same folder; on success it takes the place of `path`, on failure it vanishes.
+
+    The data reach the disk before the name does, so that a power cut leaves the old file or the new one.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Makes renames in `folder` durable; a no-op where folders cannot be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse to sync a folder
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path, text):
+    """Writes `text` as UTF-8, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path):
+    """Returns the hexadecimal SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,224 @@
+"""BERT and DistilBERT in one file: an encoder of post-norm transformer blocks and a tied masked-LM head.
+
+    BERT        Devlin et al. 2018, arXiv 1810.04805
+    DistilBERT  Sanh et al. 2019, arXiv 1910.01108: half the layers, no token types, no pooler
+
+Both are one `Config`: DistilBERT is the one with `token_types=0`. No pooler and no next-sentence head exist here,
+since masked-LM distillation uses neither.
+
+Legend:  B batch   T tokens per sequence   N gathered rows   C width   H heads   D = C/H head width
+         F MLP width   L layers   V vocabulary
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The shape of a model; the defaults are bert-base-uncased."""
+
+    vocab_size: int = 30522
+    positions: int = 512  # longest sequence
+    token_types: int = 2  # 0: DistilBERT
+    layers: int = 12
+    heads: int = 12
+    width: int = 768  # C
+    mlp_width: int = 3072  # F
+    dropout: float = 0.1  # after embeddings, attention output and MLP
+    attention_dropout: float = 0.1  # on attention probabilities
+    norm_eps: float = 1e-12
+    init_range: float = 0.02  # standard deviation of fresh weights
+    pad_id: int = 0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "positions", "layers", "heads", "width", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
+
+    def student(self, layers):
+        """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal."""
+        return dataclasses.replace(self, layers=layers, token_types=0)
+
+
+BERT_BASE = Config()
+DISTILBERT_BASE = BERT_BASE.student(6)
+
+
+class Embeddings(nn.Module):
+    """Word + position (+ token type) vectors, then LayerNorm and dropout."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.positions, config.width)
+        self.types = nn.Embedding(config.token_types, config.width) if config.token_types else None
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, ids, types=None):
+        T = ids.shape[1]
+        if T > self.positions.num_embeddings:
+            raise ValueError(f"sequence of {T} tokens, but the model has {self.positions.num_embeddings} positions")
+        x = self.words(ids) + self.positions.weight[:T]  # (B, T, C)
+        if self.types is not None:
+            # a single-segment input is all type 0, so that its row is added everywhere
+            x = x + (self.types.weight[0] if types is None else self.types(types))
+        return F.dropout(self.norm(x), self.dropout, self.training)
+
+
+def attention_ref(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v for q, k, v of shape (B, H, T, D); mask (B, 1, 1, T) is True where a key may be seen.
+
+    The maths that `scaled_dot_product_attention` computes without keeping (B, H, T, T). Vaswani et al. 2017, section 3.2.1.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1) @ v  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, every token seeing every other; q, k and v come from one matrix product."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.dropout = config.attention_dropout
+
+    def forward(self, x, mask=None):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """C -> F -> C with the exact (erf) GELU; the tanh approximation would differ from BERT in the third decimal."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width)
+        self.down = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Post-norm: LayerNorm comes after the residual sum, as in BERT (GPT-2 and later normalise before)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, x, mask=None):
+        x = self.dropout_add_norm(self.attention(x, mask), x, self.attention_norm)
+        return self.dropout_add_norm(self.mlp(x), x, self.mlp_norm)
+
+    def dropout_add_norm(self, x, residual, norm):
+        return norm(F.dropout(x, self.dropout, self.training) + residual)
+
+
+class Encoder(nn.Module):
+    """Token ids (B, T) int64 -> hidden states (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+
+    def forward(self, ids, mask=None, types=None):
+        """mask (B, T) bool is True at real tokens; None, as in packed training, means that there is no padding."""
+        if mask is not None:
+            mask = mask[:, None, None, :]  # (B, 1, 1, T), broadcast over heads and queries
+        x = self.embeddings(ids, types)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class Head(nn.Module):
+    """The masked-LM head up to the vocabulary: dense + GELU + LayerNorm on (N, C), and the decoder's bias (V)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x):
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class MaskedLM(nn.Module):
+    """An encoder with its masked-LM head, whose decoder weight *is* the word-embedding table.
+
+    `forward` stops at the hidden states. Logits cost V numbers a row (122 kB in fp32), so that a caller first gathers
+    the rows it will score, then asks for `head(rows)` and hands them, with `decoder`, to the loss.
+    """
+
+    def __init__(self, config, seed=None):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.head = Head(config)
+        initialise(self, config.init_range, seed)
+
+    def forward(self, ids, mask=None, types=None):
+        return self.encoder(ids, mask, types)
+
+    @property
+    def decoder(self):
+        """(weight (V, C), bias (V)) of the vocabulary projection."""
+        return self.encoder.embeddings.words.weight, self.head.bias
+
+    def logits(self, rows):
+        """Vocabulary logits (N, V) of hidden rows (N, C): for evaluation and sampling, never inside training."""
+        return F.linear(self.head(rows), *self.decoder)
+
+
+def initialise(model, std, seed=None):
+    """Fresh weights: normal(0, std) for matrices, zero for biases, one for LayerNorm weights."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def num_params(config):
+    """Number of weights, the tied decoder counted once: 109,514,298 for BERT-base, 66,985,530 for DistilBERT."""
+    C, F_, V = config.width, config.mlp_width, config.vocab_size
+    embeddings = (V + config.positions + config.token_types) * C + 2 * C
+    block = 4 * (C * C + C) + (C * F_ + F_) + (F_ * C + C) + 2 * 2 * C
+    head = C * C + C + 2 * C + V
+    return embeddings + config.layers * block + head
+
+
+def flops_per_token(config, T, head_rows=1.0):
+    """Multiply-adds of one forward pass, times two, per token of a sequence of T; a backward pass costs twice that.
+
+    `head_rows` is the share of rows that meet the vocabulary (1.0 all, 0.15 masked only). Matrix products only:
+    per block 4 C^2 (q, k, v, out) + 2 C F (MLP) + 2 T C (scores and their product with v).
+    """
+    C, F_ = config.width, config.mlp_width
+    body = config.layers * 2 * (4 * C * C + 2 * C * F_ + 2 * T * C)
+    head = head_rows * 2 * (C * C + C * config.vocab_size)
+    return body + head
