@@ -1,0 +1,50 @@
+"""Atomic checkpoints and exact resume: one self-checksummed file holds all that an update depends on.
+
+The order of the data and the random numbers are functions of (seed, update), so the state is small: the student's
+weights, AdamW's two moments, the loss scale and the number of updates done.
+"""
+
+import json
+import pathlib
+
+import torch
+
+from minidistil.cli import UserError
+from minidistil.weights import read_safetensors, write_safetensors
+
+NAME = "state.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def path_of(out):
+    return pathlib.Path(out) / "checkpoint" / NAME
+
+
+def save(out, student, optimizer, info):
+    """Writes `out`/checkpoint: weights, moments and `info` (a JSON-able dict with the key "update")."""
+    tensors = {}
+    for name, parameter in student.named_parameters():
+        tensors[f"student.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    write_safetensors(path_of(out), tensors, {"info": json.dumps(info)}, checksum=True)
+
+
+def read_info(out):
+    """Returns the `info` of the checkpoint in `out` and its tensors; UserError where there is none or it is damaged."""
+    if not path_of(out).is_file():
+        raise UserError(f"nothing to resume in {out} (no {path_of(out)}): start without --resume")
+    tensors, metadata = read_safetensors(path_of(out), checksum=True)
+    return json.loads(metadata["info"]), tensors
+
+
+@torch.no_grad()
+def restore(tensors, student, optimizer, updates):
+    """Puts the tensors of `read_info` into a student and its optimizer, which has made `updates` updates."""
+    for name, parameter in student.named_parameters():
+        parameter.copy_(tensors[f"student.{name}"])
+        if f"exp_avg.{name}" in tensors:
+            # the step counter stays where the fused optimizer keeps it: beside the parameter, in fp32
+            state = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **state}

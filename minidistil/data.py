@@ -1,0 +1,174 @@
+"""A token file becomes packed, masked sequences, in an order that needs no memory of itself.
+
+`data/prepare.py` writes tokens.bin as one stream: document [SEP] document [SEP] ... A sequence is
+[CLS] + T - 2 consecutive tokens of that stream + [SEP]: always full, so that there is no padding and no attention mask.
+
+Which block of the stream the g-th sequence of a run is, and which of its tokens are masked, are pure functions of
+(seed, g). Update u takes sequences u * G ... (u + 1) * G - 1 whatever the split into micro-batches, and a resumed run
+finds its place without any saved state.
+
+Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence, never a special one,
+drawn without replacement with weight count^-smoothing (rare words first); of these 80 % become [MASK], 10 % a random
+token, 10 % stay.
+"""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from minidistil import files
+from minidistil.cli import UserError
+from minidistil.losses import IGNORE
+
+MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
+
+
+# ---- the token file --------------------------------------------------------------------------------------------------
+
+
+def meta_digest(meta):
+    """SHA-256 of meta.json's contents without its own digest: a changed digit anywhere shows."""
+    rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Corpus:
+    """A folder that `data/prepare.py` wrote: `train` and `val` memory-mapped tokens, `counts` (V,) int64, `meta`.
+
+    Every byte is checked against meta.json's hashes first (about a second per 2 GB), so that a damaged file is an
+    error now, not a bad model later. Raises UserError.
+    """
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        again = "prepare the corpus again with data/prepare.py"
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            sound = self.meta["meta_sha256"] == meta_digest(self.meta)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.folder} is not a prepared corpus (no meta.json): make one with data/prepare.py") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise UserError(f"{self.folder / 'meta.json'} is damaged: {again}")
+        if self.meta["format"] != 1:
+            raise UserError(f"{self.folder} has corpus format {self.meta['format']}, this program reads 1: {again}")
+        for name, digest in self.meta["sha256"].items():
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder / name} is missing: {again}")
+            if files.sha256(self.folder / name) != digest:
+                raise UserError(f"{self.folder / name} is damaged (its SHA-256 differs from meta.json's): {again}")
+        self.train, self.val = (self._map(name) for name in ("train.bin", "val.bin"))
+        self.counts = np.load(self.folder / "counts.npy")
+
+    def _map(self, name):
+        path = self.folder / name
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype)
+        return np.memmap(path, dtype, mode="r")
+
+    def check_tokenizer(self, tokenizer, owner):
+        """Raises UserError where the corpus was tokenised with another vocabulary than that of `owner`."""
+        if self.meta["tokenizer"] != tokenizer.digest:
+            raise UserError(
+                f"{self.folder} was tokenised with another vocabulary than {owner}'s: "
+                f"prepare the text with data/prepare.py --vocab {owner}"
+            )
+
+
+# ---- randomness as a function ----------------------------------------------------------------------------------------
+
+
+def mix(*keys):
+    """Hashes integers or uint64 arrays, broadcast together, to uint64: splitmix64 (Steele et al. 2014) chained over the keys."""
+    state = np.zeros(1, np.uint64)
+    for key in keys:
+        z = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap silently
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = z ^ (z >> np.uint64(31))
+    return state
+
+
+def uniform(*keys):
+    """Like `mix`, as float64 in (0, 1): never 0, so that its logarithm is finite."""
+    return ((mix(*keys) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+
+
+def permuted(index, n, *keys):
+    """The place of each `index` (uint64 array, below n) in a random permutation of n that the keys name.
+
+    A four-round Feistel network over the next power of four; what falls outside n walks on until it is inside
+    (Black and Rogaway 2002). Shuffles any number of blocks in no memory.
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    result = np.array(index, np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        left, right = result[outside] >> half, result[outside] & low
+        for r in range(4):
+            left, right = right, left ^ (mix(*keys, r, right) & low)
+        result[outside] = (left << half) | right
+        outside = outside[result[outside] >= n]
+    return result
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+
+class Sequences:
+    """Masked sequences of T tokens from a stream of ids; `take(first, n)` is a pure function of its arguments.
+
+    With `shuffle`, each epoch permutes the blocks anew and starts them at another offset; without (evaluation),
+    sequence g is block g. `smoothing` 0 masks uniformly, 0.7 is the published preference for rare words.
+    """
+
+    def __init__(self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False):
+        self.tokens, self.T, self.tokenizer, self.seed, self.shuffle = tokens, T, tokenizer, seed, shuffle
+        self.vocab_size = len(tokenizer.vocab)
+        self.block = T - 2  # [CLS] and [SEP] take two places
+        spare = self.block - 1 if shuffle else 0  # room for the epoch's offset
+        self.per_epoch = max(0, (len(tokens) - spare) // self.block)
+        counts = np.ones(self.vocab_size) if counts is None else np.maximum(counts, 1)
+        self.weights = counts.astype(np.float64) ** -smoothing
+        special = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
+        self.weights[special] = 0.0
+        self.masked_per_sequence = round(MASK_SHARE * T)
+
+    def take(self, first, n):
+        """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where not masked."""
+        index = np.arange(first, first + n, dtype=np.uint64)
+        if self.shuffle:
+            epoch, place = np.divmod(index, np.uint64(self.per_epoch))
+            start = np.empty(n, np.int64)
+            for e in np.unique(epoch):
+                here = epoch == e
+                offset = int(mix(self.seed, 1, e)[0] % np.uint64(self.block))
+                start[here] = permuted(place[here], self.per_epoch, self.seed, 2, e).astype(np.int64) * self.block + offset
+        else:
+            start = index.astype(np.int64) * self.block
+        ids = np.empty((n, self.T), np.int64)
+        ids[:, 0], ids[:, -1] = self.tokenizer.cls_id, self.tokenizer.sep_id
+        for row, s in enumerate(start):
+            ids[row, 1:-1] = self.tokens[s : s + self.block]
+        return self._mask(ids, index[:, None])
+
+    def _mask(self, ids, index):
+        position = np.arange(self.T, dtype=np.uint64)[None]
+        # Efraimidis and Spirakis 2006: the k smallest -log(u) / w are a weighted draw without replacement
+        with np.errstate(divide="ignore"):
+            keys = -np.log(uniform(self.seed, 3, index, position)) / self.weights[ids]  # (n, T), inf at special tokens
+        chosen = np.argpartition(keys, self.masked_per_sequence, axis=1)[:, : self.masked_per_sequence]
+        masked = np.zeros(ids.shape, bool)
+        np.put_along_axis(masked, chosen, True, axis=1)
+        masked &= np.isfinite(keys)  # a sequence of almost nothing but special tokens has fewer masks
+        labels = np.where(masked, ids, IGNORE)
+        action = uniform(self.seed, 4, index, position)
+        random_ids = (uniform(self.seed, 5, index, position) * self.vocab_size).astype(np.int64)
+        ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
+        replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
+        return np.where(replace, random_ids, ids), labels
