@@ -22,17 +22,19 @@ def path_of(out):
 
 def save(out, student, optimizer, info):
     """Writes `out`/checkpoint: weights, moments and `info` (a JSON-able dict with the key "update")."""
-    tensors = {}
+    tensors, adam_steps = {}, 0.0
     for name, parameter in student.named_parameters():
         tensors[f"student.{name}"] = parameter.detach()
         for moment in MOMENTS:
             if parameter in optimizer.state:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+                adam_steps = float(optimizer.state[parameter]["step"])
+    info = {**info, "adam_steps": adam_steps}  # fewer than the updates where fp16 overflowed
     write_safetensors(path_of(out), tensors, {"info": json.dumps(info)}, checksum=True)
 
 
-def read_info(out):
-    """Returns the `info` of the checkpoint in `out` and its tensors; UserError where there is none or it is damaged."""
+def load(out):
+    """Returns (info, tensors) of the checkpoint in `out`; UserError where there is none or it is damaged."""
     if not path_of(out).is_file():
         raise UserError(f"nothing to resume in {out} (no {path_of(out)}): start without --resume")
     tensors, metadata = read_safetensors(path_of(out), checksum=True)
@@ -40,11 +42,11 @@ def read_info(out):
 
 
 @torch.no_grad()
-def restore(tensors, student, optimizer, updates):
-    """Puts the tensors of `read_info` into a student and its optimizer, which has made `updates` updates."""
+def restore(tensors, student, optimizer, adam_steps):
+    """Puts the tensors of `load` into a student and into its optimizer, which has taken `adam_steps` steps."""
     for name, parameter in student.named_parameters():
         parameter.copy_(tensors[f"student.{name}"])
         if f"exp_avg.{name}" in tensors:
             # the step counter stays where the fused optimizer keeps it: beside the parameter, in fp32
             state = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **state}
+            optimizer.state[parameter] = {"step": torch.tensor(adam_steps, device=parameter.device), **state}

@@ -1,205 +1,361 @@
-"""WordPiece, exactly as the world uses it: the same ids as the fast BERT tokenizer of Hugging Face, in plain Python.
+"""WordPiece, exactly as the world uses it: the ids of Hugging Face's fast BERT tokenizer, in plain Python and faster.
 
     text -> clean -> space around CJK -> strip accents -> lower case -> split at spaces and punctuation -> pieces
 
-    BERT       Devlin et al. 2018, arXiv 1810.04805; the reference is google-research/bert, tokenization.py
-    WordPiece  Wu et al. 2016, arXiv 1609.08144, section 4.1: here the greedy longest match first
+    BERT       Devlin et al. 2018, arXiv 1810.04805; the first code is google-research/bert, tokenization.py
+    WordPiece  Wu et al. 2016, arXiv 1609.08144, section 4.1; applied as the greedy longest match first
 
-Where the implementations differ, the one that made today's checkpoints' inputs wins: the Rust crate `tokenizers`, whose tables
-of Unicode are older than Python's in three ways and newer in one. The exceptions at the top of this file say which code
-points that concerns; they hold for Python 3.10 to 3.14 (Unicode 13 to 16) and cover what Unicode 17 and 18 add.
+Implementations differ in the corners of Unicode. The one to match is the Rust crate `tokenizers` (here 0.23.3), which
+fed most of today's checkpoints. Its tables of Unicode are older than Python's in three ways and newer in one; the
+exceptions below were found by comparing all code points, and are written so that they hold from Unicode 13
+(Python 3.10) to Unicode 18.
 
-Speed comes from a cache: text repeats its words, so that most of them cost one dictionary look-up.
+Speed comes from a cache: most chunks of a text have been seen before, and then cost one look-up and one copy.
 """
 
+import array
 import hashlib
-import itertools
 import json
 import pathlib
 import re
 import unicodedata
 
+import numpy as np
+
 from minidistil.cli import UserError
 from minidistil.files import write_json, write_text
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-LONGEST_WORD = 100  # characters after normalisation; a longer word is [UNK]
-CACHED_CHUNKS = 2**18  # entries of either cache, about 200 bytes each
-LONGEST_CACHED = 64  # characters; a longer chunk hardly comes twice
+LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
+CACHE_ENTRIES = 2**19  # at most about 90 MB; 33 million characters of English have 281 thousand different chunks
+CACHED_LENGTH = 64  # characters; a longer chunk hardly comes twice, and the cache must stay small on any text
+
+_SPECIAL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS.values())) + ")")
+_NO_SPACE_BEFORE = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")  # in decoded text
+
+# str.split() breaks at these control characters, BERT drops them: "a\x0bb" is one word
+_FALSE_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"
+_ASCII_WORD = re.compile("[0-9A-Za-z]+|.")  # of printable ASCII without spaces: the rest is punctuation
 
 
-def _class(ranges):
-    """A pattern that matches one character of the hexadecimal ranges."""
-    return re.compile("[" + re.sub(r"[0-9A-F]+", lambda code: f"\\U{code[0]:0>8}", ranges).replace(" ", "") + "]")
+def _characters(ranges):
+    """A pattern for one character out of hexadecimal ranges."""
+    return re.compile("[" + re.sub("[0-9A-F]+ ?", lambda code: f"\\U{code[0].strip():0>8}", ranges) + "]")
 
 
-_CJK = _class("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B81F 2B920-2CEAF 2F800-2FA1F")
-# Categories are those of Unicode 8. A range here may also span code points of other categories: only its newer marks (punctuation,
-# format characters) matter.
-_NOT_MARK = _class(
+# the blocks of Google's tokenization.py, but extension E from 2B920 where Google has 2B820
+_CJK = _characters("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B81F 2B920-2CEAF 2F800-2FA1F")
+
+# Categories as of Unicode 8. In the ranges of _NOT_MARK no code point was a mark (Mn) then, though some are today; what
+# else lies in a range does not matter, so neighbouring exceptions share one. Likewise for the next two.
+_NOT_MARK = _characters(
     "5C8-5C9 7FD 897-8E1 9FE AFA-AFF B53-B55 C04-C3C D00 D3B-D3C D81 EBA ECE 180F-1886 1ABF-1AF0 1DF6-1DFB A82C A8C5 "
     "A8FF A9BD 10D24-10F85 11070-11074 110C2 111C9 111CF 1123E-11241 1133B 113BB-1145E 1182F-1612F 16F4F 16FE4 "
     "1CF00-1D128 1D25B-1D25C 1E000-1E6F5 1E944-1E94A"
 )
-_ALSO_MARK = "\u1734\U0001171e"
-_NOT_PUNCTUATION = _class(
+_NOT_PUNCTUATION = _characters(
     "61D 9FD-A76 C77-C84 1B4E-1B4F 1B7D-1B7F 2E43-2E63 10D6E-10F89 113D4-1145D 11660-116B9 1183B-11FFF 12FF1-12FF2 "
     "16D6D-16FE2 1E5FF-1E95F"
 )
-_ALSO_PUNCTUATION = "\u166d\U000111c9"
-_NOT_CONTROL = _class("890-8E2 110CD-1343F")
-# Decompositions and combining classes are those of Unicode 12: what is newer stays as it is, and no mark moves across it.
-_NOT_DECOMPOSED = _class(
+_NOT_CONTROL = _characters("890-8E2 110CD-1343F")
+_STILL_MARK = "\u1734\U0001171e"  # today Mc
+_STILL_PUNCTUATION = "\u166d\U000111c9"  # today So and Mn
+
+# Decomposition as of Unicode 12: a newer character neither decomposes nor lets a mark move across it.
+_NOT_DECOMPOSED = _characters(
     "5C8-5C9 7FD 897-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9-105E4 10D24-10F85 11070 1133B "
     "11383-113D0 1145E 11839-11A99 11D42-1612F 16D68-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5"
 )
-# lower case is that of Unicode 17: (first, last, distance) of the capitals that Python 3.10 or a later one does not know yet
+_AROUND_NOT_DECOMPOSED = re.compile(f"({_NOT_DECOMPOSED.pattern})")
+
+# Lower case as of Unicode 17: the capitals that Unicode 13 did not know, and the distance to their small letters.
 _LOWER = {
     chr(code): chr(code + distance)
-    for first, last, distance in (
-        (0x1C89, 0x1C89, 1), (0x2C2F, 0x2C2F, 48), (0xA7C0, 0xA7C0, 1), (0xA7CB, 0xA7CB, -42343), (0xA7CC, 0xA7CC, 1),
-        (0xA7CE, 0xA7CE, 1), (0xA7D0, 0xA7D0, 1), (0xA7D2, 0xA7D2, 1), (0xA7D4, 0xA7D4, 1), (0xA7D6, 0xA7D6, 1),
-        (0xA7D8, 0xA7D8, 1), (0xA7DA, 0xA7DA, 1), (0xA7DC, 0xA7DC, -42561), (0x10570, 0x1057A, 39),
-        (0x1057C, 0x1058A, 39), (0x1058C, 0x10592, 39), (0x10594, 0x10595, 39), (0x10D50, 0x10D65, 32),
-        (0x16EA0, 0x16EB8, 27),
-    )
-    for code in range(first, last + 1)
-}  # fmt: skip
+    for distance, capitals in {
+        1: "1C89 A7C0 A7CC A7CE A7D0 A7D2 A7D4 A7D6 A7D8 A7DA",
+        27: "16EA0-16EB8",
+        32: "10D50-10D65",
+        39: "10570-1057A 1057C-1058A 1058C-10592 10594-10595",
+        48: "2C2F",
+        0x264 - 0xA7CB: "A7CB",
+        0x19B - 0xA7DC: "A7DC",
+    }.items()
+    for first, _, last in (part.partition("-") for part in capitals.split())
+    for code in range(int(first, 16), int(last or first, 16) + 1)
+}
 
 
-class _OnDemand(dict):
-    """A dict that computes what it lacks and keeps it: a `str.translate` table, or a cache of at most `limit` entries."""
+def _read(path):
+    """The text of a UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: name the vocabulary itself, or save it as UTF-8") from None
 
-    def __init__(self, compute, limit=0x110000):
-        self.compute, self.limit = compute, limit
 
-    def __missing__(self, key):
-        value = self.compute(key)
-        if len(self) >= self.limit:
-            self.clear()
-        self[key] = value
+def _read_json(path):
+    """The object in a JSON file."""
+    try:
+        value = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: fetch it again")
+    return value
+
+
+def _read_tokenizer_json(path):
+    """(vocab, settings) of a tokenizer.json, if its tokenizer is BERT's in every way."""
+    data = _read_json(path)
+    for section, key, expected in (
+        ("model", "type", "WordPiece"),
+        ("model", "unk_token", SPECIAL_TOKENS["unk"]),
+        ("model", "continuing_subword_prefix", "##"),
+        ("model", "max_input_chars_per_word", LONGEST_WORD),
+        ("normalizer", "type", "BertNormalizer"),
+        ("normalizer", "clean_text", True),
+        ("pre_tokenizer", "type", "BertPreTokenizer"),
+    ):
+        found = (data.get(section) or {}).get(key, "WordPiece" if key == "type" and section == "model" else None)
+        if found != expected:
+            raise UserError(f"{path}: {section}.{key} is {found!r}, BERT's is {expected!r}: use the tokenizer of a BERT model")
+    ids = data["model"].get("vocab")
+    if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
+        raise UserError(f"{path}: the ids of its vocabulary are not 0, 1, 2, ...: use the vocab.txt of the model")
+    added = [token["content"] for token in data.get("added_tokens") or [] if token["content"] not in ids]
+    if added:
+        raise UserError(f"{path} adds {added[0]!r} to its vocabulary: use a model without added tokens")
+    normalizer = data["normalizer"]
+    names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
+    settings = {ours: normalizer[theirs] for theirs, ours in names.items() if theirs in normalizer}
+    return sorted(ids, key=ids.get), settings
+
+
+def _read_tokenizer_config(path):
+    """The settings of a tokenizer_config.json."""
+    config = _read_json(path)
+    kind = config.get("tokenizer_class") or "BertTokenizer"
+    if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", kind):
+        raise UserError(f"{path}: tokenizer_class is {kind}: use a model with BERT's or DistilBERT's tokenizer")
+    settings = {}
+    for theirs, ours, allowed in (
+        ("do_lower_case", "lowercase", (True, False)),
+        ("strip_accents", "strip_accents", (True, False, None)),
+        ("tokenize_chinese_chars", "chinese", (True, False)),
+    ):
+        if theirs in config:
+            if config[theirs] not in allowed:
+                raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
+            settings[ours] = config[theirs]
+    length = config.get("model_max_length", 512)
+    if not isinstance(length, (int, float)) or length < 1:
+        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
+    if length < 1e9:  # transformers writes 1e30 for "not known"
+        settings["max_length"] = int(length)
+    return settings
+
+
+class _Table(dict):
+    """A `str.translate` table that asks `replace(character)` once for each character it meets."""
+
+    def __init__(self, replace):
+        self.replace = replace
+
+    def __missing__(self, code):
+        self[code] = replacement = self.replace(chr(code))
+        return replacement
+
+
+class _Cache(dict):
+    """chunk -> compute(chunk), of constant size: two generations, where the younger inherits what is asked for again."""
+
+    def __init__(self, compute, entries):
+        self.compute, self.half, self.older = compute, entries // 2, {}
+
+    def __missing__(self, chunk):
+        value = self.older.get(chunk)
+        if value is None:
+            value = self.compute(chunk)
+        if len(chunk) <= CACHED_LENGTH:
+            if len(self) >= self.half:
+                self.older = dict(self)
+                self.clear()
+            self[chunk] = value
         return value
 
 
 class Tokenizer:
+    """A WordPiece vocabulary and the normalisation that belongs to it.
+
+    vocab: tokens in the order of their ids. lowercase, strip_accents (None: as lowercase) and chinese (space around CJK
+    characters) change ids; max_length is what the model can read. Raises UserError where the vocabulary lacks a
+    special token or has it twice. Of any other duplicate the last line counts, as it does elsewhere.
+    """
+
     def __init__(self, vocab, lowercase=True, strip_accents=None, chinese=True, max_length=512):
         self.vocab = list(vocab)
         self.ids = {token: i for i, token in enumerate(self.vocab)}
         for name, token in SPECIAL_TOKENS.items():
-            if token not in self.ids:
-                raise UserError(f"the vocabulary has no {token}: use the vocab.txt of a BERT model")
+            count = self.vocab.count(token)
+            if count != 1:
+                problem = f"the vocabulary has {token} {count} times" if count else f"the vocabulary has no {token}"
+                raise UserError(f"{problem}: use the vocab.txt of a BERT model, or one made by data/vocab.py")
             setattr(self, f"{name}_id", self.ids[token])
-        self.lowercase = lowercase
-        self.strip_accents = lowercase if strip_accents is None else strip_accents
-        self.chinese = chinese
+        self.lowercase = bool(lowercase)
+        self.strip_accents = bool(lowercase if strip_accents is None else strip_accents)
+        self.chinese = bool(chinese)
         self.max_length = max_length
-        self._longest = max(map(len, self.ids))
-        self._clean = _OnDemand(self._clean_character)
-        self._fold = _OnDemand(self._fold_character)
-        self._word_ids = _OnDemand(self._pieces, CACHED_CHUNKS)
-        self._chunk_ids = _OnDemand(self._chunk, CACHED_CHUNKS)
-        self._special = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS.values())) + ")")
+        self._longest_token = max(map(len, self.vocab))
+        self._clean = _Table(self._clean_character)
+        self._fold = _Table(self._fold_character)
+        self._cache = _Cache(self._pack, CACHE_ENTRIES)  # chunk -> its ids as the bytes of uint32
 
-    def __reduce__(self):
+    def __reduce__(self):  # a worker process starts with an empty cache
         return Tokenizer, (self.vocab, self.lowercase, self.strip_accents, self.chinese, self.max_length)
 
     @classmethod
     def load(cls, path):
+        """Reads a vocabulary file, or a model's folder: vocab.txt or tokenizer.json, and tokenizer_config.json.
+
+        A file named vocab.txt stands for its folder. Settings come from tokenizer_config.json, else tokenizer.json;
+        where neither says so, text is lowercased unless the vocabulary has tokens with capitals.
+        Raises UserError where a file is absent, broken, contradicts another or is not BERT's.
+        """
         path = pathlib.Path(path)
-        folder = path if path.is_dir() else path.parent
-        vocab_path = path / "vocab.txt" if path.is_dir() else path
-        vocab = vocab_path.read_text(encoding="utf-8").split("\n")
-        if vocab[-1] == "":
-            vocab.pop()
-        config = {}
-        if (folder / "tokenizer_config.json").exists():
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        cased = any(token[:1].isupper() for token in vocab)
-        return cls(
-            vocab,
-            config.get("do_lower_case", not cased),
-            config.get("strip_accents"),
-            config.get("tokenize_chinese_chars", True),
-            config.get("model_max_length", 512),
-        )
-
-    def encode(self, text):
-        if any(map(text.__contains__, "\x0b\x0c\x1c\x1d\x1e\x1f\x85")):
-            text = text.translate(dict.fromkeys(map(ord, "\x0b\x0c\x1c\x1d\x1e\x1f\x85")))
-        return list(itertools.chain.from_iterable(map(self._chunk_ids.__getitem__, text.split())))
-
-    def encode_prompt(self, text):
-        ids = []
-        for piece in self._special.split(text):
-            ids.extend([self.ids[piece]] if piece in SPECIAL_TOKENS.values() else self.encode(piece))
-        return [self.cls_id, *ids, self.sep_id]
-
-    def decode(self, ids):
-        tokens = [self.vocab[i] for i in ids]
-        return " ".join(tokens).replace(" ##", "")
-
-    @property
-    def digest(self):
-        state = [self.vocab, bool(self.lowercase), bool(self.strip_accents), bool(self.chinese)]
-        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        if not path.exists():
+            raise UserError(f"there is no {path}: name a vocab.txt or a folder that holds one")
+        vocab, settings = None, {}
+        if path.is_dir() or path.name == "vocab.txt":
+            folder = path if path.is_dir() else path.parent
+            path = folder / "vocab.txt"
+            if (folder / "tokenizer.json").exists():
+                vocab, settings = _read_tokenizer_json(folder / "tokenizer.json")
+            if (folder / "tokenizer_config.json").exists():
+                settings |= _read_tokenizer_config(folder / "tokenizer_config.json")
+        if path.exists():
+            lines = _read(path).split("\n")
+            lines = lines[:-1] if lines[-1] == "" else lines
+            if vocab is not None and vocab != lines:
+                raise UserError(f"{path} and tokenizer.json disagree: remove the one that is not the model's")
+            vocab = lines
+        if vocab is None:
+            raise UserError(f"{path.parent} holds neither vocab.txt nor tokenizer.json: add the model's vocabulary")
+        capitals = any(token != token.lower() for token in vocab if not token.startswith("["))
+        try:
+            return cls(vocab, **{"lowercase": not capitals} | settings)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def save(self, folder, model_type):
+        """Writes vocab.txt, tokenizer_config.json, special_tokens_map.json and tokenizer.json for transformers.
+
+        model_type is "bert" or "distilbert"; a DistilBERT tokenizer makes no token_type_ids, which its model refuses.
+        """
         folder = pathlib.Path(folder)
-        write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.vocab))
         special = {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
-        write_json(folder / "special_tokens_map.json", special)
+        strip_accents = None if self.strip_accents == self.lowercase else self.strip_accents
         config = {
             "tokenizer_class": {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}[model_type],
             "do_lower_case": self.lowercase,
-            "strip_accents": self.strip_accents,
+            "strip_accents": strip_accents,
             "tokenize_chinese_chars": self.chinese,
             "model_max_length": self.max_length,
             **special,
         }
+        write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.vocab))
         write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "special_tokens_map.json", special)
+        write_json(folder / "tokenizer.json", self._tokenizer_json(strip_accents))
 
-    def _chunk(self, chunk):
-        return tuple(itertools.chain.from_iterable(map(self._word_ids.__getitem__, self._words(chunk))))
+    @property
+    def digest(self):
+        """SHA-256 of all that decides ids: the vocabulary, lowercase, strip_accents and chinese."""
+        decisive = [self.vocab, self.lowercase, self.strip_accents, self.chinese]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+    def encode(self, text):
+        """Returns the ids (a list) of plain text: nothing is added, and a literal "[SEP]" is three tokens."""
+        return memoryview(self._encode(text)).cast("I").tolist()
+
+    def encode_documents(self, texts):
+        """Returns the ids of all texts in one uint32 array, each text that has any followed by [SEP]."""
+        end = array.array("I", [self.sep_id]).tobytes()
+        return np.frombuffer(b"".join(ids + end for ids in map(self._encode, texts) if ids), np.uint32)
+
+    def encode_prompt(self, text):
+        """Returns [CLS] text [SEP] as ids (a list); special tokens in the text, such as [MASK], keep their meaning."""
+        ids = [self.cls_id]
+        for part in _SPECIAL_TOKEN.split(text):
+            ids += [self.ids[part]] if _SPECIAL_TOKEN.fullmatch(part) else self.encode(part)
+        return ids + [self.sep_id]
+
+    def decode(self, ids):
+        """Returns readable text: pieces joined, no space before closing punctuation."""
+        parts = []
+        for token in (self.vocab[i] for i in ids):
+            if parts and token.startswith("##"):
+                token = token[2:]
+            elif parts and not token.startswith(_NO_SPACE_BEFORE):
+                token = " " + token
+            parts.append(token)
+        return "".join(parts)
+
+    def _encode(self, text):
+        """The ids of plain text as the bytes of uint32."""
+        if any(map(text.__contains__, _FALSE_SPACES)):
+            text = text.translate(dict.fromkeys(map(ord, _FALSE_SPACES)))
+        return b"".join(map(self._cache.__getitem__, text.split()))
+
+    def _pack(self, chunk):
+        """The ids of text without spaces as the bytes of uint32."""
+        ids = array.array("I")
+        for word in self._words(chunk):
+            if word in self.ids:
+                ids.append(self.ids[word])
+            else:
+                ids.extend(self._pieces(word))
+        return ids.tobytes()
 
     def _words(self, chunk):
+        """Normalises text without spaces and splits it at punctuation and around CJK characters."""
+        if chunk.isascii() and chunk.isprintable():
+            return _ASCII_WORD.findall(chunk.lower() if self.lowercase else chunk)
         text = chunk.translate(self._clean)
         if self.strip_accents:
-            text = "".join(
-                unicodedata.normalize("NFD", piece) for piece in re.split(f"({_NOT_DECOMPOSED.pattern})", text)
-            )
+            text = "".join(unicodedata.normalize("NFD", part) for part in _AROUND_NOT_DECOMPOSED.split(text))
         return text.translate(self._fold).split()
 
-    def _clean_character(self, code):
-        c = chr(code)
-        if c.isspace() and c not in "\x0b\x0c\x1c\x1d\x1e\x1f\x85":
+    def _clean_character(self, c):
+        """First pass: no control characters, plain spaces, space around CJK."""
+        if c.isspace() and c not in _FALSE_SPACES:
             return " "
-        if c in "\0\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") and not _NOT_CONTROL.match(c):
+        category = unicodedata.category(c)  # a lone surrogate (Cs) cannot come from UTF-8; it goes the way of U+FFFD
+        if c in "\0\ufffd" or (category in ("Cc", "Cf", "Co", "Cs") and not _NOT_CONTROL.match(c)):
             return ""
         return f" {c} " if self.chinese and _CJK.match(c) else c
 
-    def _fold_character(self, code):
-        c = chr(code)
+    def _fold_character(self, c):
+        """Second pass, after decomposition: no marks, lower case, space around punctuation."""
         category = unicodedata.category(c)
-        if self.strip_accents and (category == "Mn" and not _NOT_MARK.match(c) or c in _ALSO_MARK):
+        if self.strip_accents and (c in _STILL_MARK or (category == "Mn" and not _NOT_MARK.match(c))):
             return ""
-        if self.lowercase:
-            c = _LOWER.get(c) or c.lower()
-        ascii_punctuation = c.isascii() and c.isprintable() and not c.isalnum() and c != " "
-        if ascii_punctuation or category[0] == "P" and not _NOT_PUNCTUATION.match(c) or c in _ALSO_PUNCTUATION:
+        if c in _STILL_PUNCTUATION or (category[0] == "P" and not _NOT_PUNCTUATION.match(c)) or c in "$+<=>^`|~":
             return f" {c} "
-        return c
+        # one character at a time: str.lower() would turn the last letter of "ΟΔΟΣ" into a final sigma
+        return (_LOWER.get(c) or c.lower()) if self.lowercase else c
 
     def _pieces(self, word):
+        """The ids of a word's pieces, the longest first; [UNK] for the whole word if some rest matches none."""
         if len(word) > LONGEST_WORD:
-            return (self.unk_id,)
-        ids, start, prefix = [], 0, ""
+            return [self.unk_id]
+        ids, start = [], 0
         while start < len(word):
-            for end in range(len(word), start, -1):
-                i = self.ids.get(prefix + word[start:end])
-                if i is not None:
+            prefix = "##" if start else ""
+            for end in range(min(len(word), start + self._longest_token), start, -1):
+                if (piece := prefix + word[start:end]) in self.ids:
                     break
             else:
-                return (self.unk_id,)
-            ids.append(i)
-            start, prefix = end, "##"
-        return tuple(ids)
+                return [self.unk_id]
+            ids.append(self.ids[piece])
+            start = end
+        return ids

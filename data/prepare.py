@@ -1,0 +1,246 @@
+"""Text to token file: streams any amount of text, in constant memory, to the same bytes for any number of workers.
+
+    python data/prepare.py docs --vocab data/demo --out runs/docs
+    python data/prepare.py books/ wikipedia:enwiki-pages-articles.xml.bz2 --vocab vocab.txt --out runs/corpus
+
+The output folder holds train.bin and val.bin (token ids, each document followed by [SEP], little-endian uint16, or
+uint32 for more than 65,536 tokens), counts.npy ((V,) int64, how often train.bin holds each id), the tokenizer's files
+and meta.json, whose hashes vouch for all of it. The folder appears whole or not at all.
+
+A document is held out if the hash of its text says so: the same text always falls on the same side, whatever stands
+around it.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import numpy as np
+import tqdm
+
+if __name__ == "__main__":
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
+from data import sources as text_sources
+from data.encode import HASHES, encoder, token_dtype
+from data.workers import cores, ordered_map
+from minidistil import __version__, cli, files
+from minidistil.cli import UserError, setting
+from minidistil.tokenizer import Tokenizer
+
+SMALLEST_VAL = 2048  # tokens: a corpus so small that its share is less holds out more, up to a tenth
+
+
+@dataclasses.dataclass
+class Settings:
+    source: str = setting(
+        dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
+    )
+    vocab: str = setting(None, "vocab.txt, or the folder of a model", required=True)
+    out: str = setting(None, "folder to write; must not exist", required=True)
+    val_share: float = setting(0.01, "share of the documents that is held out")
+    workers: int = setting(None, "processes (default: the cores of this computer)")
+    field: str = setting("text", "field of .jsonl, column of .tsv files that holds the text")
+
+
+def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True):
+    """Writes the folder `out` from `sources` of text (see data/sources.py), tokenised with `vocab`; returns its meta.
+
+    Raises UserError or OSError; `out` then does not exist, and what stood there before is as it was.
+    """
+    sources, out = list(map(str, sources)), pathlib.Path(os.path.abspath(out))
+    workers = cores(workers)
+    if not 0 < val_share < 1:
+        raise UserError(f"--val-share {val_share} is not between 0 and 1: 0.01 holds out one document in a hundred")
+    tokenizer = Tokenizer.load(vocab)
+    size = text_sources.check(sources)
+
+    def encode_all(threshold):
+        silent = None if progress else True  # None: silent unless a person looks on
+        with tqdm.tqdm(total=size or None, unit="B", unit_scale=True, disable=silent, leave=False) as bar:
+            return _encode(text_sources.batches(sources, field), tokenizer, threshold, workers, folder, bar)
+
+    with _building(out) as folder:
+        train, val, smallest = encode_all(int(val_share * HASHES))
+        if val.tokens < min(SMALLEST_VAL, 0.1 * (train.tokens + val.tokens)) or train.tokens == 0:
+            train, val, smallest = encode_all(_threshold_of_few(smallest, train.tokens + val.tokens))
+        np.save(folder / "counts.npy", train.counts)
+        tokenizer.save(folder, "bert")
+        meta = {
+            "format": 1,
+            "dtype": train.dtype.name,
+            "vocab_size": len(tokenizer.vocab),
+            "tokenizer": tokenizer.digest,
+            "documents": {"train": train.documents, "val": val.documents},
+            "tokens": {"train": train.tokens, "val": val.tokens},
+            "bytes": {"train": train.bytes, "val": val.bytes},
+            "sha256": {name: files.sha256(folder / name) for name in ("train.bin", "val.bin", "counts.npy")},
+            "sources": sources,
+            "created by": f"minidistil {__version__}",
+        }
+        stored = meta["sha256"]["train.bin"], meta["sha256"]["val.bin"], Tokenizer.load(folder).digest
+        if stored != (train.hash.hexdigest(), val.hash.hexdigest(), tokenizer.digest):
+            raise UserError(f"what was read back from {out.parent} is not what was written: check that disk")
+        canonical = json.dumps(meta, sort_keys=True, separators=(",", ":"))
+        meta["meta_sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+        files.write_json(folder / "meta.json", meta)
+    return meta
+
+
+@contextlib.contextmanager
+def _building(out):
+    """Yields a new folder beside `out` that takes its name on success and vanishes on failure."""
+    if (out / "meta.json").exists():
+        raise UserError(f"{out} already holds a prepared corpus: use it, remove it or choose another --out")
+    if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} already exists and holds something else: choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.{socket.gethostname()}-"
+    for left in out.parent.iterdir():
+        owner = left.name.removeprefix(prefix).removesuffix(".tmp")
+        if left.name == f"{prefix}{owner}.tmp" and not _alive(owner):  # of a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    folder = out.with_name(f"{prefix}{os.getpid()}.tmp")
+    try:
+        folder.mkdir()
+        yield folder
+        for path in folder.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        files.sync_folder(folder)
+        os.rename(folder, out)
+        files.sync_folder(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(owner):
+    """Returns whether another process of this computer has this id."""
+    try:
+        os.kill(int(owner), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return int(owner) != os.getpid()
+
+
+class _Side:
+    """train.bin or val.bin while it is written: the file, its hash and its statistics."""
+
+    def __init__(self, path, vocab_size):
+        self.path = path
+        self.dtype = token_dtype(vocab_size)
+        self.hash = hashlib.sha256()
+        self.counts = np.zeros(vocab_size, np.int64)
+        self.documents = self.tokens = self.bytes = 0
+        self._file = open(path, "wb")
+
+    def write(self, ids, documents, size):
+        data = ids.tobytes()
+        self._file.write(data)
+        self.hash.update(data)
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+        self.documents += documents
+        self.tokens += len(ids)
+        self.bytes += size
+
+    def close(self):
+        self._file.close()
+
+
+def _encode(batches, tokenizer, threshold, workers, folder, bar):
+    """Writes both token files; returns (train, val, the smallest document hashes with their tokens)."""
+    under_way = collections.deque()
+
+    def announced():
+        for batch in batches:
+            under_way.append((batch.progress, batch.unique))
+            yield batch
+
+    seen, smallest = set(), {}
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        train, val = (
+            stack.enter_context(contextlib.closing(_Side(folder / name, len(tokenizer.vocab))))
+            for name in ("train.bin", "val.bin")
+        )
+        answers = ordered_map(workers, encoder, (tokenizer,), announced(), lambda batch: batch.weight)
+        for hashes, tokens, sizes, ids in stack.enter_context(contextlib.closing(answers)):
+            progress, unique = under_way.popleft()
+            ids = np.frombuffer(ids, train.dtype)
+            keep = np.ones(len(hashes), bool)
+            if unique:
+                for i, digest in enumerate(hashes.tolist()):
+                    keep[i] = digest not in seen
+                    seen.add(digest)
+            for side, chosen in ((train, keep & (hashes >= threshold)), (val, keep & (hashes < threshold))):
+                side.write(ids[np.repeat(chosen, tokens)], int(chosen.sum()), int(sizes[chosen].sum()))
+            if val.tokens < SMALLEST_VAL or train.tokens == 0:
+                smallest = _merge(smallest, hashes[keep].tolist(), tokens[keep].tolist())
+            total = train.tokens + val.tokens
+            bar.update(progress)
+            bar.set_postfix_str(f"{total:,} tokens, {total / (time.perf_counter() - started):,.0f}/s")
+    return train, val, smallest
+
+
+def _merge(smallest, hashes, tokens):
+    """Returns {hash: tokens} of the smallest hashes: as many as reach SMALLEST_VAL, and one more."""
+    for digest, count in zip(hashes, tokens, strict=True):
+        smallest[digest] = smallest.get(digest, 0) + count
+    kept, total = {}, 0
+    for digest in sorted(smallest):
+        kept[digest] = smallest[digest]
+        if total >= SMALLEST_VAL:
+            break
+        total += smallest[digest]
+    return kept
+
+
+def _threshold_of_few(smallest, total):
+    """Returns the threshold that holds out SMALLEST_VAL tokens of a small corpus, at most about a tenth of it."""
+    if not smallest:
+        raise UserError("the sources hold no text: name others")
+    if len(smallest) == 1:
+        raise UserError("the sources hold one document, and none can be held out: put documents on lines of their own")
+    held_out = 0
+    for digest in sorted(smallest)[:-1]:
+        held_out += smallest[digest]
+        if held_out >= min(SMALLEST_VAL, 0.1 * total):
+            break
+    return digest + 1
+
+
+def main(argv):
+    settings = Settings(**cli.given(Settings, argv, __doc__))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, as Ctrl-C does
+    started = time.perf_counter()
+    meta = prepare(
+        settings.source, settings.vocab, settings.out, settings.val_share, settings.workers, settings.field
+    )
+    seconds = time.perf_counter() - started
+    usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    summary = {
+        "out": settings.out,
+        "documents": meta["documents"],
+        "tokens": meta["tokens"],
+        "bytes": meta["bytes"],
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(sum(meta["tokens"].values()) / seconds),
+        "peak_rss_mib": max(usage) // 1024,
+    }
+    print(json.dumps(summary, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    cli.run(main)

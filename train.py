@@ -1,0 +1,529 @@
+"""Distil a student from a BERT teacher. Reads from top to bottom.
+
+    python train.py                                              the demo: two minutes on two CPU cores
+    python train.py --teacher bert-base-uncased --accum 64       any BERT, by folder or by name
+    python train.py --teacher none --student-config FILE --data DIR    masked-LM training without a teacher
+
+Every run leaves in --out a folder that transformers loads (`AutoModelForMaskedLM`, `AutoTokenizer`), run.json,
+metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON object:
+
+    {"out", "steps", "tokens", "seconds", "tokens_per_second", "peak_rss_mib", "peak_gpu_mib",
+     "teacher": {"parameters", "mlm_loss", "top1"}, "student": {"parameters", "mlm_loss", "top1", "kl", "agreement"}}
+
+Legend:  B sequences in a micro-batch   T tokens per sequence   C width   G sequences in an update (batch * accum)
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import shlex
+import signal
+import time
+
+import numpy as np
+import torch
+
+from minidistil import checkpoint, files, hub, weights
+from minidistil.cli import UserError, given, run, setting
+from minidistil.data import Corpus, Sequences, mix
+from minidistil.evaluate import HeldOut
+from minidistil.losses import IGNORE, Counts, Objective, distillation_loss
+from minidistil.machine import choose_device, choose_dtype, duration, peak_rss_mib, versions
+from minidistil.model import MaskedLM, num_params
+from minidistil.plot import line_chart
+from minidistil.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent
+EVAL_SEED = 20191002  # of the held-out masks, the same for every run
+
+
+@dataclasses.dataclass
+class Settings:
+    # what
+    teacher: str = setting("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
+    data: str = setting(None, "folder that data/prepare.py wrote; without it, the docs corpus, prepared once")
+    out: str = setting(None, "output folder; without it, runs/NAME, a fresh one each time")
+    # how long
+    steps: int = setting(None, "updates; overrides --epochs")
+    epochs: float = setting(3.0, "passes over the corpus")
+    batch: int = setting(5, "sequences in a micro-batch")
+    accum: int = setting(50, "micro-batches in an update")
+    seq_len: int = setting(512, "tokens in a sequence, [CLS] and [SEP] included")
+    # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
+    lr: float = setting(5e-4, "peak learning rate")
+    warmup: float = setting(0.05, "share of the updates over which the learning rate rises; then it falls to zero")
+    clip: float = setting(5.0, "largest norm of the gradient")
+    # objective
+    temperature: float = setting(2.0, "softens both distributions in the KL term")
+    alpha_ce: float = setting(5.0, "weight of tau^2 KL to the teacher's distribution")
+    alpha_mlm: float = setting(2.0, "weight of the masked-LM cross-entropy")
+    alpha_cos: float = setting(1.0, "weight of 1 - cosine between last hidden states")
+    alpha_mse: float = setting(0.0, "weight of the squared difference of logits")
+    kd_rows: str = setting("all", "tokens on which the teacher's distribution is learnt", choices=("all", "masked"))
+    mask_smoothing: float = setting(0.7, "mask rare words first: weight count^-this; 0 is uniform")
+    # student
+    student_layers: str = setting(None, "how many of the teacher's layers, or which: 6 or 0,2,4,7,9,11 (default: half)")
+    student_init: str = setting(None, "teacher, random, or a folder to start from (default: teacher where there is one)")
+    student_config: str = setting(None, "config.json of a student of another shape; its weights are random")
+    dropout: float = setting(None, "dropout of the student, attention included (default: what its config says)")
+    # machine
+    dtype: str = setting("auto", "of matrix products; weights and sums stay fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
+    seed: int = setting(0, "of data order, masks, dropout and fresh weights")
+    # keeping
+    resume: bool = setting(False, "go on from the checkpoint in --out, to the same bits as without the interruption")
+    eval_every: int = setting(0, "updates between held-out evaluations; 0: ten in a run")
+    eval_tokens: int = setting(32768, "held-out tokens to evaluate on, at most")
+    save_every: float = setting(10.0, "minutes between checkpoints")
+    time_limit: float = setting(None, "minutes after which to save, evaluate and end; --resume goes on")
+
+
+# What `python train.py` changes in the published recipe to show it in two minutes on two CPU cores: short sequences,
+# small updates, and the teacher's distribution learnt on masked tokens only.
+DEMO = dict(steps=300, batch=32, accum=1, seq_len=128, lr=1e-3, kd_rows="masked")
+
+# settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
+# (epochs enters as steps; the dtype that was chosen is in the checkpoint)
+FREE_ON_RESUME = {"out", "resume", "eval_every", "eval_tokens", "save_every", "time_limit", "epochs", "dtype"}
+
+
+# ---- small pieces ----------------------------------------------------------------------------------------------------
+
+
+def lr_at(update, total, peak, warmup):
+    """Learning rate of update 0 ... total - 1: up to `peak` over the first `warmup` share, then down a line to zero.
+
+    Neither the first nor the last update is wasted: the line starts one step above zero and would reach it at `total`.
+    """
+    rising = min(math.ceil(total * warmup), total)
+    if update < rising:
+        return peak * (update + 1) / rising
+    return peak * (total - update) / (total - rising + (rising > 0))
+
+
+def check(settings):
+    """Refuses values that cannot work, before anything is read or written."""
+    positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens")
+    for name in positive:
+        value = getattr(settings, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+    for name in ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse", "mask_smoothing", "eval_every", "save_every"):
+        value = getattr(settings, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    if not 0 <= settings.warmup <= 1:
+        raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
+    if settings.dropout is not None and not 0 <= settings.dropout < 1:
+        raise UserError(f"--dropout is {settings.dropout}: it is a probability, 0 or more and below 1")
+    if settings.seq_len < 8:
+        raise UserError(f"--seq-len is {settings.seq_len}: a sequence needs at least 8 tokens")
+    if settings.student_config and settings.student_init not in (None, "random"):
+        raise UserError("--student-config describes a fresh student: leave out --student-init")
+    if settings.student_config and settings.student_layers:
+        raise UserError("--student-config already says how many layers: leave out --student-layers")
+    if settings.teacher == "none":
+        if settings.student_init == "teacher":
+            raise UserError("--student-init teacher needs a teacher: name one with --teacher")
+        if settings.student_layers:
+            raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
+    if not (settings.alpha_mlm or (settings.teacher != "none" and (settings.alpha_ce or settings.alpha_cos or settings.alpha_mse))):
+        raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
+
+
+class Stop:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between micro-batches; a second one kills at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+
+# ---- what a run is made of -------------------------------------------------------------------------------------------
+
+
+def open_corpus(settings, tokenizer, tokenizer_folder):
+    """Opens --data, or prepares (once) and opens the docs corpus in this tokenizer's vocabulary."""
+    if settings.data:
+        corpus = Corpus(settings.data)
+    else:
+        folder = ROOT / "data" / "cache" / f"docs-{tokenizer.digest[:12]}"
+        if settings.teacher != "demo":
+            print(
+                f"no --data: training on the docs corpus ({folder.relative_to(ROOT)}); for the published result prepare "
+                "Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 BOOKS_FOLDER "
+                f"--vocab {tokenizer_folder} --out data/wikibooks, then --data data/wikibooks",
+                flush=True,
+            )
+        if not (folder / "meta.json").exists():
+            from data.prepare import prepare
+
+            prepare(["docs"], tokenizer_folder, folder, val_share=0.02)
+        corpus = Corpus(folder)
+    corpus.check_tokenizer(tokenizer, tokenizer_folder)
+    return corpus
+
+
+def chosen_layers(text, teacher_layers):
+    """`6` -> six layers spread over the teacher's; `0,2,4` -> these; None -> half of them."""
+    try:
+        numbers = [int(n) for n in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"--student-layers {text} is neither a number nor a list such as 0,2,4,7,9,11") from None
+    if len(numbers) > 1 or (text and "," in text):
+        return numbers
+    k = numbers[0] if numbers else None
+    if k is not None and not 1 <= k <= teacher_layers:
+        raise UserError(f"--student-layers {k}: the teacher has {teacher_layers} layers, so choose 1 to {teacher_layers}")
+    return weights.student_layers(teacher_layers, k)
+
+
+def build_student(settings, teacher, init):
+    """Makes the student in fp32 on the CPU: from the teacher's layers, from a folder, or fresh."""
+    source = settings.student_init or ("teacher" if teacher and not settings.student_config else "random")
+    if init:
+        if settings.student_layers:
+            raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
+        student = weights.load_model(init, fresh_head=True)
+    elif source == "teacher":
+        student = weights.student_from_teacher(teacher, chosen_layers(settings.student_layers, teacher.config.layers))
+    else:
+        if settings.student_config:
+            path = pathlib.Path(settings.student_config)
+            config, _ = weights.read_config(path.parent if path.name == "config.json" else path)
+        elif teacher:
+            config = teacher.config.student(len(chosen_layers(settings.student_layers, teacher.config.layers)))
+        else:
+            raise UserError("a student without a teacher needs a shape: add --student-config FILE or --student-init DIR")
+        student = MaskedLM(config, seed=settings.seed)
+    if settings.dropout is not None:
+        set_dropout(student, settings.dropout)
+    return student.train()
+
+
+def set_dropout(model, p):
+    """Sets every dropout probability of a model, attention included."""
+    model.config = dataclasses.replace(model.config, dropout=p, attention_dropout=p)
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = p
+
+
+def check_fit(settings, objective, teacher, student, tokenizer, corpus, sequences):
+    """Refuses combinations that would fail, or mislead, later."""
+    shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
+    for who, config in shapes:
+        if config.vocab_size != len(tokenizer.vocab):
+            raise UserError(
+                f"the {who} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
+                "give it the vocabulary that it was trained with"
+            )
+        if config.positions < settings.seq_len:
+            raise UserError(f"the {who} has {config.positions} positions: use --seq-len {config.positions} or less")
+    if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
+        raise UserError(
+            f"hidden states of width {student.config.width} and {teacher.config.width} have no cosine: add --alpha-cos 0"
+        )
+    G = settings.batch * settings.accum
+    if sequences.per_epoch < G:
+        raise UserError(
+            f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {settings.seq_len}, "
+            f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
+        )
+    if len(corpus.val) < settings.seq_len - 2:
+        raise UserError(
+            f"{corpus.folder} holds out {len(corpus.val)} tokens, less than one sequence of {settings.seq_len}: "
+            "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"
+        )
+
+
+def choose_out(settings):
+    """--out, or runs/NAME for the first NAME that is free; an existing run is never written over."""
+    if settings.out is None:
+        stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
+        numbers = (("" if n == 1 else f"-{n}") for n in range(1, 10**6))
+        return next(p for p in (pathlib.Path("runs") / f"{stem}{n}" for n in numbers) if not p.exists())
+    out = pathlib.Path(settings.out)
+    if out.is_dir() and any(out.iterdir()) and not settings.resume:
+        how = "add --resume to go on, or choose" if checkpoint.path_of(out).exists() else "choose"
+        raise UserError(f"--out {out} is not empty: {how} another --out")
+    return out
+
+
+
+
+def draw_curve(path, history, teacher_figures):
+    """Draws the training loss and the held-out figures of a run's metrics."""
+    updates = [m for m in history if "loss" in m]
+    held_out = [m for m in history if "held_out" in m]
+    lines = {name: [(m["step"], m[name]) for m in updates] for name in ("loss", "kl", "ce")}
+    top1 = {"student": [(m["step"], m["held_out"]["top1"]) for m in held_out]}
+    loss = {"student": [(m["step"], m["held_out"]["mlm_loss"]) for m in held_out]}
+    if teacher_figures:
+        ends = (held_out[0]["step"], held_out[-1]["step"])
+        top1["teacher (dashed)"] = [(step, teacher_figures["top1"]) for step in ends]
+        loss["teacher (dashed)"] = [(step, teacher_figures["mlm_loss"]) for step in ends]
+    line_chart(path, [
+        {"title": "training loss, nats", "x": "update", "lines": {k: v for k, v in lines.items() if any(y for _, y in v)}},
+        {"title": "held-out masked-LM loss, nats", "x": "update", "lines": loss},
+        {"title": "held-out top-1 accuracy", "x": "update", "lines": top1},
+    ])  # fmt: skip
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def train(settings, argv=()):
+    """Runs a distillation as `settings` say; returns the summary that the last line prints.
+
+    `argv` is the command line, for the line that tells how to resume. Raises UserError, and SystemExit(128 + signal)
+    once an interrupted run is saved.
+    """
+    check(settings)
+    out = choose_out(settings)
+    device = choose_device(settings.device)
+
+    # ---- teacher and vocabulary
+    teacher = teacher_folder = init = None
+    if settings.teacher != "none":
+        teacher_folder = hub.resolve(settings.teacher)
+        teacher = weights.load_model(teacher_folder).eval().requires_grad_(False)
+    if settings.student_init not in (None, "teacher", "random"):
+        init = hub.resolve(settings.student_init)
+    tokenizer_folder = teacher_folder or init or settings.data or hub.resolve("demo")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
+        raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
+
+    # ---- data: update u takes sequences u * G ... (u + 1) * G - 1
+    corpus = open_corpus(settings, tokenizer, tokenizer_folder)
+    T, B, G = settings.seq_len, settings.batch, settings.batch * settings.accum
+    sequences = Sequences(
+        corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
+    )
+    total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
+
+    # ---- student, objective, optimiser
+    objective = Objective(
+        settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse, settings.temperature, settings.kd_rows
+    )
+    if teacher is None:
+        objective = dataclasses.replace(objective, alpha_ce=0.0, alpha_cos=0.0, alpha_mse=0.0)
+    student = build_student(settings, teacher, init)
+    check_fit(settings, objective, teacher, student, tokenizer, corpus, sequences)
+    student.to(device)
+    if teacher:
+        teacher.to(device)
+    # no weight decay, as published, and so no parameter groups
+    optimizer = torch.optim.AdamW(student.parameters(), settings.lr, (0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
+
+    # ---- resume: the same arithmetic, or not at all
+    identity = {
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_ON_RESUME},
+        "steps": total,
+        "data": corpus.meta["sha256"]["train.bin"],
+        "teacher": teacher and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
+        "device": device.type,
+    }
+    update, seconds_before, dtype, scale = 0, 0.0, None, None
+    if settings.resume:
+        saved, tensors = checkpoint.load(out)
+        different = [f"{k} {saved['identity'].get(k)} -> {v}" for k, v in identity.items() if saved["identity"].get(k) != v]
+        if settings.dtype not in ("auto", saved["dtype"]):
+            different.append(f"dtype {saved['dtype']} -> {settings.dtype}")
+        if different:
+            raise UserError(f"{out} was begun with other settings ({', '.join(different)}): repeat them, or take a new --out")
+        checkpoint.restore(tensors, student, optimizer, saved["adam_steps"])
+        update, seconds_before, dtype, scale = (saved[k] for k in ("update", "seconds", "dtype", "scale"))
+    dtype = dtype or choose_dtype(settings.dtype, device)
+    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    autocast = contextlib.nullcontext if half is None else lambda: torch.autocast(device.type, half)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    scaler.load_state_dict(scale or scaler.state_dict())
+
+    # ---- held-out set: fixed blocks, fixed uniform masks
+    val = Sequences(corpus.val, T, tokenizer, EVAL_SEED)
+    held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
+    eval_every = settings.eval_every or max(1, total // 10)
+
+    out.mkdir(parents=True, exist_ok=True)
+    metrics_path = out / "metrics.jsonl"
+    history = [m for m in read_metrics(metrics_path) if m["step"] <= update] if settings.resume else []
+    files.write_text(metrics_path, "".join(json.dumps(m) + "\n" for m in history))  # what came after is done again
+    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
+    teacher_text = f"teacher {num_params(teacher.config):,} parameters, " if teacher else ""
+    print(
+        f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens; {total} updates of "
+        f"{settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}",
+        flush=True,
+    )
+    began = last_line = last_save = time.monotonic()
+    first_update, evaluating = update, 0.0
+
+    def log(record):
+        history.append(record)
+        metrics.write(json.dumps(record) + "\n")
+
+    def evaluate():
+        nonlocal evaluating
+        start = time.monotonic()
+        figures = {name: round(value, 6) for name, value in held_out.figures(student).items()}
+        evaluating += time.monotonic() - start
+        log({"step": update, "held_out": figures})
+        print(f"held-out after {update}: " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
+        return figures
+
+    def save():
+        seconds = seconds_before + time.monotonic() - began
+        info = {"update": update, "seconds": seconds, "dtype": dtype, "scale": scaler.state_dict(), "identity": identity}
+        checkpoint.save(out, student, optimizer, info)
+
+    def speed():  # tokens/s of training in this process, evaluation apart
+        return (update - first_update) * G * T / max(time.monotonic() - began - evaluating, 1e-9)
+
+    # ---- the loop
+    if held_out.teacher_figures:
+        print("held-out, teacher: " + "  ".join(f"{k} {v:.4f}" for k, v in held_out.teacher_figures.items()), flush=True)
+    if not settings.resume:
+        save()
+    figures = next((m["held_out"] for m in history if m["step"] == update and "held_out" in m), None) or evaluate()
+    limit = math.inf if settings.time_limit is None else settings.time_limit * 60
+    with Stop() as stop, metrics:
+        while update < total and time.monotonic() - began < limit:
+            torch.manual_seed(int(mix(settings.seed, 6, update)[0] >> np.uint64(1)))  # dropout's only source
+            lr = lr_at(update, total, settings.lr, settings.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            ids, labels = sequences.take(update * G, G)  # (G, T)
+            counts = Counts(tokens=ids.size, masked=int((labels != IGNORE).sum()))
+            shares = []  # of the update's loss, kl, ce, cos, mse: (5,) a micro-batch
+            for i in range(settings.accum):
+                rows = slice(i * B, (i + 1) * B)
+                x, y = (torch.from_numpy(a[rows]).to(device) for a in (ids, labels))  # (B, T)
+                with autocast():
+                    h_t = None
+                    if objective.needs_teacher:
+                        with torch.no_grad():
+                            h_t = teacher(x)  # (B, T, C)
+                    h_s = student(x)  # (B, T, C)
+                    loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t)
+                scaler.scale(loss).backward()
+                shares.append(torch.cat([loss.detach().float()[None], parts]))
+                if stop.signal is not None:
+                    break
+                if time.monotonic() - last_line > 10:  # updates may take minutes: show life inside them
+                    last_line = time.monotonic()
+                    print(f"  update {update + 1}/{total}: micro-batch {i + 1}/{settings.accum}", flush=True)
+            if stop.signal is not None:
+                break  # what was begun is not counted: resume does it again, to the same bits
+
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+            shares = torch.stack(shares).cpu()  # the update's one wait for the device
+            if not shares[:, 0].isfinite().all() or not (norm.isfinite() or scaler.is_enabled()):
+                raise UserError(not_finite(update, shares[:, 0], norm, settings, out))
+            scaler.step(optimizer)  # with fp16, an overflow skips the step and lowers the scale
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            update += 1
+
+            loss, kl, ce, cos, mse = shares.sum(0).tolist()
+            record = {"step": update, "loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
+            log({**record, "grad_norm": norm.item(), "tokens_per_second": round(speed(), 1)})
+            if time.monotonic() - last_line > 2 or update == total:
+                last_line = time.monotonic()
+                print(
+                    f"update {update:>6}/{total}  loss {loss:.4f}  kl {kl:.4f}  ce {ce:.4f}  cos {cos:.4f}  lr {lr:.2e}  "
+                    f"{speed():,.0f} tokens/s  {duration((total - update) * G * T / speed())} left  "
+                    f"{peak_rss_mib():,.0f} MiB",
+                    flush=True,
+                )
+            if update % eval_every == 0 or update == total:
+                figures = evaluate()
+            if time.monotonic() - last_save > settings.save_every * 60:
+                save()
+                last_save = time.monotonic()
+
+        if update > first_update or stop.signal is not None:
+            save()
+        if stop.signal is not None:
+            command = ["python", "train.py", *(a for a in argv if a != "--resume"), "--resume"]
+            command += [] if settings.out else ["--out", str(out)]
+            print(f"saved after update {update} of {total}; go on with: {shlex.join(command)}", flush=True)
+            raise SystemExit(128 + stop.signal)
+        if history[-1]["step"] != update or "held_out" not in history[-1]:  # the time limit came between evaluations
+            figures = evaluate()
+
+    # ---- what the run leaves
+    tokens_per_second = round(speed(), 1)
+    summary = {
+        "out": str(out),
+        "steps": update,
+        "tokens": update * G * T,
+        "seconds": round(seconds_before + time.monotonic() - began, 1),
+        "tokens_per_second": tokens_per_second,
+        "peak_rss_mib": peak_rss_mib(),
+        "peak_gpu_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else 0.0,
+        "teacher": {"parameters": num_params(teacher.config), **held_out.teacher_figures} if teacher else None,
+        "student": {"parameters": num_params(student.config), **figures},
+    }
+    student.cpu().eval()
+    weights.save_model(out, student)
+    tokenizer.save(out, "bert" if student.config.token_types else "distilbert")
+    draw_curve(out / "curve.svg", history, held_out.teacher_figures)
+    files.write_json(out / "run.json", {
+        "settings": dataclasses.asdict(settings), "dtype": dtype, "identity": identity, "versions": versions(),
+        "data": corpus.meta, "summary": summary,
+    })  # fmt: skip
+    return summary
+
+
+def read_metrics(path):
+    """Returns the records of a metrics.jsonl; the last line may be cut short by a crash."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def not_finite(update, losses, norm, settings, out):
+    """Says which update and which sequences gave a loss or gradient that is not a number, and what is safe."""
+    G, bad = settings.batch * settings.accum, (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        first = update * G + bad[0] * settings.batch
+        what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {first + settings.batch - 1})"
+    else:
+        what = f"the gradient's norm is {norm.item()} (sequences {update * G} to {(update + 1) * G - 1})"
+    return (
+        f"update {update + 1}: {what}: lower --lr or --clip, or look at these sequences; "
+        f"the last good checkpoint is untouched in {checkpoint.path_of(out)}"
+    )
+
+
+def main(argv):
+    values = given(Settings, argv, __doc__)
+    demo = DEMO if values.get("teacher", "demo") == "demo" else {}
+    summary = train(Settings(**{**demo, **values}), argv)
+    print(json.dumps(summary, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    run(main)
