@@ -19,7 +19,6 @@ import json
 import math
 import pathlib
 import shlex
-import signal
 import time
 
 import numpy as np
@@ -31,8 +30,9 @@ from minidistil.data import Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
 from minidistil.losses import IGNORE, Counts, Objective, distillation_loss
 from minidistil.machine import choose_device, choose_dtype, duration, peak_rss_mib, versions
+from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import MaskedLM, num_params
-from minidistil.plot import line_chart
+from minidistil.stop import Stop
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -61,15 +61,15 @@ class Settings:
     alpha_mlm: float = setting(2.0, "weight of the masked-LM cross-entropy")
     alpha_cos: float = setting(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = setting(0.0, "weight of the squared difference of logits")
-    kd_rows: str = setting("all", "tokens on which the teacher's distribution is learnt", choices=("all", "masked"))
+    kd_rows: str = setting("all", "where the teacher's distribution is learnt", choices=("all", "masked"))
     mask_smoothing: float = setting(0.7, "mask rare words first: weight count^-this; 0 is uniform")
     # student
-    student_layers: str = setting(None, "how many of the teacher's layers, or which: 6 or 0,2,4,7,9,11 (default: half)")
-    student_init: str = setting(None, "teacher, random, or a folder to start from (default: teacher where there is one)")
+    student_layers: str = setting(None, "how many of the teacher's layers, or which: 6, or 0,2,4 (default: half)")
+    student_init: str = setting(None, "teacher, random, or a folder (default: teacher where there is one)")
     student_config: str = setting(None, "config.json of a student of another shape; its weights are random")
     dropout: float = setting(None, "dropout of the student, attention included (default: what its config says)")
     # machine
-    dtype: str = setting("auto", "of matrix products; weights and sums stay fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = setting(0, "of data order, masks, dropout and fresh weights")
     # keeping
@@ -89,7 +89,7 @@ DEMO = dict(steps=300, batch=32, accum=1, seq_len=128, lr=1e-3, kd_rows="masked"
 FREE_ON_RESUME = {"out", "resume", "eval_every", "eval_tokens", "save_every", "time_limit", "epochs", "dtype"}
 
 
-# ---- small pieces ----------------------------------------------------------------------------------------------------
+# ---- small pieces
 
 
 def lr_at(update, total, peak, warmup):
@@ -101,6 +101,15 @@ def lr_at(update, total, peak, warmup):
     if update < rising:
         return peak * (update + 1) / rising
     return peak * (total - update) / (total - rising + (rising > 0))
+
+
+def objective_of(settings):
+    """The objective that the settings name; without a teacher only its masked-LM term is left."""
+    names = ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse", "temperature", "kd_rows")
+    objective = Objective(**{name: getattr(settings, name) for name in names})
+    if settings.teacher == "none":
+        objective = dataclasses.replace(objective, alpha_ce=0.0, alpha_cos=0.0, alpha_mse=0.0)
+    return objective
 
 
 def check(settings):
@@ -129,32 +138,11 @@ def check(settings):
             raise UserError("--student-init teacher needs a teacher: name one with --teacher")
         if settings.student_layers:
             raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
-    if not (settings.alpha_mlm or (settings.teacher != "none" and (settings.alpha_ce or settings.alpha_cos or settings.alpha_mse))):
+    if not (settings.alpha_mlm or objective_of(settings).needs_teacher):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
 
 
-class Stop:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between micro-batches; a second one kills at once."""
-
-    def __init__(self):
-        self.signal = None
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _):
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-
-
-# ---- what a run is made of -------------------------------------------------------------------------------------------
+# ---- what a run is made of
 
 
 def open_corpus(settings, tokenizer, tokenizer_folder):
@@ -163,11 +151,11 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
         corpus = Corpus(settings.data)
     else:
         folder = ROOT / "data" / "cache" / f"docs-{tokenizer.digest[:12]}"
-        if settings.teacher != "demo":
+        if settings.teacher not in ("demo", "none"):
             print(
-                f"no --data: training on the docs corpus ({folder.relative_to(ROOT)}); for the published result prepare "
-                "Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 BOOKS_FOLDER "
-                f"--vocab {tokenizer_folder} --out data/wikibooks, then --data data/wikibooks",
+                "no --data: training on the docs corpus; for the published result prepare Wikipedia + books: "
+                "python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 BOOKS_FOLDER "
+                f"--vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
                 flush=True,
             )
         if not (folder / "meta.json").exists():
@@ -189,7 +177,7 @@ def chosen_layers(text, teacher_layers):
         return numbers
     k = numbers[0] if numbers else None
     if k is not None and not 1 <= k <= teacher_layers:
-        raise UserError(f"--student-layers {k}: the teacher has {teacher_layers} layers, so choose 1 to {teacher_layers}")
+        raise UserError(f"--student-layers {k}: the teacher has {teacher_layers} layers: choose 1 to {teacher_layers}")
     return weights.student_layers(teacher_layers, k)
 
 
@@ -209,7 +197,7 @@ def build_student(settings, teacher, init):
         elif teacher:
             config = teacher.config.student(len(chosen_layers(settings.student_layers, teacher.config.layers)))
         else:
-            raise UserError("a student without a teacher needs a shape: add --student-config FILE or --student-init DIR")
+            raise UserError("a student without a teacher needs a shape: add --student-config or --student-init")
         student = MaskedLM(config, seed=settings.seed)
     if settings.dropout is not None:
         set_dropout(student, settings.dropout)
@@ -237,7 +225,8 @@ def check_fit(settings, objective, teacher, student, tokenizer, corpus, sequence
             raise UserError(f"the {who} has {config.positions} positions: use --seq-len {config.positions} or less")
     if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
         raise UserError(
-            f"hidden states of width {student.config.width} and {teacher.config.width} have no cosine: add --alpha-cos 0"
+            f"student and teacher are {student.config.width} and {teacher.config.width} wide: their hidden states "
+            "have no cosine: add --alpha-cos 0"
         )
     G = settings.batch * settings.accum
     if sequences.per_epoch < G:
@@ -265,27 +254,7 @@ def choose_out(settings):
     return out
 
 
-
-
-def draw_curve(path, history, teacher_figures):
-    """Draws the training loss and the held-out figures of a run's metrics."""
-    updates = [m for m in history if "loss" in m]
-    held_out = [m for m in history if "held_out" in m]
-    lines = {name: [(m["step"], m[name]) for m in updates] for name in ("loss", "kl", "ce")}
-    top1 = {"student": [(m["step"], m["held_out"]["top1"]) for m in held_out]}
-    loss = {"student": [(m["step"], m["held_out"]["mlm_loss"]) for m in held_out]}
-    if teacher_figures:
-        ends = (held_out[0]["step"], held_out[-1]["step"])
-        top1["teacher (dashed)"] = [(step, teacher_figures["top1"]) for step in ends]
-        loss["teacher (dashed)"] = [(step, teacher_figures["mlm_loss"]) for step in ends]
-    line_chart(path, [
-        {"title": "training loss, nats", "x": "update", "lines": {k: v for k, v in lines.items() if any(y for _, y in v)}},
-        {"title": "held-out masked-LM loss, nats", "x": "update", "lines": loss},
-        {"title": "held-out top-1 accuracy", "x": "update", "lines": top1},
-    ])  # fmt: skip
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- the run
 
 
 def train(settings, argv=()):
@@ -319,18 +288,14 @@ def train(settings, argv=()):
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
 
     # ---- student, objective, optimiser
-    objective = Objective(
-        settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse, settings.temperature, settings.kd_rows
-    )
-    if teacher is None:
-        objective = dataclasses.replace(objective, alpha_ce=0.0, alpha_cos=0.0, alpha_mse=0.0)
+    objective = objective_of(settings)
     student = build_student(settings, teacher, init)
     check_fit(settings, objective, teacher, student, tokenizer, corpus, sequences)
     student.to(device)
     if teacher:
         teacher.to(device)
     # no weight decay, as published, and so no parameter groups
-    optimizer = torch.optim.AdamW(student.parameters(), settings.lr, (0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
 
     # ---- resume: the same arithmetic, or not at all
     identity = {
@@ -338,16 +303,17 @@ def train(settings, argv=()):
         "steps": total,
         "data": corpus.meta["sha256"]["train.bin"],
         "teacher": teacher and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
-        "device": device.type,
     }
     update, seconds_before, dtype, scale = 0, 0.0, None, None
     if settings.resume:
         saved, tensors = checkpoint.load(out)
-        different = [f"{k} {saved['identity'].get(k)} -> {v}" for k, v in identity.items() if saved["identity"].get(k) != v]
+        before = saved["identity"]
+        different = [f"{name} {before.get(name)} -> {now}" for name, now in identity.items() if before.get(name) != now]
         if settings.dtype not in ("auto", saved["dtype"]):
             different.append(f"dtype {saved['dtype']} -> {settings.dtype}")
         if different:
-            raise UserError(f"{out} was begun with other settings ({', '.join(different)}): repeat them, or take a new --out")
+            different = ", ".join(different)
+            raise UserError(f"{out} was begun with other settings ({different}): repeat them, or choose a new --out")
         checkpoint.restore(tensors, student, optimizer, saved["adam_steps"])
         update, seconds_before, dtype, scale = (saved[k] for k in ("update", "seconds", "dtype", "scale"))
     dtype = dtype or choose_dtype(settings.dtype, device)
@@ -368,12 +334,16 @@ def train(settings, argv=()):
     metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
     teacher_text = f"teacher {num_params(teacher.config):,} parameters, " if teacher else ""
     print(
-        f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens; {total} updates of "
-        f"{settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}",
+        f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens of text; "
+        f"{total} updates of {settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}",
         flush=True,
     )
-    began = last_line = last_save = time.monotonic()
-    first_update, evaluating = update, 0.0
+    first_update = update
+    began = time.monotonic()
+    evaluating = 0.0  # seconds
+
+    def seconds():  # of the whole run, interruptions apart
+        return seconds_before + time.monotonic() - began
 
     def log(record):
         history.append(record)
@@ -382,27 +352,28 @@ def train(settings, argv=()):
     def evaluate():
         nonlocal evaluating
         start = time.monotonic()
-        figures = {name: round(value, 6) for name, value in held_out.figures(student).items()}
+        figures = held_out.figures(student)
         evaluating += time.monotonic() - start
         log({"step": update, "held_out": figures})
-        print(f"held-out after {update}: " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
+        print(f"held-out, student after {update}: {shown(figures)}", flush=True)
         return figures
 
     def save():
-        seconds = seconds_before + time.monotonic() - began
-        info = {"update": update, "seconds": seconds, "dtype": dtype, "scale": scaler.state_dict(), "identity": identity}
-        checkpoint.save(out, student, optimizer, info)
+        info = {"update": update, "seconds": seconds(), "dtype": dtype, "scale": scaler.state_dict()}
+        checkpoint.save(out, student, optimizer, {**info, "identity": identity})
 
     def speed():  # tokens/s of training in this process, evaluation apart
         return (update - first_update) * G * T / max(time.monotonic() - began - evaluating, 1e-9)
 
     # ---- the loop
     if held_out.teacher_figures:
-        print("held-out, teacher: " + "  ".join(f"{k} {v:.4f}" for k, v in held_out.teacher_figures.items()), flush=True)
+        print(f"held-out, teacher: {shown(held_out.teacher_figures)}", flush=True)
     if not settings.resume:
         save()
     figures = next((m["held_out"] for m in history if m["step"] == update and "held_out" in m), None) or evaluate()
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
+    seconds_before, evaluating = seconds(), 0.0
+    began = last_line = last_save = time.monotonic()
     with Stop() as stop, metrics:
         while update < total and time.monotonic() - began < limit:
             torch.manual_seed(int(mix(settings.seed, 6, update)[0] >> np.uint64(1)))  # dropout's only source
@@ -443,13 +414,13 @@ def train(settings, argv=()):
             update += 1
 
             loss, kl, ce, cos, mse = shares.sum(0).tolist()
-            record = {"step": update, "loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
-            log({**record, "grad_norm": norm.item(), "tokens_per_second": round(speed(), 1)})
+            record = {"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
+            log({"step": update, **record, "grad_norm": norm.item(), "tokens_per_second": round(speed(), 1)})
             if time.monotonic() - last_line > 2 or update == total:
                 last_line = time.monotonic()
+                left = duration((total - update) * G * T / speed())
                 print(
-                    f"update {update:>6}/{total}  loss {loss:.4f}  kl {kl:.4f}  ce {ce:.4f}  cos {cos:.4f}  lr {lr:.2e}  "
-                    f"{speed():,.0f} tokens/s  {duration((total - update) * G * T / speed())} left  "
+                    f"update {update:>6}/{total}  {shown(record)}  {speed():,.0f} tokens/s  {left} left  "
                     f"{peak_rss_mib():,.0f} MiB",
                     flush=True,
                 )
@@ -475,7 +446,7 @@ def train(settings, argv=()):
         "out": str(out),
         "steps": update,
         "tokens": update * G * T,
-        "seconds": round(seconds_before + time.monotonic() - began, 1),
+        "seconds": round(seconds(), 1),
         "tokens_per_second": tokens_per_second,
         "peak_rss_mib": peak_rss_mib(),
         "peak_gpu_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else 0.0,
@@ -493,15 +464,9 @@ def train(settings, argv=()):
     return summary
 
 
-def read_metrics(path):
-    """Returns the records of a metrics.jsonl; the last line may be cut short by a crash."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+def shown(figures):
+    """Figures for a line of progress; a term that is not part of the objective is left out."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value)
 
 
 def not_finite(update, losses, norm, settings, out):
@@ -509,7 +474,8 @@ def not_finite(update, losses, norm, settings, out):
     G, bad = settings.batch * settings.accum, (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         first = update * G + bad[0] * settings.batch
-        what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {first + settings.batch - 1})"
+        last = first + settings.batch - 1
+        what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {last})"
     else:
         what = f"the gradient's norm is {norm.item()} (sequences {update * G} to {(update + 1) * G - 1})"
     return (
@@ -521,7 +487,12 @@ def not_finite(update, losses, norm, settings, out):
 def main(argv):
     values = given(Settings, argv, __doc__)
     demo = DEMO if values.get("teacher", "demo") == "demo" else {}
-    summary = train(Settings(**{**demo, **values}), argv)
+    try:
+        summary = train(Settings(**{**demo, **values}), argv)
+    except RuntimeError as error:  # PyTorch's way of saying that memory has run out, on either device
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError from error
+        raise
     print(json.dumps(summary, separators=(",", ":")))
 
 

@@ -92,7 +92,7 @@ _NO_PROSE = set(
     "testoutput testsetup toctree".split()
 )
 _FORMULA = re.compile(r":math:`[^`]*`")
-_ROLE = re.compile(r"(?::[A-Za-z][\w.+-]*)+:(?=`)")
+_ROLE = re.compile(r"(?::[A-Za-z][\w.+-]*)+:`~?")
 _LINK = re.compile(r"`([^`<>]+)<[^`<>]*>`_*")
 _EMPHASIS = re.compile(r"(?<![\w*])\*\*?(\w[^*\n]*)\*\*?(?![\w*])")
 
@@ -137,5 +137,5 @@ def _plain(line):
     """Returns a line without inline markup; a formula stays where it reads as text, such as n or 2x."""
     if "`" in line:
         line = _FORMULA.sub(lambda m: "" if "\\" in m[0] else m[0], line)
-        line = _LINK.sub(r"\1", _ROLE.sub("", line)).replace("`", "")
+        line = _LINK.sub(r"\1", _ROLE.sub("`", line)).replace("`", "")
     return _EMPHASIS.sub(r"\1", line) if "*" in line else line

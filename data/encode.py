@@ -1,4 +1,4 @@
-"""Documents to token ids: the part of `prepare.py` that runs in the workers."""
+"""Documents to token ids: the part of prepare.py that runs in the workers."""
 
 import hashlib
 import re
@@ -6,8 +6,7 @@ import re
 import numpy as np
 
 HASHES = 1 << 63  # document hashes are below this
-PIECE = 1 << 16  # characters of a document that are encoded at once
-ENCODED = 1 << 18  # ids that are kept as a Python list
+PIECE = 1 << 16  # characters of a document that are split into words at once: the list of them takes 15 times the text
 _SPACE = re.compile(r"[ \t\r\n]")
 
 
@@ -17,29 +16,27 @@ def token_dtype(vocab_size):
 
 
 def encoder(tokenizer):
-    """Returns the function from a Batch to (hashes, tokens, bytes: (n,) each; ids of all documents, as bytes)."""
+    """Returns the function from a Batch to (hashes, tokens, bytes: (n,) each; ids of all documents, as bytes).
+
+    Documents without any token, such as blank lines, are left out.
+    """
     dtype = token_dtype(len(tokenizer.vocab))
 
     def encode(batch):
-        hashes, sizes, ends, ids, arrays, done = [], [], [], [], [], 0
+        hashes, sizes, ids = [], [], []
         for text in map(str.strip, batch.read(batch.payload)):
-            before = done + len(ids)
-            for piece in pieces(text):
-                ids += tokenizer.encode(piece)
-                if len(ids) > ENCODED:  # a list takes 8 bytes an id, and more while it grows
-                    arrays.append(np.array(ids, dtype))
-                    done += len(ids)
-                    ids.clear()
-            if done + len(ids) == before:  # nothing but white space and control characters
+            document = tokenizer.encode_documents(pieces(text))
+            if len(document) == 0:
                 continue
-            ids.append(tokenizer.sep_id)
-            ends.append(done + len(ids))
+            if len(text) > PIECE:  # [SEP] after each piece: only the last stays
+                document = np.append(document[document != tokenizer.sep_id], document[-1])
+            ids.append(document)
             data = text.encode("utf-8", "replace")  # JSON and Python can spell half a surrogate pair
             hashes.append(document_hash(data))
             sizes.append(len(data))
-        arrays.append(np.array(ids, dtype))
-        tokens = np.diff(np.array(ends, np.int64), prepend=0)
-        return np.array(hashes, np.uint64), tokens, np.array(sizes, np.int64), np.concatenate(arrays).tobytes()
+        tokens = np.array([len(document) for document in ids], np.int64)
+        joined = np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="same_kind")
+        return np.array(hashes, np.uint64), tokens, np.array(sizes, np.int64), joined.tobytes()
 
     return encode
 

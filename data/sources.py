@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pathlib
+import textwrap
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -134,7 +135,7 @@ def _text(path, field):
         if name.endswith(".tsv"):
             header = lines.readline().decode("utf-8", "replace").rstrip("\r\n").split("\t")
             if field not in header:
-                raise UserError(f"{path} has no column {field!r}, only {', '.join(header)}: name one with --field")
+                raise UserError(f"{path} has no column {field!r}, only {_listed(header)}: name one with --field")
             yield from _records(file, read_tsv, 2, header.index(field), len(header))
         elif name.endswith(".jsonl"):
             yield from _records(file, read_jsonl, 1, field)
@@ -158,6 +159,10 @@ def _records(file, read, number, *how):
         number += len(lines)
 
 
+def _listed(names):
+    return textwrap.shorten(", ".join(names), 100, placeholder=" ...")
+
+
 def _take(lines, to_blank=False, size=BATCH_BYTES):
     """Yields about `size` bytes of whole lines; up to and with the next blank line if `to_blank`."""
     taken = 0
@@ -169,10 +174,8 @@ def _take(lines, to_blank=False, size=BATCH_BYTES):
 
 
 def _blank_separated(lines):
-    filled = [bool(line.strip()) for line in lines]
-    while filled and not filled[-1]:  # an empty last line separates nothing
-        filled.pop()
-    return 0 < len(filled) <= 100 * filled.count(False)
+    filled = "".join("x" if line.strip() else " " for line in lines).strip()  # the ends separate nothing
+    return 0 < len(filled) <= 100 * filled.count(" ")
 
 
 def read_lines(data):
@@ -200,10 +203,10 @@ def read_jsonl(payload):
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{path}, line {number} is not JSON: repair it or leave the file out") from None
         if not isinstance(record, dict) or field not in record:
-            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            found = _listed(record) if isinstance(record, dict) else type(record).__name__
             raise UserError(f"{path}, line {number} has no field {field!r}, only {found}: name one with --field")
         text = record[field]
         if not isinstance(text, str | None):
@@ -276,7 +279,7 @@ def _hugging_face(name, field):
         if not isinstance(row.get(column), str | None):
             raise UserError(f"hf:{name}: column {column!r} is not text: name another with --field")
         if column not in row:
-            raise UserError(f"hf:{name} has no column {column!r}, only {', '.join(row)}: name one with --field")
+            raise UserError(f"hf:{name} has no column {column!r}, only {_listed(row)}: name one with --field")
         texts.append(row[column] or "")
         size += len(texts[-1])
         if size >= BATCH_BYTES:

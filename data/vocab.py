@@ -30,7 +30,7 @@ from minidistil.cli import UserError, setting
 from minidistil.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, Tokenizer
 
 HELD_OUT = 0.02  # share of the documents that the reported figures are measured on
-COVERAGE = 0.9999  # share of all characters that belong to the alphabet, in which any word can be spelled
+COVERAGE = 0.99999  # share of all characters that belong to the alphabet, in which any word can be spelled
 SURPLUS = 1.3
 _WORD_START = "\u2581"  # sentencepiece's mark
 
@@ -54,9 +54,14 @@ def learn(counts, size, tokenizer):
     The order: special tokens, the alphabet, its continuations, then pieces, most used first. Raises UserError where
     the text is too small, or `size` is.
     """
-    words = {word: n for word, n in sorted(counts.items()) if len(word) <= LONGEST_WORD and _WORD_START not in word}
-    ascii = {c for c in map(chr, range(33, 127)) if words_of(tokenizer, c) == [c]}  # always: code and sums are text too
-    alphabet = sorted(ascii | set(_alphabet(words)))
+    alphabet = _alphabet(counts)
+    words = {
+        word: n
+        for word, n in sorted(counts.items())
+        if len(word) <= LONGEST_WORD and alphabet.issuperset(word) and _WORD_START not in word
+    }
+    # all of printable ASCII besides: code and sums are text too
+    alphabet = sorted(alphabet.union(c for c in map(chr, range(33, 127)) if words_of(tokenizer, c) == [c]))
     base = [*SPECIAL_TOKENS.values(), *alphabet]
     base += [f"##{c}" for c in alphabet if len(words_of(tokenizer, f"a{c}a")) == 1]
     if size < len(base):
@@ -64,12 +69,12 @@ def learn(counts, size, tokenizer):
     candidates = list(dict.fromkeys(base + _byte_pairs(words, int(SURPLUS * size))))
     if size > len(candidates):
         raise UserError(f"the text yields {len(candidates)} entries, not {size}: lower --size or give more text")
-    used = usage(candidates, words)
+    used = usage(candidates, words, tokenizer.lowercase)
     return base + sorted(candidates[len(base) :], key=lambda piece: (-used[piece], piece))[: size - len(base)]
 
 
 def _alphabet(words):
-    """Returns the sorted characters that make up COVERAGE of the text."""
+    """Returns the set of the characters that make up COVERAGE of the text."""
     characters = collections.Counter()
     for word, n in words.items():
         for c in word:
@@ -80,7 +85,7 @@ def _alphabet(words):
         if missing < 0:
             break
         del characters[c]
-    return sorted(characters)
+    return set(characters)
 
 
 def _byte_pairs(words, size):
@@ -110,9 +115,9 @@ def _byte_pairs(words, size):
     return [piece for piece in spelled if piece]
 
 
-def usage(vocab, words):
+def usage(vocab, words, lowercase):
     """Returns a Counter: how often each entry of `vocab` is used for words with these counts."""
-    tokenizer = Tokenizer(vocab)
+    tokenizer = Tokenizer(vocab, lowercase)
     used = collections.Counter()
     for word, n in words.items():
         for i in tokenizer.encode(word):
@@ -182,7 +187,7 @@ def main(argv):
     else:
         Tokenizer(vocab, lowercase=not settings.cased).save(out, "bert")
     words = held_out or counts  # a text of few documents may hold out none
-    used = usage(vocab, words)
+    used = usage(vocab, words, not settings.cased)
     summary = {
         "out": settings.out,
         "size": len(vocab),

@@ -129,5 +129,5 @@ def _serve():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+    with contextlib.suppress(BrokenPipeError):  # nobody waits for the answer any more
         _serve()

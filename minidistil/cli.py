@@ -42,7 +42,8 @@ def given(settings_class, argv=None, description=None):
         flag = "--" + field.name.replace("_", "-")
         short = [options.pop("short")] if "short" in options else []
         if field.type is bool:
-            parser.add_argument(*short, flag, dest=field.name, action="store_true", default=argparse.SUPPRESS, **options)
+            options["action"] = "store_true"
+            parser.add_argument(*short, flag, dest=field.name, default=argparse.SUPPRESS, **options)
         else:
             options.setdefault("metavar", None if "choices" in options else field.type.__name__.upper())
             parser.add_argument(*short, flag, dest=field.name, type=field.type, default=argparse.SUPPRESS, **options)

@@ -25,7 +25,7 @@ from minidistil.losses import IGNORE
 MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
 
 
-# ---- the token file --------------------------------------------------------------------------------------------------
+# ---- the token file
 
 
 def meta_digest(meta):
@@ -48,7 +48,7 @@ class Corpus:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             sound = self.meta["meta_sha256"] == meta_digest(self.meta)
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{self.folder} is not a prepared corpus (no meta.json): make one with data/prepare.py") from None
+            raise UserError(f"{self.folder} is no corpus (no meta.json): make one with data/prepare.py") from None
         except (ValueError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:
@@ -79,11 +79,11 @@ class Corpus:
             )
 
 
-# ---- randomness as a function ----------------------------------------------------------------------------------------
+# ---- randomness as a function
 
 
 def mix(*keys):
-    """Hashes integers or uint64 arrays, broadcast together, to uint64: splitmix64 (Steele et al. 2014) chained over the keys."""
+    """Hashes integers or uint64 arrays, broadcast together, to uint64: a chain of splitmix64 (Steele et al. 2014)."""
     state = np.zeros(1, np.uint64)
     for key in keys:
         z = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap silently
@@ -117,7 +117,7 @@ def permuted(index, n, *keys):
     return result
 
 
-# ---- sequences -------------------------------------------------------------------------------------------------------
+# ---- sequences
 
 
 class Sequences:
@@ -147,8 +147,9 @@ class Sequences:
             start = np.empty(n, np.int64)
             for e in np.unique(epoch):
                 here = epoch == e
-                offset = int(mix(self.seed, 1, e)[0] % np.uint64(self.block))
-                start[here] = permuted(place[here], self.per_epoch, self.seed, 2, e).astype(np.int64) * self.block + offset
+                offset = (mix(self.seed, 1, e)[0] % np.uint64(self.block)).astype(np.int64)
+                blocks = permuted(place[here], self.per_epoch, self.seed, 2, e).astype(np.int64)
+                start[here] = blocks * self.block + offset
         else:
             start = index.astype(np.int64) * self.block
         ids = np.empty((n, self.T), np.int64)

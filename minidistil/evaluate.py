@@ -51,9 +51,10 @@ class HeldOut:
                 log_p = F.log_softmax(F.linear(self.teacher_rows[part], *self.teacher.decoder), -1)
                 kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
                 agreement += (guess == log_p.argmax(-1)).sum().item()
-        M = max(len(rows), 1)
-        figures = {"mlm_loss": mlm_loss / M, "top1": top1 / M}
-        return {**figures, "kl": kl / M, "agreement": agreement / M} if against else figures
+        figures = {"mlm_loss": mlm_loss, "top1": top1}
+        if against:
+            figures |= {"kl": kl, "agreement": agreement}
+        return {name: round(total / max(len(rows), 1), 6) for name, total in figures.items()}
 
     def figures(self, student):
         """Returns {"mlm_loss", "top1"} of a student, with a teacher also {"kl", "agreement"}."""

@@ -12,49 +12,41 @@ from minidistil.weights import weight_files
 
 DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
-# the old one-word names have moved to these organisations; a cache may know them by either name
-ORGANISATIONS = {"bert-": "google-bert/", "distilbert-": "distilbert/"}
-WANTED = [
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-]
+TOKENIZER = [*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"]
+SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+# the Hub's first models have moved from one-word names to these organisations; a cache may hold them under either
+ORGANISATIONS = {"bert-": "google-bert/", "distilbert-": "distilbert/"}
 TIMEOUT = 10  # seconds that a server may take to answer
 
 
 def resolve(name, files=None):
     """Returns the folder (pathlib.Path) of the model called `name`: a path, `demo`, or a Hugging Face name.
 
-    `files` names what is needed where that is less than a model: `["vocab.txt"]`. Downloads only what no local folder
-    and no cache has. Raises UserError where there is no such model, with what was looked for and two ways on.
+    `files` names what is needed where that is not a whole model: `["vocab.txt"]`. The network is asked last.
+    Raises UserError where there is no such model, saying what was looked for and how to go on.
     """
     folder = pathlib.Path(name).expanduser()
+    if name == "demo" and not folder.is_dir():
+        folder = DEMO
+        if not folder.is_dir():
+            raise UserError(f"the demo model is not in {DEMO}: get the whole repository, or name another model")
     if folder.is_dir():
-        return _local(folder, files)
-    if folder.exists():
-        raise UserError(f"{name} is a file: give the folder of a model")
-    if name == "demo":
-        if not DEMO.is_dir():
-            raise UserError(f"the demo model is not in {DEMO}: get the whole repository, or give another model")
-        return _local(DEMO, files)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
-        raise UserError(f"{name} is no folder, nor the name of a model: give an existing folder, or `demo`")
-    names = _names(name)
-    cached = [snapshot for known in names if (snapshot := _snapshot(known)) and not _lacks(snapshot, files)]
-    return cached[0] if cached else _download(names, files)
-
-
-def _local(folder, files):
-    missing = [name for name in files or ["config.json"] if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"the folder {folder} has no {' and no '.join(missing)}: give the folder of a model")
-    return folder
+        missing = [file for file in files or ["config.json"] if not (folder / file).is_file()]
+        if missing:
+            raise UserError(f"the folder {folder} has no {' and no '.join(missing)}: give the folder of a model")
+        return folder
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+        raise UserError(f"{name} is neither a folder nor the name of a model: give an existing folder, or `demo`")
+    looked = []
+    for known in _names(name):
+        place = cache_folder() / f"models--{known.replace('/', '--')}"
+        snapshot = _snapshot(place)
+        lack = _lack(snapshot, files) if snapshot else "absent"
+        if not lack:
+            return snapshot
+        looked.append(f"{place.name}: {lack}")
+    return _download(name, files, f"{cache_folder()} ({', '.join(looked)})")
 
 
 def _names(name):
@@ -74,70 +66,57 @@ def cache_folder():
     return pathlib.Path(os.path.expandvars(cache)).expanduser()
 
 
-def _cached(name):
-    """Returns the folder that the cache keeps for a Hub name."""
-    return cache_folder() / ("models--" + name.replace("/", "--"))
-
-
-def _snapshot(name):
-    """Returns the folder of the cached main revision of a Hub name, or None."""
-    reference = _cached(name) / "refs" / "main"
-    if not reference.is_file():
-        return None
-    commit = reference.read_text(encoding="utf-8", errors="replace").strip()
-    folder = _cached(name) / "snapshots" / commit
+def _snapshot(place):
+    """Returns the folder of the main revision in a model's part of the cache, or None."""
+    reference = place / "refs" / "main"
+    commit = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
+    folder = place / "snapshots" / commit
     return folder if re.fullmatch(r"\w+", commit, re.ASCII) and folder.is_dir() else None
 
 
-def _lacks(folder, files):
-    """Returns what a folder lacks of `files`, by default of a model with its vocabulary; "" where it lacks nothing."""
-    missing = [name for name in files or ["config.json"] if not (folder / name).is_file()]
-    if missing:
-        return missing[0]
-    if files is None and not any((folder / name).is_file() for name in VOCABULARIES):
-        return "vocab.txt"
+def _lack(folder, files):
+    """Returns what a folder lacks of `files`, or of a whole model with its vocabulary: "no vocab.txt"; else ""."""
+    for name in files or ["config.json"]:
+        if not (folder / name).is_file():
+            return f"no {name}"
+    if files:
+        return ""
     try:
-        return "" if files or weight_files(folder) else "weights"
-    except UserError as error:
-        return str(error)
+        weight_files(folder)
+    except UserError:
+        return "no weights, or not all"
+    return "" if any((folder / name).is_file() for name in VOCABULARIES) else f"no {VOCABULARIES[0]}"
 
 
-def _download(names, files):
-    """Returns the folder of a snapshot fetched into the cache, or raises UserError with the reason and two ways on."""
-    name = names[0]
-    looked = " and ".join(_cached(name).name for name in names)
+def _download(name, files, cache):
+    """Returns the folder of a snapshot fetched into the cache; UserError says why not, and two ways on."""
+    hub_name = _names(name)[0]
+    failed = f"{name} is not a folder, nor whole in the cache {cache}"
     ways = (
-        f"on a computer with a network run `hf download {name} --local-dir {name.rpartition('/')[2]}` and copy that "
-        "folder here, or give another model's folder, or `demo`"
+        f"where there is a network, run `hf download {hub_name} --local-dir {name.rpartition('/')[2]}` and copy that "
+        "folder; or name another model: a folder, or `demo`"
     )
-    missing = f"{name} is not a folder, nor in the cache {cache_folder()} ({looked})"
-    offline = [key for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(os.environ.get(key, ""))]
-    if offline:
-        raise UserError(f"{missing}, and {offline[0]} forbids a download: {ways}")
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise UserError(f"{failed}, and {variable} forbids a download: {ways}")
     import huggingface_hub  # reads HF_ENDPOINT and its kin when it is imported
 
     try:
-        # answers at once whether there is a network and such a model; snapshot_download would retry for minutes
-        info = huggingface_hub.HfApi().model_info(name, timeout=TIMEOUT)
-        safe = any(re.fullmatch(r"model(-.*)?\.safetensors", sibling.rfilename) for sibling in info.siblings or [])
+        # asked first, since it fails at once where there is no network or no such model; the download tries for long
+        info = huggingface_hub.HfApi().model_info(hub_name, timeout=TIMEOUT)
+        safe = any(re.fullmatch(r"model(-.*)?\.safetensors", file.rfilename) for file in info.siblings or [])
         folder = huggingface_hub.snapshot_download(
-            name,
+            hub_name,
             cache_dir=cache_folder(),
-            allow_patterns=files or WANTED + ([] if safe else PICKLED),
+            allow_patterns=files or ["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)],
             etag_timeout=TIMEOUT,
         )
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        raise UserError(f"{missing}, nor on {huggingface_hub.constants.ENDPOINT}: check the name, or {ways}") from None
-    except Exception as error:  # each version of the library, and of its HTTP client, has its own families
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the library's errors and those of its HTTP client share no base class
+        unknown = type(error).__name__ == "RepositoryNotFoundError"
+        reason = "no such model there" if unknown else " ".join(str(error).split()) or type(error).__name__
         source = huggingface_hub.constants.ENDPOINT
-        raise UserError(f"{missing}, and cannot be downloaded from {source} ({reason}): {ways}") from error
-    lacks = _lacks(pathlib.Path(folder), files)
-    if lacks:
-        raise UserError(f"{name} cannot be used: {lacks} is missing there: give another model")
+        raise UserError(f"{failed}, nor to be had from {source} ({reason}): {ways}") from error
+    lack = _lack(pathlib.Path(folder), files)
+    if lack:
+        raise UserError(f"{hub_name} has {lack} on the Hub: name another model")
     return pathlib.Path(folder)
-
-
-def _is_on(value):
-    """Whether an environment variable means yes, as huggingface_hub reads it."""
-    return value.upper() in ("1", "ON", "YES", "TRUE")

@@ -1,4 +1,4 @@
-"""The distillation objective: what is minimised, in plain PyTorch, and the path that computes it without keeping logits.
+"""The distillation objective in plain PyTorch, and the path that computes it without keeping logits.
 
     L = alpha_ce  * tau^2 * mean over R of KL(softmax(t / tau) || softmax(s / tau))     Hinton et al. 2015, section 2
       + alpha_mlm * mean over masked of -log softmax(s)[label]                          Devlin et al. 2018, section 3.1
@@ -53,7 +53,7 @@ class Counts:
         return self.tokens if objective.kd_rows == "all" else self.masked
 
 
-# ---- the reference: correct in any dtype, keeps everything -----------------------------------------------------------
+# ---- the reference: correct in any dtype, keeps everything
 
 
 def logit_losses_ref(s, t, labels, tau):
@@ -69,10 +69,10 @@ def logit_losses_ref(s, t, labels, tau):
     return kl, ce, (s - t).square().sum()
 
 
-# ---- the path that training takes: projection and loss together, a few rows at a time --------------------------------
+# ---- the path that training takes: projection and loss together, a few rows at a time
 
 CHUNK_BYTES = 32 << 20  # one buffer of logits: large enough for fast matrix products, small enough to stay in cache
-CACHE_ROWS = 8  # rows whose logits are turned into gradients together: 8 x 30,522 fp32 = 1 MB, inside a core's L2
+CACHE_ROWS = 4  # rows turned into gradients together: 4 x 30,522 fp32 = 0.5 MB, so that four such stay in a core's L2
 
 
 class _LinearDistillLoss(torch.autograd.Function):
@@ -82,48 +82,44 @@ class _LinearDistillLoss(torch.autograd.Function):
     def forward(ctx, h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight):
         device = h_s.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_s.dtype
-        stat_dtype = torch.promote_types(dtype, torch.float32)  # losses and statistics: at least fp32
+        wide = torch.promote_types(dtype, torch.float32)  # of softmax and sums
+        N, V = len(h_s), len(W_s)
+        # G is the gradient in units of `unit`, which enters in fp32 after the product: a half-precision G would
+        # otherwise underflow, its entries being a probability divided by thousands of rows
+        unit = max(abs(kl_weight) * tau, abs(ce_weight), abs(mse_weight)) or 1.0
+        in_units = [weight / unit for weight in (kl_weight, ce_weight, mse_weight)]
+        chunk = max(1, min(N, CHUNK_BYTES // (V * dtype.itemsize)))
         with torch.autocast(device, enabled=False):
-            W_s16, b_s16 = W_s.detach().to(dtype), b_s.detach().to(dtype)
+            models = [(h_s, W_s.to(dtype), b_s.to(dtype), h_s.new_empty(chunk, V, dtype=dtype))]
             if h_t is not None:
-                W_t, b_t = W_t.to(dtype), b_t.to(dtype)
-            N, V = len(h_s), len(W_s)
-            # G is the gradient in units of `unit`, which enters in fp32 after the product: a half-precision G would
-            # otherwise underflow, its entries being a probability divided by thousands of rows
-            unit = max(abs(kl_weight) * tau, abs(ce_weight), abs(mse_weight)) or 1.0
-            kl, ce, mse = (torch.zeros((), dtype=stat_dtype, device=h_s.device) for _ in range(3))
+                models += [(h_t, W_t.to(dtype), b_t.to(dtype), h_s.new_empty(chunk, V, dtype=dtype))]
+            scratch = [h_s.new_empty(CACHE_ROWS, V, dtype=wide) for _ in range(4)]
+            sums = h_s.new_zeros(3, dtype=wide)  # kl, ce, mse
             dh = torch.empty_like(h_s)
-            dW = torch.zeros_like(W_s, dtype=stat_dtype)
-            db = torch.zeros_like(b_s, dtype=stat_dtype)
-            chunk = max(CACHE_ROWS, CHUNK_BYTES // (V * W_s16.element_size()))
-            s_buffer = torch.empty(min(chunk, N), V, dtype=dtype, device=h_s.device)
-            t_buffer = torch.empty_like(s_buffer) if h_t is not None else None
+            dW, db = torch.zeros_like(W_s, dtype=wide), torch.zeros_like(b_s, dtype=wide)
             for start in range(0, N, chunk):
                 rows = slice(start, min(start + chunk, N))
-                h = h_s[rows].to(dtype)
-                G = torch.addmm(b_s16, h, W_s16.t(), out=s_buffer[: len(h)])  # student logits; becomes dL/ds
-                if h_t is not None:
-                    t = torch.addmm(b_t, h_t[rows].to(dtype), W_t.t(), out=t_buffer[: len(h)])
-                for r in range(0, len(h), CACHE_ROWS):
-                    block = slice(r, r + CACHE_ROWS)
-                    sums = _losses_and_gradient(
-                        G[block], t[block] if h_t is not None else None, labels[rows][block],
-                        tau, kl_weight / unit, ce_weight / unit, mse_weight / unit, stat_dtype,
-                    )  # fmt: skip
-                    kl, ce, mse = kl + sums[0], ce + sums[1], mse + sums[2]
-                dh[rows] = torch.mm(G, W_s16).mul_(unit)
-                if dtype == stat_dtype:
-                    dW.addmm_(G.t(), h, alpha=unit)
+                # logits / tau of student and, where there is one, teacher: (R, V) each
+                logits = [
+                    torch.addmm(b, h[rows].to(dtype), W.t(), beta=1 / tau, alpha=1 / tau, out=buffer[: len(h[rows])])
+                    for h, W, b, buffer in models
+                ]
+                for r in range(0, len(logits[0]), CACHE_ROWS):
+                    block = [x[r : r + CACHE_ROWS] for x in logits]
+                    sums += _losses_and_gradient(block, labels[rows][r : r + CACHE_ROWS], tau, *in_units, scratch)
+                G = logits[0]
+                dh[rows] = torch.mm(G, models[0][1]).mul_(unit)
+                if dtype == wide:
+                    dW.addmm_(G.t(), models[0][0][rows], alpha=unit)
                 else:
-                    dW.add_(torch.mm(G.t(), h), alpha=unit)
-                db.add_(G.sum(0, dtype=stat_dtype), alpha=unit)
+                    dW.add_(torch.mm(G.t(), models[0][0][rows].to(dtype)), alpha=unit)
+                db.add_(G.sum(0, dtype=wide), alpha=unit)
         ctx.save_for_backward(dh, dW.to(W_s.dtype), db.to(b_s.dtype))
-        loss = kl_weight * kl + ce_weight * ce + mse_weight * mse
-        ctx.mark_non_differentiable(kl, ce, mse)
-        return loss, kl, ce, mse
+        ctx.mark_non_differentiable(sums)
+        return sums @ sums.new_tensor([kl_weight, ce_weight, mse_weight]), sums
 
     @staticmethod
-    def backward(ctx, upstream, *_):
+    def backward(ctx, upstream, _):
         gradients = ctx.saved_tensors
         # reading one number is free on a CPU and spares a pass over dW; on a GPU it would stall the queue
         if upstream.device.type != "cpu" or upstream.item() != 1.0:
@@ -131,68 +127,79 @@ class _LinearDistillLoss(torch.autograd.Function):
         return *gradients, *([None] * 8)
 
 
-def _losses_and_gradient(s, t, labels, tau, kl_weight, ce_weight, mse_weight, stat_dtype):
-    """Returns (kl, ce, mse) sums of a few rows and overwrites their student logits s (R, V) with the gradient.
+def _losses_and_gradient(logits, labels, tau, kl_weight, ce_weight, mse_weight, scratch):
+    """Returns the sums (kl, ce, mse) of a few rows, and overwrites their student logits with the gradient.
 
-    With everything relative to the row maxima (a = s / tau, b = t / tau):
-        KL = sum_v p (b - a) - lse_b + lse_a,    lse = max - log(max probability)
-    The teacher's logits are left as they are.
+    logits: [s / tau, t / tau], each (R, V), or [s] with tau = 1; labels (R,). With a and b their distances from the
+    row maxima, and Z the sums of their exponentials, nothing large is ever subtracted from something large:
+        KL = sum_v p (b - a) - log Z_b + log Z_a
+    Every pass goes over half a megabyte in cache, into memory that is there already: allocating costs more than exp.
     """
-    zero = torch.zeros((), dtype=stat_dtype, device=s.device)
-    kl = ce = mse = zero
-    gradient = None
-    if t is not None:
-        a, b = s.to(stat_dtype) / tau, t.to(stat_dtype) / tau
-        if kl_weight:
-            q, p = torch.softmax(a, -1), torch.softmax(b, -1)
-            lse_a, lse_b = (x.amax(-1) - probability.amax(-1).log() for x, probability in ((a, q), (b, p)))
-            b -= a
-            kl = (torch.linalg.vecdot(p, b) - lse_b + lse_a).sum() * tau**2
-            gradient = q.sub_(p).mul_(kl_weight * tau)
-        else:
-            b -= a
+    a, b, q, p = (x[: len(labels)] for x in scratch)
+    wide = a.dtype
+    if logits[0].dtype == wide:
+        a, b = logits[0], logits[-1]
+    else:
+        a, b = a.copy_(logits[0]), b.copy_(logits[-1])
+    kl = mse = a.new_zeros(())
+    a_max = a.amax(-1, keepdim=True)
+    a.sub_(a_max)
+    labelled = (labels != IGNORE).nonzero().squeeze(1) if ce_weight else labels[:0]
+    log_q1 = torch.log_softmax(a[labelled] * tau, -1)  # at temperature 1, and only where there is a label
+    if len(logits) == 1:
+        gradient = a.zero_()
+    else:
+        b_max = b.amax(-1, keepdim=True)
+        b.sub_(b_max)
+        torch.exp(a, out=q)
+        torch.exp(b, out=p)
+        Z_a, Z_b = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+        p.div_(Z_b)
+        b.sub_(a)
+        kl = torch.dot(p.flatten(), b.flatten()) + (Z_a.log() - Z_b.log()).sum()
+        gradient = torch.sub(q.mul_(kl_weight * tau / Z_a), p, alpha=kl_weight * tau, out=a)
         if mse_weight:
-            b *= -tau  # s - t
-            mse = torch.linalg.vecdot(b, b).sum()
-            gradient = b.mul_(2 * mse_weight) if gradient is None else gradient.add_(b, alpha=2 * mse_weight)
-    labelled = (labels != IGNORE).nonzero().squeeze(1)
-    if ce_weight and len(labelled):
-        log_q1 = torch.log_softmax(s[labelled].to(stat_dtype), -1)
-        targets = labels[labelled, None]
-        ce = -log_q1.gather(1, targets).sum()
-        q1 = log_q1.exp_()
-        q1.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=stat_dtype))
-        q1 *= ce_weight
-        if gradient is None:
-            gradient = torch.zeros_like(s, dtype=stat_dtype)
-        gradient.index_add_(0, labelled, q1)
-    s.zero_() if gradient is None else s.copy_(gradient)
-    return kl, ce, mse
+            difference = b.add_(b_max - a_max).mul_(-tau)  # s - t
+            mse = torch.dot(difference.flatten(), difference.flatten())
+            gradient.add_(difference, alpha=2 * mse_weight)
+    targets = labels[labelled, None]
+    ce = -log_q1.gather(1, targets).sum()
+    q1 = log_q1.exp_().scatter_add_(1, targets, targets.new_full(targets.shape, -1, dtype=wide))
+    gradient.index_add_(0, labelled, q1, alpha=ce_weight)
+    if gradient is not logits[0]:
+        logits[0].copy_(gradient)
+    return torch.stack([kl * tau**2, ce, mse])
 
 
 def linear_distill_loss(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
     """Vocabulary projection and logit losses in one: never keeps (N, V) logits of either model, nor a graph over them.
 
-    h_s (N, C_s), W_s (V, C_s), b_s (V): student rows after the head's transform, decoder weight and bias; differentiable.
+    h_s (N, C_s), W_s (V, C_s), b_s (V): student rows after the head's transform, decoder weight, bias; differentiable.
     h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where no teacher is needed.
     labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
     Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
-    sums over rows (kl with its tau^2) are for the log. Arithmetic follows autocast; softmax and sums are fp32 or better.
+    sums over rows, in nats (kl with its tau^2), are for the log. Matrix products follow autocast; softmax and sums are
+    fp32 or better.
     """
     if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):
         raise ValueError("the teacher must be frozen: its rows, weight and bias take no gradient")
-    return _LinearDistillLoss.apply(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight)
+    if h_t is None:
+        tau, kl_weight, mse_weight = 1.0, 0.0, 0.0
+    loss, sums = _LinearDistillLoss.apply(
+        h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight
+    )
+    return loss, *sums
 
 
-# ---- the whole objective ---------------------------------------------------------------------------------------------
+# ---- the whole objective
 
 
 def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t=None):
     """One micro-batch's share of the update's loss.
 
-    labels (B, T) int64; h_s, h_t (B, T, C) last hidden states of `student` and `teacher` (`MaskedLM`s). The shares of
-    all micro-batches add up to L. Returns (loss, parts): parts is a float tensor (4,) on the device with this
-    micro-batch's share of the means (kl, ce, cos, mse), unweighted.
+    labels (B, T) int64; h_s, h_t (B, T, C) last hidden states of the `MaskedLM`s `student` and `teacher`. The shares of
+    all micro-batches add up to L. Returns (loss, parts): parts is fp32 (4,), this micro-batch's share of the means
+    (kl, ce, cos, mse), unweighted.
     """
     h_s_rows, row_labels = h_s.flatten(0, 1), labels.flatten()
     h_t_rows = None if h_t is None else h_t.flatten(0, 1)
@@ -211,7 +218,8 @@ def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t
     kd_denominator, mlm_denominator = max(counts.kd_rows(objective), 1), max(counts.masked, 1)
     loss, kl, ce, mse = linear_distill_loss(
         student.head(h_s_rows), *student.decoder, *on_teacher, row_labels, objective.temperature,
-        objective.alpha_ce / kd_denominator, objective.alpha_mlm / mlm_denominator, objective.alpha_mse / kd_denominator,
+        objective.alpha_ce / kd_denominator, objective.alpha_mlm / mlm_denominator,
+        objective.alpha_mse / kd_denominator,
     )  # fmt: skip
     parts = torch.stack([kl / kd_denominator, ce / mlm_denominator, cos.detach(), mse / kd_denominator]).float()
     return loss + objective.alpha_cos * cos, parts.detach()

@@ -76,7 +76,7 @@ class Embeddings(nn.Module):
 def attention_ref(q, k, v, mask=None):
     """softmax(q k^T / sqrt(D)) v for q, k, v of shape (B, H, T, D); mask (B, 1, 1, T) is True where a key may be seen.
 
-    The maths that `scaled_dot_product_attention` computes without keeping (B, H, T, T). Vaswani et al. 2017, section 3.2.1.
+    What `scaled_dot_product_attention` computes without keeping (B, H, T, T). Vaswani et al. 2017, section 3.2.1.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)
     if mask is not None:

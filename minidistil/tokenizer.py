@@ -116,9 +116,11 @@ def _read_tokenizer_json(path):
         ("normalizer", "clean_text", True),
         ("pre_tokenizer", "type", "BertPreTokenizer"),
     ):
-        found = (data.get(section) or {}).get(key, "WordPiece" if key == "type" and section == "model" else None)
+        found = (data.get(section) or {}).get(key)
+        if found is None and (section, key) == ("model", "type"):
+            continue  # early files leave it out
         if found != expected:
-            raise UserError(f"{path}: {section}.{key} is {found!r}, BERT's is {expected!r}: use the tokenizer of a BERT model")
+            raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
     ids = data["model"].get("vocab")
     if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
         raise UserError(f"{path}: the ids of its vocabulary are not 0, 1, 2, ...: use the vocab.txt of the model")
@@ -167,7 +169,7 @@ class _Table(dict):
 
 
 class _Cache(dict):
-    """chunk -> compute(chunk), of constant size: two generations, where the younger inherits what is asked for again."""
+    """chunk -> compute(chunk), of bounded size: the younger half, once full, takes the place of the older."""
 
     def __init__(self, compute, entries):
         self.compute, self.half, self.older = compute, entries // 2, {}
@@ -205,7 +207,9 @@ class Tokenizer:
         self.strip_accents = bool(lowercase if strip_accents is None else strip_accents)
         self.chinese = bool(chinese)
         self.max_length = max_length
-        self._longest_token = max(map(len, self.vocab))
+        self._first = {token: i for token, i in self.ids.items() if len(token) <= LONGEST_WORD}
+        self._later = {token[2:]: i for token, i in self.ids.items() if token.startswith("##")}
+        self._longest = max(map(len, self.vocab))
         self._clean = _Table(self._clean_character)
         self._fold = _Table(self._fold_character)
         self._cache = _Cache(self._pack, CACHE_ENTRIES)  # chunk -> its ids as the bytes of uint32
@@ -308,13 +312,13 @@ class Tokenizer:
 
     def _pack(self, chunk):
         """The ids of text without spaces as the bytes of uint32."""
-        ids = array.array("I")
+        ids = []
         for word in self._words(chunk):
-            if word in self.ids:
-                ids.append(self.ids[word])
+            if (i := self._first.get(word)) is not None:
+                ids.append(i)
             else:
-                ids.extend(self._pieces(word))
-        return ids.tobytes()
+                ids += self._pieces(word)
+        return array.array("I", ids).tobytes()
 
     def _words(self, chunk):
         """Normalises text without spaces and splits it at punctuation and around CJK characters."""
@@ -345,17 +349,16 @@ class Tokenizer:
         return (_LOWER.get(c) or c.lower()) if self.lowercase else c
 
     def _pieces(self, word):
-        """The ids of a word's pieces, the longest first; [UNK] for the whole word if some rest matches none."""
+        """The ids of a word's pieces, each the longest that fits; [UNK] for the whole word if some rest fits none."""
         if len(word) > LONGEST_WORD:
             return [self.unk_id]
-        ids, start = [], 0
-        while start < len(word):
-            prefix = "##" if start else ""
-            for end in range(min(len(word), start + self._longest_token), start, -1):
-                if (piece := prefix + word[start:end]) in self.ids:
-                    break
-            else:
+        ids, table = [], self._first
+        while word:
+            piece = word[: self._longest]
+            while piece and piece not in table:
+                piece = piece[:-1]
+            if not piece:
                 return [self.unk_id]
-            ids.append(self.ids[piece])
-            start = end
+            ids.append(table[piece])
+            word, table = word[len(piece) :], self._later
         return ids

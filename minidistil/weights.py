@@ -25,22 +25,11 @@ from minidistil.model import Config, MaskedLM
 # ---- safetensors
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 ZERO_DIGEST = "0" * 64  # stands in for the digest while it is computed
@@ -60,6 +49,8 @@ def read_safetensors(path, checksum=False):
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
+        if start == b"version ":
+            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
             raise _damaged(path, f"{size} bytes cannot hold a header of {length} bytes")
@@ -207,10 +198,10 @@ def weight_files(folder):
         raise UserError(f"{folder} holds no weights: looked for {', '.join(WEIGHT_FILES)}")
     if found.suffix != ".json":
         return [found]
-    shards = sorted(set(_read_index(found).values()))
+    shards = _read_index(found)
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}, named in {found.name}: copy or download it again")
+        raise UserError(f"{folder} lacks {_some(missing)}, named in {found.name}: copy or download it again")
     return [folder / name for name in shards]
 
 
@@ -240,15 +231,15 @@ def _read_json(path):
 
 
 def _read_index(path):
-    """Returns {tensor: shard} of an index; a shard is a plain file name, so that no path leads out of the folder."""
+    """Returns the shards that an index names, sorted: plain file names, so that no path leads out of the folder."""
     shards = _read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise _damaged(path, "it has no weight_map")
     suffix = ".safetensors" if ".safetensors." in path.name else ".bin"
     for shard in shards.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*", shard, re.ASCII) or not shard.endswith(suffix):
+        if not isinstance(shard, str) or not re.fullmatch(rf"\w[\w.-]*\{suffix}", shard, re.ASCII):
             raise _damaged(path, f"{shard!r} is not the name of a {suffix} file")
-    return shards
+    return sorted(set(shards.values()))
 
 
 def _read_bin(path):
@@ -319,7 +310,7 @@ def read_config(folder):
         ("add_cross_attention", False),
     ):
         if values.get(key, only) not in (only, None):
-            raise UserError(f"{path}: {key} is {values[key]!r}: only {only!r} is supported")
+            raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {only!r}")
     numbers = {} if family == "bert" else {"token_types": 0}
     for rule in CONFIG_KEYS:
         ours, theirs = rule[0], rule[column]
@@ -345,7 +336,7 @@ def _family(path, values):
     elif not family:
         family = "distilbert" if "n_layers" in values else "bert"
     if family not in ("bert", "distilbert"):
-        raise UserError(f"{path} describes a {family!r} model: only bert and distilbert are supported")
+        raise UserError(f"{path} describes a {family!r} model: use a bert or a distilbert")
     return family
 
 
@@ -515,7 +506,7 @@ def _by_their_names(folder, tensors, places):
         if tensor is not None:
             other = found.setdefault(original, tensor)
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
-                raise UserError(f"{folder}: {copy} differs from {original}: only a tied decoder is supported")
+                raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
     return found
 
 
@@ -546,8 +537,9 @@ def _fresh_head(config):
 
 
 def save_model(folder, model):
-    """Writes config.json and model.safetensors as transformers does: BertForMaskedLM, or DistilBertForMaskedLM without
-    token types; the tied decoder is not stored. `load_model` gives the same bits back.
+    """Writes config.json and model.safetensors of an fp32 MaskedLM as transformers does; `load_model` inverts it.
+
+    It becomes a BertForMaskedLM, or a DistilBertForMaskedLM without token types; the tied decoder is left out.
     """
     state = model.state_dict()
     tensors = {}

@@ -15,3 +15,31 @@ def assets():
     if not folder.is_dir():
         pytest.skip("real assets are absent: set MINIDISTIL_ASSETS to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A world in which training takes milliseconds: `tiny / "teacher"` (random, 4 layers x 32) and `tiny / "corpus"`."""
+    import random
+
+    from data.prepare import prepare
+    from minidistil import weights
+    from minidistil.model import Config, MaskedLM
+    from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = random.Random(0)
+    words = sorted({"".join(rng.choices("abcdefgh", k=rng.randint(1, 4))) for _ in range(400)})
+    vocab = [*SPECIAL_TOKENS.values(), *words]
+    tokenizer = Tokenizer(vocab, max_length=32)
+    config = Config(vocab_size=len(vocab), positions=32, layers=4, heads=2, width=32, mlp_width=64)
+    weights.save_model(folder / "teacher", MaskedLM(config, seed=1))
+    tokenizer.save(folder / "teacher", "bert")
+    # words that predict their neighbours, so that there is something to learn
+    text = "\n".join(
+        " ".join(words[(start + step * i) % len(words)] for i in range(rng.randint(5, 60)))
+        for start, step in ((rng.randrange(len(words)), rng.randint(1, 3)) for _ in range(300))
+    )
+    (folder / "text.txt").write_text(text)
+    prepare([str(folder / "text.txt")], folder / "teacher", folder / "corpus", val_share=0.1, workers=1, progress=False)
+    return folder

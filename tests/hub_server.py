@@ -34,20 +34,16 @@ def hub_server(models):
             match = re.fullmatch(r"/api/models/(.+?)(/revision/main|/tree/\w+)?", path)
             if match and match[1] in models:
                 files = sorted(f for f in pathlib.Path(models[match[1]]).iterdir() if f.is_file())
-                if (match[2] or "").startswith("/tree/"):
-                    self.send_json([{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files])
-                else:
-                    siblings = [{"rfilename": f.name} for f in files]
-                    self.send_json({"id": match[1], "modelId": match[1], "sha": COMMIT, "siblings": siblings, "tags": []})
+                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files]
+                info = {"id": match[1], "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files], "tags": []}
+                self.send_json(tree if (match[2] or "").startswith("/tree/") else info)
                 return
             match = re.fullmatch(r"/(.+)/resolve/\w+/([^/]+)", path)
             file = pathlib.Path(models[match[1]]) / match[2] if match and match[1] in models else None
             if file and file.is_file():
                 self.send(200, file.read_bytes(), ETag=f'"{etag(file)}"')
-            elif file:
-                self.send(404, b"", **{"X-Error-Code": "EntryNotFound"})
             else:
-                self.send(404, b"", **{"X-Error-Code": "RepoNotFound"})
+                self.send(404, b"", **{"X-Error-Code": "EntryNotFound" if file else "RepoNotFound"})
 
         def send_json(self, value):
             self.send(200, json.dumps(value).encode(), **{"Content-Type": "application/json"})

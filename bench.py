@@ -1,0 +1,241 @@
+"""Speed and memory, ours against the alternatives, in one run: each provider is checked before it is timed.
+
+    python bench.py step          one update of distillation on this CPU, against the original script's way of doing it
+    python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
+    python bench.py               both
+
+Prints a table, writes results/CASE.json and ends with one JSON line: {"device", "versions", "results": [...]}.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+
+from minidistil import files, weights
+from minidistil.cli import UserError, given, run, setting
+from minidistil.data import Corpus, Sequences
+from minidistil.losses import IGNORE
+from minidistil.machine import peak_rss_mib, versions
+from minidistil.model import Config, MaskedLM
+from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass
+class Settings:
+    case: str = setting(dataclasses.MISSING, "what to measure", nargs="?", default="all",
+                        choices=("step", "tokenizer", "all"))  # fmt: skip
+    tiny: bool = setting(False, "seconds instead of minutes: shows that it runs, not how fast")
+    rounds: int = setting(3, "times that each provider is measured, in turn")
+    out: str = setting("results", "folder for the JSON files")
+
+
+# ---- step: one update of the published recipe, scaled to a CPU
+
+# 4 x 256 teacher, half of it as the student, the real vocabulary's size, 8 sequences of 128 tokens, 5 micro-batches
+STEP = dict(layers=4, width=256, heads=4, mlp_width=1024, vocab_size=30522, T=128, batch=8, accum=5, updates=6)
+TINY_STEP = STEP | dict(width=32, heads=2, mlp_width=64, vocab_size=500, T=32, batch=2, updates=2)
+
+
+def make_world(folder, shape, words=400_000, seed=0):
+    """Writes a random teacher and a corpus of random words, as frequent as words are (Zipf), that it can read."""
+    from data.prepare import prepare
+
+    rng = random.Random(seed)
+    vocab = [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(shape["vocab_size"] - 5))]
+    shape = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
+    weights.save_model(folder / "teacher", MaskedLM(Config(positions=128, **shape), seed=seed))
+    Tokenizer(vocab, max_length=128).save(folder / "teacher", "bert")
+    frequencies = [1 / (i + 10) for i in range(len(vocab) - 5)]
+    drawn = rng.choices(vocab[5:], frequencies, k=words)
+    (folder / "text.txt").write_text("\n".join(" ".join(drawn[i : i + 200]) for i in range(0, words, 200)))
+    prepare([str(folder / "text.txt")], folder / "teacher", folder / "corpus", val_share=0.05, progress=False)
+
+
+def ours(folder, shape, kd_rows):
+    """Runs train.py itself; returns its own tokens/s and peak memory."""
+    command = [sys.executable, ROOT / "train.py", "--teacher", folder / "teacher", "--data", folder / "corpus"]
+    command += ["--seq-len", shape["T"], "--batch", shape["batch"], "--accum", shape["accum"]]
+    command += ["--steps", shape["updates"], "--kd-rows", kd_rows]
+    command += ["--eval-tokens", 1024, "--eval-every", 1000, "--save-every", 1000, "--device", "cpu"]
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        return last_line(subprocess.run([*map(str, command), "--out", out], capture_output=True, text=True))
+
+
+def last_line(done):
+    if done.returncode:
+        raise UserError(f"{done.stderr.strip()}: see the command alone: {' '.join(done.args)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def original(folder, shape):
+    """The same update the way the original script writes it, in plain PyTorch; returns tokens/s and peak memory.
+
+    After huggingface/transformers-research-projects, distillation/distiller.py: padded batches with an attention mask,
+    logits of every position from both models, rows taken out by masked_select, KLDivLoss + CrossEntropyLoss +
+    CosineEmbeddingLoss, a mean per micro-batch, several host reads a step, AdamW without fusion, fp32.
+    """
+    folder = pathlib.Path(folder)
+    tokenizer = Tokenizer.load(folder / "teacher")
+    corpus = Corpus(folder / "corpus")
+    sequences = Sequences(corpus.train, shape["T"], tokenizer, 0, corpus.counts, 0.7, shuffle=True)
+    teacher = weights.load_model(folder / "teacher").eval()
+    student = weights.student_from_teacher(teacher, weights.student_layers(teacher.config.layers)).train()
+    optimizer = torch.optim.AdamW(student.parameters(), 5e-4, (0.9, 0.98), eps=1e-6, fused=False, foreach=False)
+    G, tau, start, n = shape["batch"] * shape["accum"], 2.0, None, 0
+    logged = 0.0
+    for update in range(shape["updates"] + 1):
+        if update == 1:  # the first warms up
+            start = time.perf_counter()
+        ids, labels = map(torch.from_numpy, sequences.take(update * G, G))
+        for x, y in zip(ids.split(shape["batch"]), labels.split(shape["batch"]), strict=True):
+            lengths = torch.randint(shape["T"] - 6, shape["T"] + 1, (len(x),))  # lengths differ by at most 4 to 8
+            mask = torch.arange(shape["T"])[None] < lengths[:, None]  # (B, T)
+            y = y.masked_fill(~mask, IGNORE)
+            h_s = student(x, mask)
+            s = student.logits(h_s)  # (B, T, V)
+            with torch.no_grad():
+                h_t = teacher(x, mask)
+                t = teacher.logits(h_t)
+            rows = mask[..., None].expand_as(s)
+            s_rows, t_rows = (torch.masked_select(z, rows).view(-1, s.size(-1)) for z in (s, t))  # (N, V)
+            kl = torch.nn.KLDivLoss(reduction="batchmean")(
+                F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)
+            ) * tau**2
+            ce = torch.nn.CrossEntropyLoss(ignore_index=IGNORE)(s.view(-1, s.size(-1)), y.flatten())
+            wide = mask[..., None].expand_as(h_s)
+            c_s, c_t = (torch.masked_select(h, wide).view(-1, h.size(-1)) for h in (h_s, h_t))
+            cos = torch.nn.CosineEmbeddingLoss()(c_s, c_t, c_s.new_ones(len(c_s)))
+            loss = 5.0 * kl + 2.0 * ce + cos
+            logged += loss.item() + kl.item() + ce.item() + cos.item()
+            (loss / shape["accum"]).backward()
+            n += int(mask.sum()) if update else 0
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    return {"tokens_per_second": n / seconds, "peak_rss_mib": peak_rss_mib(), "loss": logged}
+
+
+def bench_step(settings):
+    shape = TINY_STEP if settings.tiny else STEP
+    providers = {"original's way": [], "ours, all rows": [], "ours, masked rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        make_world(folder, shape, 40_000 if settings.tiny else 400_000)
+        # in a process of its own, as ours is, so that its peak memory is its own
+        program = "import bench, json, sys; print(json.dumps(bench.original(*map(json.loads, sys.argv[1:]))))"
+        command = [sys.executable, "-c", program, json.dumps(str(folder)), json.dumps(shape)]
+        for _ in range(settings.rounds):
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            providers["original's way"].append(last_line(done))
+            providers["ours, all rows"].append(ours(folder, shape, "all"))
+            providers["ours, masked rows"].append(ours(folder, shape, "masked"))
+    results = []
+    for provider, measured in providers.items():
+        speeds = sorted(m["tokens_per_second"] for m in measured)
+        results.append({
+            "case": "step", "provider": provider, "shape": shape, "tokens_per_second": spread(speeds),
+            "peak_mib": max(m["peak_rss_mib"] for m in measured),
+        })  # fmt: skip
+    base = results[0]["tokens_per_second"][1]
+    for result in results:
+        result["speed_up"] = round(result["tokens_per_second"][1] / base, 2)
+    return results
+
+
+# ---- tokenizer: one thread, English
+
+
+def bench_tokenizer(settings):
+    """Ids must be identical before anything is timed; ours starts each round with an empty cache."""
+    os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"] = "false", "1"
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("there is nothing to compare with: pip install -r requirements-dev.txt") from None
+    from data.docstrings import harvest, python_files
+
+    paths = python_files()
+    texts = harvest(paths[:: 20 if settings.tiny else 1])
+    mine = Tokenizer.load(ROOT / "data" / "demo")
+    rust = tokenizers.Tokenizer(tokenizers.models.WordPiece(mine.ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    rust.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+
+    def cold():
+        fresh = Tokenizer(mine.vocab, mine.lowercase)
+        return [fresh.encode(text) for text in texts]
+
+    providers = {
+        "ours, cold cache": cold,
+        "ours, warm cache": lambda: [mine.encode(text) for text in texts],
+        "tokenizers, one text at a time": lambda: [rust.encode(text, add_special_tokens=False).ids for text in texts],
+        "tokenizers, encode_batch": lambda: [e.ids for e in rust.encode_batch(texts, add_special_tokens=False)],
+    }
+    expected = providers["tokenizers, encode_batch"]()
+    for provider, encode in providers.items():
+        if encode() != expected:
+            raise UserError(f"{provider} gives other ids than tokenizers: no time is reported for a wrong result")
+    tokens, times = sum(map(len, expected)), {provider: [] for provider in providers}
+    for _ in range(settings.rounds):
+        for provider, encode in providers.items():
+            start = time.process_time()
+            encode()
+            times[provider].append(time.process_time() - start)
+    results = []
+    for provider, seconds in times.items():
+        speeds = sorted(tokens / s for s in seconds)
+        results.append({"case": "tokenizer", "provider": provider, "shape": {"tokens": tokens, "texts": len(texts)},
+                        "tokens_per_second": spread(speeds)})  # fmt: skip
+    best = max(r["tokens_per_second"][1] for r in results if r["provider"].startswith("tokenizers"))
+    for result in results:
+        result["speed_up"] = round(result["tokens_per_second"][1] / best, 2)
+    return results
+
+
+# ---- the frame
+
+
+def spread(ordered):
+    """[p20, p50, p80] of sorted values."""
+    n = len(ordered) - 1
+    return [round(x, 1) for x in (ordered[round(0.2 * n)], statistics.median(ordered), ordered[round(0.8 * n)])]
+
+
+def show(results):
+    print(f"{'case':<10} {'provider':<32} {'tokens/s':>12} {'[p20, p80]':>22} {'speed-up':>9} {'peak MiB':>9}")
+    for r in results:
+        low, middle, high = r["tokens_per_second"]
+        around, peak = f"[{low:,.0f}, {high:,.0f}]", f"{r['peak_mib']:,.0f}" if "peak_mib" in r else ""
+        print(f"{r['case']:<10} {r['provider']:<32} {middle:>12,.0f} {around:>22} {r['speed_up']:>8.2f}x {peak:>9}")
+
+
+def main(argv):
+    settings = Settings(**given(Settings, argv, __doc__))
+    cases = {"step": bench_step, "tokenizer": bench_tokenizer}
+    chosen = cases if settings.case == "all" else [settings.case]
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    report = {"device": device, "versions": versions(), "results": []}
+    for case in chosen:
+        results = cases[case](settings)
+        show(results)
+        report["results"] += results
+        files.write_json(pathlib.Path(settings.out) / f"{case}.json", {**report, "results": results})
+    print(json.dumps(report, separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,762 @@
+"""data/prepare.py: against a naive writer, for every kind of source, and under every kind of interruption."""
+
+import bz2
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import operator
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data import docstrings, sources, wikipedia
+from data.encode import HASHES, document_hash, pieces, token_dtype
+from data.prepare import prepare
+from data.workers import ordered_map
+from minidistil import files
+from minidistil.cli import UserError
+from minidistil.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORDS = "the of a cat dog sat on mat runs fast slowly house river blue green sky tree under over and".split()
+SHARE = 0.1  # enough of these small corpora to be held out as asked
+CONTENTS = ("train.bin", "val.bin", "counts.npy", "meta.json", "vocab.txt")
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *".,!0123456789"]
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    path.write_text("\n".join(dict.fromkeys(entries + WORDS)) + "\n", encoding="utf-8")
+    return path
+
+
+def some_documents(count, seed=0):
+    """Returns distinct documents of 3 to 40 words."""
+    draw = random.Random(seed)
+    return [f"{i} " + " ".join(draw.choices(WORDS, k=draw.randint(3, 40))) + "." for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return some_documents(2000)
+
+
+def write_lines(path, documents):
+    path.write_text("\n".join(documents) + "\n", encoding="utf-8")
+    return path
+
+
+def naive(documents, vocab, share=SHARE):
+    """Returns (train ids, val ids), one document after the other in plain Python."""
+    tokenizer = Tokenizer.load(vocab)
+    sides = [], []
+    for document in documents:
+        number = int(hashlib.blake2b(document.encode(), digest_size=8).hexdigest(), 16) % 2**63
+        sides[number < share * 2**63].extend([*tokenizer.encode(document), tokenizer.sep_id])
+    return sides
+
+
+def read(folder):
+    """Returns the contents of a prepared folder, after checking that its meta.json tells the truth about them."""
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+    assert meta["meta_sha256"] == hashlib.sha256(canonical).hexdigest()
+    for name, digest in meta["sha256"].items():
+        assert files.sha256(folder / name) == digest
+    train, val = (np.fromfile(folder / name, meta["dtype"]) for name in ("train.bin", "val.bin"))
+    counts = np.load(folder / "counts.npy")
+    tokenizer = Tokenizer.load(folder)
+    assert meta["format"] == 1 and meta["vocab_size"] == len(tokenizer.vocab) == len(counts)
+    assert meta["tokenizer"] == tokenizer.digest
+    assert meta["tokens"] == {"train": len(train), "val": len(val)}
+    for side, ids in (("train", train), ("val", val)):
+        assert meta["documents"][side] == np.count_nonzero(ids == tokenizer.sep_id)
+    assert counts.dtype == np.int64 and np.array_equal(counts, np.bincount(train, minlength=len(counts)))
+    return train, val, meta
+
+
+def split_documents(ids, tokenizer):
+    """Returns the set of documents, as tuples of ids."""
+    ends = np.flatnonzero(ids == tokenizer.sep_id) + 1
+    return {tuple(part[:-1]) for part in np.split(ids, ends)[:-1]}
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "data" / "prepare.py"), *map(str, arguments)]
+
+
+def start(*arguments):
+    """Starts a run in a process group of its own."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*arguments), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, **options)
+
+
+# --- the files ---
+
+
+def test_same_ids_as_a_naive_writer(tmp_path, vocab, documents):
+    source = write_lines(tmp_path / "text.txt", documents)
+    meta = prepare([source], vocab, tmp_path / "out", SHARE, workers=1)
+    train, val, stored = read(tmp_path / "out")
+    expected = naive(documents, vocab)
+    assert train.tolist() == expected[0] and val.tolist() == expected[1]
+    assert meta == stored
+    assert sum(meta["bytes"].values()) == sum(len(text.encode()) for text in documents)
+    assert meta["sources"] == [str(source)]
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
+
+
+def test_the_training_program_reads_it(tmp_path, vocab, documents):
+    data = pytest.importorskip("minidistil.data")
+    prepare([write_lines(tmp_path / "text.txt", documents)], vocab, tmp_path / "out", SHARE, workers=1)
+    corpus = data.Corpus(tmp_path / "out")
+    train, val, _ = read(tmp_path / "out")
+    assert np.array_equal(corpus.train, train) and np.array_equal(corpus.val, val)
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path, vocab):
+    """Over several batches, a document longer than a batch among them."""
+    documents = some_documents(30_000)
+    documents[7] = " ".join(random.Random(1).choices(WORDS, k=400_000))
+    source = write_lines(tmp_path / "text.txt", documents)
+    assert source.stat().st_size > 4 * sources.BATCH_BYTES
+    for workers in (1, 2, 3):
+        prepare([source], vocab, tmp_path / str(workers), SHARE, workers=workers)
+    for name in CONTENTS:
+        assert len({files.sha256(tmp_path / str(workers) / name) for workers in (1, 2, 3)}) == 1
+    train, val, _ = read(tmp_path / "2")
+    expected = naive(documents, vocab)
+    assert train.tolist() == expected[0] and val.tolist() == expected[1]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_ids_take_the_smallest_type_that_holds_them(tmp_path, size, dtype):
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+    entries += [f"[unused{i}]" for i in range(size - len(entries) - 1)] + ["last"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
+    source = write_lines(tmp_path / "text.txt", ["last a"] * 50 + ["a last"] * 50)
+    meta = prepare([source], tmp_path / "vocab.txt", tmp_path / "out", workers=1)
+    assert meta["dtype"] == dtype and token_dtype(size).str == {"uint16": "<u2", "uint32": "<u4"}[dtype]
+    train, val, _ = read(tmp_path / "out")
+    assert set(np.concatenate([train, val]).tolist()) == {3, 5, size - 1}
+
+
+def test_long_text_is_cut_only_where_no_token_changes(vocab):
+    tokenizer = Tokenizer.load(vocab)
+    text = "\u00e9 ".join(random.Random(2).choices(WORDS, k=60_000)) + "x" * 200_000 + " \ttail\nof text"
+    parts = list(pieces(text))
+    assert len(parts) > 4 and "".join(parts) == text
+    assert list(itertools.chain.from_iterable(map(tokenizer.encode, parts))) == tokenizer.encode(text)
+
+
+# --- the held-out documents ---
+
+
+def test_a_document_stays_on_its_side(tmp_path, vocab, documents):
+    tokenizer = Tokenizer.load(vocab)
+    sides = []
+    shuffled = random.Random(3).sample(documents, len(documents))
+    for name, texts in (("a", documents), ("b", shuffled), ("c", some_documents(500, seed=9) + documents[:1000])):
+        prepare([write_lines(tmp_path / f"{name}.txt", texts)], vocab, tmp_path / name, val_share=0.2, workers=1)
+        sides.append([split_documents(ids, tokenizer) for ids in read(tmp_path / name)[:2]])
+    assert sides[0] == sides[1]
+    assert not sides[0][0] & sides[0][1]
+    assert not sides[0][0] & sides[2][1] and not sides[0][1] & sides[2][0]
+    held_out = [document_hash(text.encode()) < 0.2 * HASHES for text in documents]
+    assert 0.15 < np.mean(held_out) < 0.25
+
+
+def test_repeated_text_is_on_one_side(tmp_path, vocab):
+    source = write_lines(tmp_path / "text.txt", some_documents(300) * 4)
+    prepare([source], vocab, tmp_path / "out", val_share=0.3, workers=1)
+    train, val, meta = read(tmp_path / "out")
+    tokenizer = Tokenizer.load(vocab)
+    assert not split_documents(train, tokenizer) & split_documents(val, tokenizer)
+    assert meta["documents"]["train"] + meta["documents"]["val"] == 1200
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 60, 700])
+def test_a_small_corpus_holds_out_the_smallest_hashes(tmp_path, vocab, count):
+    documents = some_documents(count, seed=4)
+    source = write_lines(tmp_path / "text.txt", documents)
+    prepare([source], vocab, tmp_path / "out", val_share=1e-6, workers=1)
+    train, val, meta = read(tmp_path / "out")
+    held_out = meta["documents"]["val"]
+    tokenizer = Tokenizer.load(vocab)
+    by_hash = sorted(documents, key=lambda text: document_hash(text.encode()))
+    assert split_documents(val, tokenizer) == {tuple(tokenizer.encode(text)) for text in by_hash[:held_out]}
+    target = min(2048, 0.1 * (len(train) + len(val)))
+    assert len(val) >= target and meta["documents"]["train"] >= 1
+    assert held_out == 1 or len(val) - len(tokenizer.encode(by_hash[held_out - 1])) - 1 < target  # and no more
+
+
+def test_a_share_that_takes_everything_leaves_something(tmp_path, vocab):
+    for count in (4, 300):
+        source = write_lines(tmp_path / f"{count}.txt", some_documents(count))
+        meta = prepare([source], vocab, tmp_path / f"{count}", 1 - 1e-12, workers=1)
+        assert meta["documents"]["train"] and meta["documents"]["val"]
+
+
+def test_a_long_document_with_the_largest_hash_is_not_held_out(tmp_path, vocab):
+    long = " ".join(WORDS * 100)
+    short = next(text for text in some_documents(100) if document_hash(text.encode()) < document_hash(long.encode()))
+    meta = prepare([write_lines(tmp_path / "t.txt", [long, short])], vocab, tmp_path / "o", workers=1)
+    assert meta["documents"] == {"train": 1, "val": 1} and meta["bytes"]["train"] == len(long)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no text"), ("\n \n\t\n\u200b\n", "no text"), ("a cat", "one document"), ("a cat\na cat\n", "one document")],
+)
+def test_what_cannot_be_split_is_refused(tmp_path, vocab, text, message):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prepare([tmp_path / "text.txt"], vocab, tmp_path / "out", workers=1)
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+# --- kinds of sources ---
+
+
+def write_jsonl(path, documents):
+    return write_lines(path, [json.dumps({"id": i, "text": text}) for i, text in enumerate(documents)])
+
+
+def write_tsv(path, documents):
+    return write_lines(path, ["id\ttext\tend", *(f"{i}\t{text}\tz" for i, text in enumerate(documents))])
+
+
+def write_windows(path, documents):
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(documents).encode())
+    return path
+
+
+def write_paragraphs(path, documents):
+    return write_lines(path, [text.replace(" ", "\n") + "\n \n" for text in documents])
+
+
+@pytest.mark.parametrize("compress", [None, gzip, bz2], ids=["plain", "gz", "bz2"])
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.txt", write_lines),
+        ("a.jsonl", write_jsonl),
+        ("a.tsv", write_tsv),
+        ("b.txt", write_windows),
+        ("c.txt", write_paragraphs),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, vocab, documents, name, write, compress):
+    path = write(tmp_path / name, documents)
+    if compress:
+        ending = {gzip: ".gz", bz2: ".bz2"}[compress]
+        half = path.stat().st_size // 2  # two members: what `cat a.gz b.gz` makes
+        data = path.read_bytes()
+        path.unlink()
+        path = path.with_name(name + ending)
+        path.write_bytes(compress.compress(data[:half]) + compress.compress(data[half:]))
+    prepare([path], vocab, tmp_path / "out", SHARE, workers=1)
+    train, val, _ = read(tmp_path / "out")
+    if write is not write_paragraphs:  # there the hash is that of the lines
+        assert (train.tolist(), val.tolist()) == naive(documents, vocab)
+    else:
+        tokenizer = Tokenizer.load(vocab)
+        found = split_documents(train, tokenizer) | split_documents(val, tokenizer)
+        assert found == {tuple(tokenizer.encode(text)) for text in documents}
+
+
+def test_a_folder_is_read_in_sorted_order(tmp_path, vocab, documents):
+    folder = tmp_path / "text"
+    for name in ("b/2.txt", "b/10.txt", "a.txt", ".hidden/x.txt", "b/.x.txt", "b/picture.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, part in (("a.txt", documents[1500:]), ("b/10.txt", documents[:700]), ("b/2.txt", documents[700:1500])):
+        write_lines(folder / name, part)
+    for name in (".hidden/x.txt", "b/.x.txt", "b/picture.png"):
+        (folder / name).write_bytes(b"\0 the cat")
+    prepare([folder], vocab, tmp_path / "out", SHARE, workers=1)
+    train, val, _ = read(tmp_path / "out")
+    assert (train.tolist(), val.tolist()) == naive(documents[1500:] + documents[:1500], vocab)
+
+
+def test_blank_lines_separate_documents_if_there_are_enough(tmp_path):
+    def texts(content):
+        (tmp_path / "x.txt").write_text(content, encoding="utf-8")
+        [batch] = sources.batches([tmp_path / "x.txt"])
+        return [text for text in batch.read(batch.payload) if text.strip()]
+
+    assert texts("one\ntwo\n\nthree\nfour\n") == ["one\ntwo", "three\nfour"]
+    assert texts("\n\none\ntwo\n\n\n") == ["one", "two"]  # at the ends they separate nothing
+    assert texts("one\n" * 300 + "\n" + "two\n" * 300) == ["one"] * 300 + ["two"] * 300
+    assert texts("one\n" * 98 + "\ntwo\n") == ["\n".join(["one"] * 98), "two"]
+
+
+def test_batches_end_between_documents(tmp_path):
+    paragraph = "\n".join(["some words of a paragraph"] * 40)
+    (tmp_path / "x.txt").write_text("\n\n".join(f"{i}\n{paragraph}" for i in range(3000)), encoding="utf-8")
+    batches = list(sources.batches([tmp_path / "x.txt"]))
+    assert len(batches) >= 3 and all(batch.weight < 1.1 * sources.BATCH_BYTES for batch in batches)
+    assert sum(batch.progress for batch in batches) == (tmp_path / "x.txt").stat().st_size
+    found = [text for batch in batches for text in batch.read(batch.payload) if text]
+    assert found == [f"{i}\n{paragraph}" for i in range(3000)]
+
+
+def test_invalid_utf8_is_replaced(tmp_path, vocab):
+    (tmp_path / "x.txt").write_bytes(b"a c\xffat\nthe \xc3\ndog runs\n")
+    [batch] = sources.batches([tmp_path / "x.txt"])
+    assert batch.read(batch.payload) == ["a c\ufffdat", "the \ufffd", "dog runs", ""]
+    prepare([tmp_path / "x.txt"], vocab, tmp_path / "out", workers=1)
+    read(tmp_path / "out")
+
+
+def test_half_a_surrogate_pair_is_no_obstacle(tmp_path, vocab):
+    write_lines(tmp_path / "x.jsonl", ['{"text": "a \\ud800 cat"}', '{"text": "the dog"}', '{"text": null}', ""])
+    meta = prepare([tmp_path / "x.jsonl"], vocab, tmp_path / "out", workers=1)
+    assert sum(meta["documents"].values()) == 2
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    for name, content in (("x.jsonl", '{"text": "a"}'), ("x.txt", "a"), ("x.tsv", "text\na")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        [batch] = sources.batches([tmp_path / name])
+        assert batch.read(batch.payload) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "message"),
+    [
+        ("x.jsonl", '{"text": "a"}\n{"body": "b"}\n', "text", "x.jsonl, line 2 has no field 'text', only body:"),
+        ("x.jsonl", '{"text": "a"}\n\n{"text": \n', "text", "x.jsonl, line 3 is not JSON"),
+        ("x.jsonl", '{"text": "a longer one"}\n' * 60_000 + "?", "text", "x.jsonl, line 60001 is not JSON"),
+        ("x.jsonl", '{"text": 3}\n', "text", "x.jsonl, line 1: field 'text' is not text"),
+        ("x.jsonl", "[1]\n", "text", "line 1 has no field 'text', only list"),
+        ("x.tsv", "id\tsentence\n1\ta cat\n", "text", "x.tsv has no column 'text', only id, sentence: .*--field"),
+        ("x.tsv", "id\ttext\n1\ta cat\n2\n", "text", "x.tsv, line 3 has 1 of 2 columns"),
+        ("x.txt", "a\0b", "text", "x.txt is not UTF-8 text"),
+    ],
+)
+def test_what_a_file_lacks_is_said_with_its_place(tmp_path, vocab, name, content, field, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        prepare([tmp_path / name], vocab, tmp_path / "out", field=field, workers=1)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_another_field(tmp_path, vocab, documents):
+    lines = ["n\tbody text", *(f"{i}\t{text}\twith a tab" for i, text in enumerate(documents))]
+    prepare([write_lines(tmp_path / "x.tsv", lines)], vocab, tmp_path / "out", SHARE, 1, "body text")
+    train, val, _ = read(tmp_path / "out")
+    assert (train.tolist(), val.tolist()) == naive([f"{text}\twith a tab" for text in documents], vocab)
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.txt.bz2"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "not compressed"])
+def test_damaged_compression_names_the_file(tmp_path, vocab, documents, name, damage):
+    text = "\n".join(documents).encode()
+    data = gzip.compress(text) if name.endswith("gz") else bz2.compress(text)
+    middle = len(data) // 2
+    changed = data[:middle] + b"oops" + data[middle + 4 :]
+    data = {"cut": data[:middle], "changed": changed, "not compressed": text}[damage]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged .*fetch or compress it again"):
+        prepare([tmp_path / name], vocab, tmp_path / "out", workers=1)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_sources_that_are_not_there_are_refused_at_once(tmp_path, vocab):
+    (tmp_path / "empty").mkdir()
+    for source, message in (
+        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "empty", "no .txt .* file below"),
+        (f"wikipedia:{tmp_path / 'nothing.xml'}", "is not a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare([source], vocab, tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match="no source"):
+        prepare([], vocab, tmp_path / "out")
+    for options in ({"val_share": 0}, {"val_share": 1.5}, {"workers": 0}):
+        with pytest.raises(UserError, match="--"):
+            prepare(["docs"], vocab, tmp_path / "out", **options)
+
+
+def test_hugging_face_datasets(tmp_path, vocab, monkeypatch):
+    class Datasets:
+        @staticmethod
+        def load_dataset(name, config, split, streaming):
+            assert (name, config, split, streaming) == ("org/set", "small", "train", True)
+            return ({"body": text} for text in some_documents(50))
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    prepare(["hf:org/set:small:body"], vocab, tmp_path / "out", val_share=0.2, workers=1)
+    train, val, _ = read(tmp_path / "out")
+    assert (train.tolist(), val.tolist()) == naive(some_documents(50), vocab, 0.2)
+    with pytest.raises(UserError, match="no column 'text', only body"):
+        prepare(["hf:org/set:small"], vocab, tmp_path / "out2", workers=1)
+    with pytest.raises(UserError, match="hf:other cannot be read .AssertionError"):
+        prepare(["hf:other"], vocab, tmp_path / "out2", workers=1)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        prepare(["hf:org/set"], vocab, tmp_path / "out2", workers=1)
+
+
+# --- documentation strings ---
+
+PYTHON_SOURCE = r'''
+"""Module of *some* importance.
+
+.. note:: Kept because it is prose.
+
+.. code-block:: python
+
+    dropped = 1
+"""
+
+class Thing:
+    """A :class:`~package.Thing` that has ``names`` and a `link <https://example.org>`_.
+
+    Parameters
+    ----------
+    x : int
+        The number of **items** to count::
+
+            thing(x=3)
+
+    Examples
+    --------
+    >>> Thing().count()
+    3
+
+    .. math::
+
+        \frac{a}{b}
+
+    The end of the text.
+    """
+
+    def method(self):
+        """Too short."""
+
+        def inner():
+            """This stands inside of a function body."""
+
+    if True:
+        async def other(self):
+            "A docstring with only one quote around it."
+
+add_docstr(thing, r"""
+thing(input) -> Tensor
+
+Returns the thing of the input.
+""".format(1))
+'''
+
+
+def test_docstrings_become_prose(tmp_path):
+    (tmp_path / "a.py").write_text(PYTHON_SOURCE, encoding="utf-8")
+    (tmp_path / "b.py").write_text('"""Not valid Python at all, sorry."""\nprint "x"\n', encoding="utf-8")
+    (tmp_path / "c.py").write_text("# no docstring\nx = 1\n", encoding="utf-8")
+    assert docstrings.harvest([tmp_path / name for name in ("a.py", "b.py", "c.py")]) == [
+        "Module of some importance.\n\nKept because it is prose.",
+        "A package.Thing that has names and a link .\n\nParameters\nx : int\nThe number of items to count:\n\n"
+        "The end of the text.",
+        "A docstring with only one quote around it.",
+        "thing(input) -> Tensor\n\nReturns the thing of the input.",
+    ]
+
+
+def test_documentation_of_this_computer(tmp_path, vocab, monkeypatch):
+    paths = docstrings.python_files()
+    assert len(paths) > 400 and len(set(paths)) == len(paths) and paths == docstrings.python_files()
+    assert not any("/test/" in path or "/tests/" in path or "site-packages/pip" in path for path in paths)
+    some = [path for path in paths if "/email/" in path or "/json/" in path or "/unittest/" in path]
+    text = docstrings.harvest(some)
+    assert text == docstrings.harvest(some) and sum(map(len, text)) > 100_000
+    assert not any(">>>" in document or "::" in document.split("\n")[0] for document in text)
+    monkeypatch.setattr(docstrings, "python_files", lambda: some + some[::-1])
+    prepare(["docs"], vocab, tmp_path / "out", workers=1)
+    _, _, meta = read(tmp_path / "out")
+    assert sum(meta["documents"].values()) == len(set(text))  # each document once
+
+
+# --- Wikipedia ---
+
+MARKUP = """{{Infobox city|name={{nowrap|Rome}}|map=[[File:x.svg|20px]]
+|area={{convert|5|km|mi}}
+}}<!-- a remark
+over {{lines}} -->
+'''Rome''' ({{IPA|x}}; {{lang|it|Roma}}) is the [[capital city|capital]] of [[Italy]]s.<ref name="a">{{cite|x}}</ref>
+It is {{convert|5|km|mi}} long<ref name="b" /> &amp; ''wide''&nbsp;here, H<sub>2</sub>O.
+[[File:x.jpg|thumb|A [[picture|nice picture]] of [http://x.y z], see {{tl}}]]
+[[Datei:y.jpg|thumb|German]]
+== History ==
+=== Nothing follows ===
+=== Early ===
+* item [http://a.b/c with label] and [http://bare]
+#: deeper
+{| class="wikitable"
+|-
+! head || b
+| a || b
+{| nested
+| x
+|}
+|}
+: <math>\\frac{{a}}{b}}</math>the formula
+<nowiki>[[kept]]</nowiki><br />second line
+__NOTOC__
+[[Category:Cities]]
+[[fr:Rome]]
+See [[:Category:Cities]].
+== References ==
+<references />
+"""
+
+PLAIN = """Rome (Roma) is the capital of Italys.
+It is 5 km long & wide here, H2O.
+Early
+item with label and
+deeper
+the formula
+[[kept]]
+second line
+See Category:Cities."""
+
+
+def test_wiki_markup_becomes_text():
+    assert wikipedia.plain(MARKUP, frozenset({"file", "category", "datei"})) == PLAIN
+
+
+@pytest.mark.parametrize("broken", ["[[open", "{{open", "text ]] and }} stay", "{|\n| cell\nx", "<ref>open", "<math>"])
+def test_unclosed_markup_does_not_swallow_the_article(broken):
+    assert wikipedia.plain(f"{broken}\nThe rest is read.").endswith("The rest is read.")
+
+
+@pytest.mark.parametrize(
+    "piece", ["{{", "[[", "[[a|b", "{{a|", "<ref>", "<ref><math>", "<!--", "[http://x ", "{|\n", "<", "''", "=", "( ;"]
+)
+def test_markup_takes_linear_time(piece):
+    seconds = []
+    for size in (50_000, 400_000):
+        text = piece * (size // len(piece))
+        started = time.process_time()
+        wikipedia.plain(text + "]]" * (size // 10) + "}}" * (size // 10))
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 25 * max(seconds[0], 0.01)  # quadratic time would be 64
+
+
+def page(title, text, namespace=0, extra=""):
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return (
+        f"  <page>\n    <title>{title}</title>\n    <ns>{namespace}</ns>\n{extra}    <revision>\n"
+        f'      <text bytes="1" xml:space="preserve">{escaped}</text>\n    </revision>\n  </page>\n'
+    )
+
+
+HEADER = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="de">
+  <siteinfo><namespaces><namespace key="0" case="first-letter" />
+  <namespace key="6" case="first-letter">Datei</namespace>
+  <namespace key="14" case="first-letter">Kategorie</namespace></namespaces></siteinfo>
+"""
+
+
+def test_wikipedia_dump(tmp_path, vocab):
+    documents = some_documents(4000, seed=5)
+    pages = [page("Page", f"'''{text}'''\n[[Datei:x|thumb|y]]\n[[Kategorie:x]]") for text in documents]
+    pages.insert(1, page("Old name", "#REDIRECT [[Rome]]", extra='    <redirect title="Rome" />\n'))
+    pages.insert(2, page("Talk:Rome", "the discussion", namespace=1))
+    pages.insert(3, page("Nothing", "{{delete}}"))
+    dump = tmp_path / "dump.xml.bz2"
+    dump.write_bytes(bz2.compress((HEADER + "".join(pages) + "</mediawiki>\n").encode()))
+    prepare([f"wikipedia:{dump}"], vocab, tmp_path / "out", SHARE, workers=2)
+    train, val, _ = read(tmp_path / "out")
+    assert (train.tolist(), val.tolist()) == naive(documents, vocab)
+
+
+@pytest.mark.parametrize("content", [HEADER + page("A", "the cat") + "  <page>\n <title>B", HEADER, "text", "x</page>"])
+def test_what_is_not_a_whole_dump_is_refused(tmp_path, vocab, content):
+    (tmp_path / "dump.xml").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="dump.xml is not a (whole )?MediaWiki dump"):
+        prepare([f"wikipedia:{tmp_path / 'dump.xml'}"], vocab, tmp_path / "out", workers=1)
+
+
+# --- where the output goes ---
+
+
+def test_what_exists_is_left_alone(tmp_path, vocab, documents):
+    source = write_lines(tmp_path / "text.txt", documents)
+    (tmp_path / "empty").mkdir()
+    prepare([source], vocab, tmp_path / "empty", workers=1)  # an empty folder is no obstacle
+    before = {name: files.sha256(tmp_path / "empty" / name) for name in CONTENTS}
+    with pytest.raises(UserError, match="already holds a prepared corpus"):
+        prepare([source], vocab, tmp_path / "empty", workers=1)
+    assert before == {name: files.sha256(tmp_path / "empty" / name) for name in CONTENTS}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.doc").write_text("years of work")
+    for out in ("other", "text.txt"):
+        with pytest.raises(UserError, match="already exists"):
+            prepare([source], vocab, tmp_path / out, workers=1)
+    assert os.listdir(tmp_path / "other") == ["thesis.doc"]
+    result = run(source, "--vocab", vocab, "--out", source / "below")
+    assert result.returncode == 1 and result.stderr.startswith("prepare.py: error: ") and result.stderr.count("\n") == 1
+
+
+def test_last_line_and_exit_codes(tmp_path, vocab, documents):
+    source = write_lines(tmp_path / "text.txt", documents)
+    result = run(source, "--vocab", vocab, "--out", "out", "--workers", 1, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert list(summary) == ["out", "documents", "tokens", "bytes", "seconds", "tokens_per_second", "peak_rss_mib"]
+    assert summary["tokens"] == read(tmp_path / "out")[2]["tokens"]
+    assert run(source, "--vocab", vocab).returncode == 2
+    result = run(tmp_path / "none.txt", "--vocab", vocab, "--out", tmp_path / "o")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "does not exist" in result.stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, vocab):
+    source = write_lines(tmp_path / "text.txt", some_documents(30_000))
+    limited = ["sh", "-c", 'ulimit -f 200; exec "$@"', "sh"]
+    limited += command(source, "--vocab", vocab, "--out", tmp_path / "out")
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("prepare.py: error: file too large") and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == ["text.txt"]
+
+
+# --- interruptions ---
+
+
+def children(pid):
+    listed = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    if not listed.exists():
+        pytest.skip("needs Linux's /proc")
+    return [int(child) for child in listed.read_text().split()]
+
+
+def gone(pid):
+    """Returns whether a process ends within five seconds."""
+    for _ in range(100):
+        try:
+            if pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def slow_source(tmp_path_factory):
+    """About 20 MB of words that must be spelled letter by letter: half a minute of work."""
+    path = tmp_path_factory.mktemp("slow") / "text.txt"
+    draw = random.Random(6)
+    with open(path, "w") as file:
+        for _ in range(60_000):
+            file.write(" ".join("".join(draw.choices("abcdefghij", k=30)) for _ in range(10)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
+)
+def test_an_interrupted_run_leaves_nothing_to_trust(tmp_path, vocab, documents, slow_source, number, code):
+    process = start(slow_source, "--vocab", vocab, "--out", tmp_path / "out", "--workers", 2)
+    try:
+        deadline = time.monotonic() + 30
+        while not any(path.stat().st_size for path in tmp_path.glob(".out.*.tmp/train.bin")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: to everybody in the foreground
+        else:
+            process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code and output == "" and "Traceback" not in errors
+    assert errors == ("prepare.py: interrupted\n" if number == signal.SIGINT else "")
+    assert all(map(gone, workers))
+    assert not (tmp_path / "out").exists()
+    if number != signal.SIGKILL:
+        assert os.listdir(tmp_path) == []
+    prepare([write_lines(tmp_path / "text.txt", documents)], vocab, tmp_path / "out", workers=1)
+    read(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]  # what the killed run left is gone
+
+
+def test_a_dead_worker_is_one_line(tmp_path, vocab, slow_source):
+    process = start(slow_source, "--vocab", vocab, "--out", tmp_path / "out", "--workers", 2)
+    try:
+        while not (workers := children(process.pid)):
+            time.sleep(0.02)
+        time.sleep(0.5)
+        os.kill(workers[0], signal.SIGKILL)
+        output, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1 and output == ""
+    assert errors.startswith("prepare.py: error: a worker process died (exit code -9): ") and errors.count("\n") == 1
+    assert os.listdir(tmp_path) == [] and all(map(gone, workers))
+
+
+# --- memory ---
+
+
+def test_reading_waits_for_the_workers():
+    pulled = []
+
+    def items():
+        for i in range(200):
+            pulled.append(i)
+            yield i
+
+    for answered, result in enumerate(ordered_map(2, functools.partial, (operator.mul, 2), items())):
+        assert result == 2 * answered
+        assert len(pulled) - answered <= 5
+    assert len(pulled) == 200
+    heavy = ordered_map(2, functools.partial, (operator.mul, 2), items(), weigh=lambda item: 1 << 30)
+    pulled.clear()
+    assert next(heavy) == 0 and len(pulled) == 2  # one at work, and the one that waits for it
+    heavy.close()
+
+
+def test_errors_of_workers_arrive_in_order():
+    answers = ordered_map(2, functools.partial, (operator.truediv, 1), [1, 2, 0, 4])
+    assert [next(answers), next(answers)] == [1.0, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        next(answers)
+    with pytest.raises(UserError, match="a worker process died .exit code 3."):
+        list(ordered_map(2, functools.partial, (os._exit,), [3, 3, 3]))
+
+
+@pytest.mark.parametrize("line_length", [1_000, 20_000_000], ids=["lines", "one line"])
+def test_memory_does_not_grow_with_the_text(tmp_path, line_length):
+    """80 MB of text, or a line of 20 MB, is read in less memory than that."""
+    words = ["internationalization", "nationalizations", "antidisestablishmentarianism"]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    line = (" ".join(words) + " ") * (line_length // 67) + "\n"
+    with open(tmp_path / "text.txt", "w") as file:
+        for i in range(max(2, 80_000_000 // line_length) if line_length < 10_000_000 else 2):
+            file.write(words[i % 2] + " " + line)
+    result = run(tmp_path / "text.txt", "--vocab", tmp_path / "vocab.txt", "--out", tmp_path / "out", "--workers", 2)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["peak_rss_mib"] < (100 if line_length == 1_000 else 220), summary

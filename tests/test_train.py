@@ -1,0 +1,471 @@
+"""train.py: the schedule, the split, the resume, the signals, the refusals."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from minidistil import checkpoint, weights
+from minidistil.cli import UserError
+from minidistil.model import Config
+from minidistil.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(train.__file__).parent
+
+
+def settings(tiny, out, **changes):
+    basic = dict(data=str(tiny / "corpus"), steps=5, batch=4, accum=2, seq_len=32, dtype="fp32", eval_tokens=512)
+    return train.Settings(**{"teacher": str(tiny / "teacher"), "out": str(out), **basic, **changes})
+
+
+def weights_of(folder):
+    return weights.read_safetensors(pathlib.Path(folder) / "model.safetensors")[0]
+
+
+def same_bits(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the schedule
+
+
+@pytest.mark.parametrize("total, warmup", [(1, 0.05), (2, 0.05), (12, 0.05), (100, 0.05), (9, 0.0), (9, 1.0), (7, 0.5)])
+def test_learning_rate_wastes_no_update(total, warmup):
+    rates = [train.lr_at(u, total, 5e-4, warmup) for u in range(total)]
+    rising = math.ceil(total * warmup)
+    assert all(r > 0 for r in rates) and max(rates) <= 5e-4 * (1 + 1e-12)
+    assert rates == sorted(rates[:rising]) + sorted(rates[rising:], reverse=True)
+    assert rising == 0 or max(rates) == pytest.approx(5e-4)
+    if rising < total:  # one more step along the falling line is zero
+        step = rates[rising] - rates[rising + 1] if total > rising + 1 else rates[-1]
+        assert rates[-1] == pytest.approx(step)
+
+
+def test_defaults_are_the_published_recipe():
+    s = train.Settings()
+    assert (s.alpha_ce, s.alpha_mlm, s.alpha_cos, s.alpha_mse, s.temperature, s.kd_rows) == (5, 2, 1, 0, 2, "all")
+    assert (s.lr, s.warmup, s.clip, s.epochs, s.batch * s.accum, s.seq_len) == (5e-4, 0.05, 5, 3, 250, 512)
+    assert s.mask_smoothing == 0.7
+    assert weights.student_layers(12) == [0, 2, 4, 7, 9, 11]
+
+
+# ---- one update, however it is split
+
+
+def test_accumulation_does_not_change_the_update(tiny, tmp_path):
+    """64 x 1 and 1 x 64: every parameter equal to 1e-6 of its tensor's norm after 5 updates, fp32, without dropout."""
+    for name, batch, accum in (("wide", 64, 1), ("long", 1, 64), ("both", 16, 4)):
+        train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, dropout=0.0))
+    wide = weights_of(tmp_path / "wide")
+    start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
+    assert (wide["distilbert.embeddings.word_embeddings.weight"] - start).norm() > 1e-3 * start.norm()
+    for name in ("long", "both"):
+        other = weights_of(tmp_path / name)
+        for key in wide:
+            assert (wide[key] - other[key]).norm() <= 1e-6 * wide[key].norm(), (name, key)
+
+
+# ---- it learns
+
+
+def test_distillation_beats_training_without_a_teacher(tiny, tmp_path):
+    """A teacher that knows the text teaches its half-sized student more than the text alone does."""
+    # the teacher's weights are moved from what another library may have written: its own shape, its own folder
+    (tmp_path / "shape").mkdir()
+    shutil.copy(tiny / "teacher" / "config.json", tmp_path / "shape")
+    common = dict(lr=3e-3, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1)
+    shape = str(tmp_path / "shape" / "config.json")
+    teacher = train.train(
+        settings(tiny, tmp_path / "teacher", teacher="none", student_config=shape, steps=400, **common)
+    )
+    assert teacher["student"]["top1"] > 0.15 and teacher["teacher"] is None
+    common |= dict(teacher=str(tmp_path / "teacher"), steps=60)
+    student = train.train(settings(tiny, tmp_path / "student", **common))
+    alone = train.train(
+        settings(tiny, tmp_path / "alone", student_init="random", alpha_ce=0.0, alpha_cos=0.0, **common)
+    )
+    assert student["teacher"]["top1"] == pytest.approx(teacher["student"]["top1"])
+    assert student["student"]["top1"] > 0.9 * student["teacher"]["top1"]
+    assert student["student"]["top1"] > alone["student"]["top1"] + 0.05
+    assert student["student"]["kl"] < alone["student"]["kl"] / 2
+    assert student["student"]["agreement"] > alone["student"]["agreement"]
+
+
+def test_overfits_one_batch(tiny, tmp_path):
+    """Sixteen sequences again and again: the training loss falls to a fraction."""
+    corpus = tmp_path / "small"
+    from data.prepare import prepare
+
+    lines = (tiny / "text.txt").read_text().splitlines()[:24]
+    (tmp_path / "small.txt").write_text("\n".join(lines))
+    prepare([str(tmp_path / "small.txt")], tiny / "teacher", corpus, val_share=0.3, workers=1, progress=False)
+    train.train(
+        settings(tiny, tmp_path / "out", data=str(corpus), teacher="none", student_init=str(tiny / "teacher"),
+                 steps=150, batch=8, accum=1, lr=3e-3, dropout=0.0, mask_smoothing=0.0)
+    )  # fmt: skip
+    losses = [json.loads(line)["ce"] for line in (tmp_path / "out" / "metrics.jsonl").open() if '"loss"' in line]
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
+# ---- interruption and resume
+
+
+def command(tiny, out, *more):
+    arguments = dict(teacher=tiny / "teacher", data=tiny / "corpus", out=out, steps=12, batch=4, accum=3, dtype="fp32")
+    arguments |= {"seq-len": 32, "save-every": 0, "eval-tokens": 256, "eval-every": 5}
+    flags = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / "train.py"), *flags, *more]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def call(arguments):
+    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def comparable(folder):
+    """A run's metrics without its clock."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    """A whole run with dropout on, and what it printed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = call(command(tiny, out))
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_killed_20_times_and_resumed_is_bitwise_the_same(tiny, uninterrupted, tmp_path):
+    """SIGKILL at 20 random moments, each followed by --resume: weights and metrics equal those of one whole run.
+
+    The children are forked from one process that has imported everything, so that a moment is a moment of training
+    rather than of importing PyTorch.
+    """
+    whole, _ = uninterrupted
+    script = tmp_path / "run.py"
+    script.write_text(KILLER)
+    arguments = command(tiny, tmp_path / "run")[2:]
+    done = call([sys.executable, str(script), str(ROOT), json.dumps(arguments), str(tmp_path / "run"), "20"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{\"kill")]
+    assert len(kills) == 20 and len({k["killed_at"] for k in kills}) > 5
+    for i in range(len({k["run"] for k in kills})):
+        assert same_bits(whole, tmp_path / f"run{i}")
+        assert comparable(tmp_path / f"run{i}") == comparable(whole)
+
+
+KILLER = """
+import json, os, pathlib, random, shutil, signal, sys, time
+
+sys.path.insert(0, sys.argv[1])
+import train  # PyTorch has started no threads yet, so that a fork is safe
+
+arguments, out, wanted = json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+rng, kills, run, longest = random.Random(20), 0, 0, 1.0
+while kills < wanted or resume:
+    folder = pathlib.Path(f"{out}{run}")
+    resume = (folder / "checkpoint" / "state.safetensors").exists()
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    argv = [str(folder) if a == out else a for a in arguments] + ["--resume"] * resume
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train.run(train.main, argv)
+    moment, start = (rng.uniform(0, longest) if kills < wanted else 1e9), time.monotonic()
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0, argv
+            longest = max(0.2, time.monotonic() - start)
+            run, resume = run + 1, False
+            break
+        if time.monotonic() - start > moment:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            lines = (folder / "metrics.jsonl").read_text().count("loss\\":") if (folder / "metrics.jsonl").exists() else -1
+            print(json.dumps({"kill": kills, "run": run, "killed_at": lines}), flush=True)
+            kills, resume = kills + 1, True
+            break
+        time.sleep(0.002)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(tiny, uninterrupted, tmp_path, number):
+    whole, _ = uninterrupted
+    out = tmp_path / "out"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(tiny, out, "--save-every", "60"), env=environment(), **pipes)
+    while not (out / "metrics.jsonl").exists() or '"step": 3' not in (out / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and stderr == ""
+    last = stdout.splitlines()[-1]
+    assert "go on with: python train.py" in last and last.endswith("--resume")
+    again = last.split("go on with: python ")[1].split()
+    assert again[0] == "train.py"
+    done = call([sys.executable, str(ROOT / "train.py"), *again[1:]])
+    assert done.returncode == 0, done.stderr
+    assert same_bits(whole, out) and comparable(out) == comparable(whole)
+
+
+def test_last_line_is_the_promised_object(uninterrupted):
+    whole, stdout = uninterrupted
+    summary = json.loads(stdout.splitlines()[-1])
+    assert list(summary) == ["out", "steps", "tokens", "seconds", "tokens_per_second", "peak_rss_mib", "peak_gpu_mib",
+                             "teacher", "student"]  # fmt: skip
+    assert list(summary["teacher"]) == ["parameters", "mlm_loss", "top1"]
+    assert list(summary["student"]) == ["parameters", "mlm_loss", "top1", "kl", "agreement"]
+    assert summary["steps"] == 12 and summary["tokens"] == 12 * 4 * 3 * 32
+    assert json.loads((whole / "run.json").read_text())["summary"] == summary
+    expected = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
+                "tokenizer.json", "run.json", "metrics.jsonl", "curve.svg", "checkpoint"}  # fmt: skip
+    assert {p.name for p in whole.iterdir()} == expected
+    import xml.etree.ElementTree
+
+    assert len(xml.etree.ElementTree.parse(whole / "curve.svg").getroot()) > 20
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny, uninterrupted, tmp_path):
+    whole, stdout = uninterrupted
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    again = call(command(tiny, copy, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert same_bits(whole, copy) and comparable(copy) == comparable(whole)
+    assert json.loads(again.stdout.splitlines()[-1])["student"] == json.loads(stdout.splitlines()[-1])["student"]
+
+
+def test_time_limit_ends_cleanly_and_resumes(tiny, uninterrupted, tmp_path):
+    s = settings(tiny, tmp_path / "out", steps=5000, time_limit=0.02, save_every=60)
+    summary = train.train(s)
+    assert 0 < summary["steps"] < 5000 and (tmp_path / "out" / "model.safetensors").exists()
+    summary2 = train.train(dataclasses.replace(s, resume=True))
+    assert summary2["steps"] > summary["steps"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_same_seed_same_bits(tiny, tmp_path, dtype):
+    for name in ("a", "b"):
+        train.train(settings(tiny, tmp_path / name, steps=3, dtype=dtype))
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    train.train(settings(tiny, tmp_path / "c", steps=3, dtype=dtype, seed=1))
+    assert not same_bits(tmp_path / "a", tmp_path / "c")
+
+
+def test_bf16_trains_like_fp32(tiny, tmp_path):
+    a = train.train(settings(tiny, tmp_path / "fp32", steps=30, dropout=0.0))
+    b = train.train(settings(tiny, tmp_path / "bf16", steps=30, dropout=0.0, dtype="bf16"))
+    assert b["student"]["mlm_loss"] == pytest.approx(a["student"]["mlm_loss"], rel=0.02)
+
+
+# ---- students
+
+
+@pytest.mark.parametrize(
+    "changes, layers",
+    [({}, 2), ({"student_layers": "3"}, 3), ({"student_layers": "3,1"}, 2), ({"student_layers": "0,1,2,3"}, 4),
+     ({"student_init": "random"}, 2), ({"student_init": "random", "student_layers": "1"}, 1)],
+)  # fmt: skip
+def test_student_shapes(tiny, tmp_path, changes, layers):
+    summary = train.train(settings(tiny, tmp_path / "out", steps=1, **changes))
+    config, family = weights.read_config(tmp_path / "out")
+    assert config.layers == layers and family == "distilbert" and config.token_types == 0
+    assert Tokenizer.load(tmp_path / "out").digest == Tokenizer.load(tiny / "teacher").digest
+    assert summary["student"]["parameters"] < summary["teacher"]["parameters"]
+
+
+def test_a_narrower_student(tiny, tmp_path):
+    config = Config(vocab_size=len(Tokenizer.load(tiny / "teacher").vocab), positions=32, layers=2, heads=2, width=16,
+                    mlp_width=32, token_types=0)  # fmt: skip
+    (tmp_path / "shape").mkdir()
+    weights.write_config(tmp_path / "shape", config)
+    shape = str(tmp_path / "shape" / "config.json")
+    with pytest.raises(UserError, match="--alpha-cos 0"):
+        train.train(settings(tiny, tmp_path / "out", student_config=shape))
+    train.train(settings(tiny, tmp_path / "out", student_config=shape, alpha_cos=0.0, steps=2))
+    assert weights.read_config(tmp_path / "out")[0] == config
+
+
+def test_adaptation_keeps_the_whole_model(tiny, tmp_path):
+    summary = train.train(settings(tiny, tmp_path / "out", teacher="none", student_init=str(tiny / "teacher"), steps=2))
+    assert summary["teacher"] is None and list(summary["student"]) == ["parameters", "mlm_loss", "top1"]
+    assert weights.read_config(tmp_path / "out") == weights.read_config(tiny / "teacher")
+    student = train.train(settings(tiny, tmp_path / "student", teacher=str(tmp_path / "out"), steps=1))
+    assert student["teacher"]["top1"] == summary["student"]["top1"]
+
+
+def test_out_is_chosen_afresh(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outs = [train.train(settings(tiny, "x", steps=1, out=None))["out"] for _ in range(2)]
+    assert outs == [os.path.join("runs", "teacher"), os.path.join("runs", "teacher-2")]
+
+
+# ---- refusals: one line each, nothing lost
+
+
+def refused(arguments, contains):
+    """Runs train.py, expects exit 1 and one line on stderr."""
+    done = call([sys.executable, str(ROOT / "train.py"), *map(str, arguments)])
+    assert done.returncode == 1 and done.stderr.startswith("train.py: error: "), (done.returncode, done.stderr)
+    assert done.stderr.count("\n") == 1 and contains in done.stderr, done.stderr
+
+
+def test_wrong_command_line():
+    done = call([sys.executable, str(ROOT / "train.py"), "--flags"])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--flags" in done.stderr
+    done = call([sys.executable, str(ROOT / "train.py"), "--help"])
+    assert done.returncode == 0
+    for field in dataclasses.fields(train.Settings):
+        assert "--" + field.name.replace("_", "-") in done.stdout
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch": 0}, "--batch"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"warmup": 2.0}, "--warmup"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"alpha_ce": 0.0, "alpha_mlm": 0.0, "alpha_cos": 0.0}, "--alpha-"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"seq_len": 64}, "--seq-len 32"),
+        ({"seq_len": 4}, "at least 8"),
+        ({"batch": 10_000}, "fewer than one update"),
+        ({"student_layers": "9"}, "choose 1 to 4"),
+        ({"student_layers": "0,9"}, "9"),
+        ({"student_layers": "two"}, "neither"),
+        ({"data": "nowhere"}, "data/prepare.py"),
+        ({"teacher": "none", "student_init": "teacher"}, "--teacher"),
+        ({"teacher": "none"}, "--student-config"),
+        ({"student_config": "x", "student_init": "y"}, "--student-init"),
+        ({"device": "cuda:9"}, "--device cpu"),
+        ({"device": "quantum"}, "--device cpu"),
+    ],
+)
+def test_bad_settings(tiny, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(settings(tiny, tmp_path / "out", **changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_never_written_over(tiny, uninterrupted):
+    whole, _ = uninterrupted
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="--resume"):
+        train.train(settings(tiny, whole))
+    with pytest.raises(UserError, match="other settings.*batch 4 -> 8"):
+        train.train(settings(tiny, whole, batch=8, accum=3, steps=12, resume=True))
+    assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+
+
+def test_resume_without_a_checkpoint(tiny, tmp_path):
+    with pytest.raises(UserError, match="without --resume"):
+        train.train(settings(tiny, tmp_path / "out", resume=True))
+
+
+def test_another_vocabulary_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny / "teacher", tmp_path / "teacher")
+    words = (tiny / "teacher" / "vocab.txt").read_text().splitlines()
+    words[-1] = "zzzz"  # same size, other contents
+    (tmp_path / "teacher" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "teacher" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="another vocabulary"):
+        train.train(settings(tiny, tmp_path / "out", teacher=str(tmp_path / "teacher")))
+    with pytest.raises(UserError, match="word for word"):
+        train.train(settings(tiny, tmp_path / "out", student_init=str(tmp_path / "teacher")))
+    (tmp_path / "teacher" / "vocab.txt").write_text("\n".join(words[:-1]) + "\n")  # another size
+    with pytest.raises(UserError, match="vocabulary"):
+        train.train(settings(tiny, tmp_path / "out", teacher=str(tmp_path / "teacher")))
+
+
+def test_nan_stops_with_the_update_named_and_the_checkpoint_kept(tiny, tmp_path, monkeypatch):
+    real = train.distillation_loss
+    calls = 0
+
+    def sabotaged(*arguments):
+        nonlocal calls
+        calls += 1
+        loss, parts = real(*arguments)
+        return (loss * float("nan"), parts) if calls == 2 * 3 + 2 else (loss, parts)
+
+    monkeypatch.setattr(train, "distillation_loss", sabotaged)
+    with pytest.raises(UserError, match=r"update 4: the loss is nan in micro-batch 2 \(sequences 28 to 31\)") as error:
+        train.train(settings(tiny, tmp_path / "out", save_every=0.0))
+    assert "last good checkpoint" in str(error.value)
+    info, tensors = checkpoint.load(tmp_path / "out")
+    assert info["update"] == 3 and all(t.isfinite().all() for t in tensors.values())
+    monkeypatch.undo()
+    assert train.train(settings(tiny, tmp_path / "out", resume=True))["steps"] == 5
+
+
+def test_a_huge_learning_rate_is_stopped(tiny, tmp_path):
+    with pytest.raises(UserError, match="update"):
+        train.train(settings(tiny, tmp_path / "out", lr=1e30, steps=20))
+
+
+def test_500_mutations_of_a_checkpoint_all_show(uninterrupted, tmp_path):
+    """Bit flips, cuts, insertions: never resumed from, never a traceback."""
+    from test_data import mutate
+
+    whole, _ = uninterrupted
+    import numpy as np
+
+    good = checkpoint.path_of(whole).read_bytes()
+    path = checkpoint.path_of(tmp_path)
+    path.parent.mkdir()
+    rng = np.random.default_rng(5)
+    for i in range(500):
+        header = i % 2  # every other one in the header, where the structure is
+        cut = 4096 if header else len(good)
+        bad = mutate(good[:cut], rng) + good[cut:]
+        path.write_bytes(bad)
+        with pytest.raises(UserError) as error:
+            checkpoint.load(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_refusals_from_the_command_line(tiny, tmp_path):
+    base = ["--data", tiny / "corpus", "--steps", 2, "--batch", 2, "--accum", 1, "--seq-len", 32]
+    (tmp_path / "file").write_text("")
+    refused(["--teacher", tiny / "teacher", *base, "--out", tmp_path / "file" / "out"], "choose another path")
+    refused(["--teacher", tmp_path, *base, "--out", tmp_path / "out"], "config.json")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs resource limits")
+def test_disk_full_loses_nothing(tiny, uninterrupted, tmp_path):
+    """A checkpoint that does not fit: one line, the old checkpoint whole, and resume completes the run."""
+    whole, _ = uninterrupted
+    out = tmp_path / "out"
+    first = call(command(tiny, out, "--time-limit", "0.0001"))
+    assert first.returncode == 0, first.stderr
+    before = checkpoint.path_of(out).read_bytes()
+    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
+    limited += f"sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r}); "
+    limited += "import train; train.run(train.main)"
+    full = call([sys.executable, "-c", limited, *command(tiny, out, "--resume")[2:]])
+    assert full.returncode == 1 and full.stderr.count("\n") == 1 and "train.py: error: " in full.stderr, full.stderr
+    assert checkpoint.path_of(out).read_bytes() == before
+    assert not list(out.rglob("*.tmp"))
+    done = call(command(tiny, out, "--resume"))
+    assert done.returncode == 0 and same_bits(whole, out)
