@@ -1,8 +1,10 @@
 """Speed and memory, ours against the alternatives, in one run: each provider is checked before it is timed.
 
-    python bench.py step          one update of distillation on this CPU, against the original script's way of doing it
+    python bench.py step          updates of distillation on this CPU, against the original script's way of doing them
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
-    python bench.py               both
+    python bench.py demo          does the teacher help? the demo against the same student without it, three seeds
+    python bench.py               all of them
+    python bench.py --readme      the README's tables, from results/*.json
 
 Prints a table, writes results/CASE.json and ends with one JSON line: {"device", "versions", "results": [...]}.
 """
@@ -36,10 +38,11 @@ ROOT = pathlib.Path(__file__).resolve().parent
 @dataclasses.dataclass
 class Settings:
     case: str = setting(dataclasses.MISSING, "what to measure", nargs="?", default="all",
-                        choices=("step", "tokenizer", "all"))  # fmt: skip
+                        choices=("step", "tokenizer", "demo", "all"))  # fmt: skip
     tiny: bool = setting(False, "seconds instead of minutes: shows that it runs, not how fast")
     rounds: int = setting(3, "times that each provider is measured, in turn")
     out: str = setting("results", "folder for the JSON files")
+    readme: bool = setting(False, "measure nothing: print the README's tables from the JSON files")
 
 
 # ---- step: one update of the published recipe, scaled to a CPU
@@ -206,6 +209,37 @@ def bench_tokenizer(settings):
     return results
 
 
+# ---- demo: what distillation adds
+
+VARIANTS = {
+    "distilled": [],
+    "same start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0"],
+    "random start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0", "--student-init", "random"],
+}
+
+
+def bench_demo(settings):
+    """`python train.py` and its baselines: same student, same data, same number of updates."""
+    tiny = ["--steps", "2", "--eval-tokens", "512"] if settings.tiny else []
+    runs = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(settings.rounds):
+            for variant, flags in VARIANTS.items():
+                out = ["--out", f"{folder}/{variant}-{seed}".replace(" ", "-"), "--seed", str(seed)]
+                command = [sys.executable, str(ROOT / "train.py"), *flags, *tiny, *out]
+                runs[variant].append(last_line(subprocess.run(command, capture_output=True, text=True)))
+    results = [{"case": "demo", "provider": "teacher", **runs["distilled"][0]["teacher"]}]
+    for variant, summaries in runs.items():
+        result = {"case": "demo", "provider": variant, "parameters": summaries[0]["student"]["parameters"]}
+        for figure in ("top1", "mlm_loss", "kl", "agreement"):
+            values = [summary["student"][figure] for summary in summaries]
+            result[figure] = [round(statistics.mean(values), 4), round(statistics.pstdev(values), 4)]
+        result["seconds"] = max(summary["seconds"] for summary in summaries)
+        result["seeds"], result["steps"] = settings.rounds, summaries[0]["steps"]
+        results.append(result)
+    return results
+
+
 # ---- the frame
 
 
@@ -216,16 +250,54 @@ def spread(ordered):
 
 
 def show(results):
+    if results[0]["case"] == "demo":
+        print(demo_table(results))
+        return
     print(f"{'case':<10} {'provider':<32} {'tokens/s':>12} {'[p20, p80]':>22} {'speed-up':>9} {'peak MiB':>9}")
     for r in results:
         low, middle, high = r["tokens_per_second"]
         around, peak = f"[{low:,.0f}, {high:,.0f}]", f"{r['peak_mib']:,.0f}" if "peak_mib" in r else ""
-        print(f"{r['case']:<10} {r['provider']:<32} {middle:>12,.0f} {around:>22} {r['speed_up']:>8.2f}x {peak:>9}")
+        speed = f"{middle:>12,.0f} {around:>22} {r['speed_up']:>8.2f}x"
+        print(f"{r['case']:<10} {r['provider']:<32} {speed} {peak:>9}")
+
+
+def demo_table(results):
+    """Markdown: means and standard deviations over seeds."""
+    teacher, *students = results
+    lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | |")
+    for r in students:
+        share = r["top1"][0] / teacher["top1"]
+        top1, loss, agreement = (f"{r[k][0]:{f}} ± {r[k][1]:{f}}" for k, f in
+                                 (("top1", ".1%"), ("mlm_loss", ".3f"), ("agreement", ".1%")))  # fmt: skip
+        row = [f"student, {r['provider']}", f"{r['parameters']:,}", top1, f"{share:.1%}", loss, agreement]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def speed_table(results):
+    """Markdown: medians, and how much faster than the first of the alternatives."""
+    memory = "peak_mib" in results[0]
+    lines = ["| | tokens/s | speed-up |" + " peak memory, MiB |" * memory, "|---|---|---|" + "---|" * memory]
+    for r in results:
+        peak = f" {r['peak_mib']:,.0f} |" if memory else ""
+        lines.append(f"| {r['provider']} | {r['tokens_per_second'][1]:,.0f} | {r['speed_up']:.1f}x |{peak}")
+    return "\n".join(lines)
+
+
+def readme_tables(folder):
+    """The tables of README.md, in its order; a result that has not been measured is an error."""
+    tables = {"demo": demo_table, "step": speed_table, "tokenizer": speed_table}
+    return [table(json.loads((folder / f"{case}.json").read_text())["results"]) for case, table in tables.items()]
 
 
 def main(argv):
     settings = Settings(**given(Settings, argv, __doc__))
-    cases = {"step": bench_step, "tokenizer": bench_tokenizer}
+    if settings.readme:
+        print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
+        return
+    cases = {"step": bench_step, "tokenizer": bench_tokenizer, "demo": bench_demo}
     chosen = cases if settings.case == "all" else [settings.case]
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     report = {"device": device, "versions": versions(), "results": []}

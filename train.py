@@ -370,7 +370,7 @@ def train(settings, argv=()):
         print(f"held-out, teacher: {shown(held_out.teacher_figures)}", flush=True)
     if not settings.resume:
         save()
-    figures = next((m["held_out"] for m in history if m["step"] == update and "held_out" in m), None) or evaluate()
+    figures = evaluate() if update == 0 and not history else history[-1].get("held_out")
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     seconds_before, evaluating = seconds(), 0.0
     began = last_line = last_save = time.monotonic()
@@ -437,7 +437,7 @@ def train(settings, argv=()):
             command += [] if settings.out else ["--out", str(out)]
             print(f"saved after update {update} of {total}; go on with: {shlex.join(command)}", flush=True)
             raise SystemExit(128 + stop.signal)
-        if history[-1]["step"] != update or "held_out" not in history[-1]:  # the time limit came between evaluations
+        if "held_out" not in history[-1]:  # the time limit came between evaluations
             figures = evaluate()
 
     # ---- what the run leaves

@@ -105,17 +105,14 @@ def _ask(idle, item):
 
 
 def _serve():
-    """Answers questions from standard input until it ends."""
+    """Answers questions from standard input; ends with an exception of the pipe or its pickle when the parent has."""
     questions = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not end up among the pickles
     setup, arguments = pickle.load(questions)
     handle = None
     while True:
-        try:
-            item = pickle.load(questions)
-        except EOFError:
-            return
+        item = pickle.load(questions)
         try:
             handle = handle or setup(*arguments)
             answer = handle(item), None
@@ -129,5 +126,5 @@ def _serve():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # nobody waits for the answer any more
+    with contextlib.suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):  # the parent is gone, or done with us
         _serve()

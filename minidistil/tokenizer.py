@@ -27,20 +27,20 @@ from minidistil.files import write_json, write_text
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
-CACHE_ENTRIES = 2**19  # at most about 90 MB; 33 million characters of English have 281 thousand different chunks
-CACHED_LENGTH = 64  # characters; a longer chunk hardly comes twice, and the cache must stay small on any text
+CACHE_ENTRIES = 2**19  # 90 MB when full of words; IMDb, 33 million characters, has 281 thousand different chunks
+CACHED_LENGTH = 32  # characters; a longer chunk hardly comes twice, and the cache must stay small on any text
 
 _SPECIAL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS.values())) + ")")
 _NO_SPACE_BEFORE = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")  # in decoded text
 
 # str.split() breaks at these control characters, BERT drops them: "a\x0bb" is one word
 _FALSE_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"
-_ASCII_WORD = re.compile("[0-9A-Za-z]+|.")  # of printable ASCII without spaces: the rest is punctuation
+_ASCII_WORD = re.compile("[0-9A-Za-z]+|[^ ]")  # of printable ASCII: what is neither letter nor digit is punctuation
 
 
-def _characters(ranges):
+def _characters(ranges, form="[%s]"):
     """A pattern for one character out of hexadecimal ranges."""
-    return re.compile("[" + re.sub("[0-9A-F]+ ?", lambda code: f"\\U{code[0].strip():0>8}", ranges) + "]")
+    return re.compile(form % re.sub("[0-9A-F]+ ?", lambda code: f"\\U{code[0].strip():0>8}", ranges))
 
 
 # the blocks of Google's tokenization.py, but extension E from 2B920 where Google has 2B820
@@ -61,12 +61,12 @@ _NOT_CONTROL = _characters("890-8E2 110CD-1343F")
 _STILL_MARK = "\u1734\U0001171e"  # today Mc
 _STILL_PUNCTUATION = "\u166d\U000111c9"  # today So and Mn
 
-# Decomposition as of Unicode 12: a newer character neither decomposes nor lets a mark move across it.
-_NOT_DECOMPOSED = _characters(
+# Decomposition as of Unicode 12: it happens in the runs between newer characters, which no mark moves across.
+_DECOMPOSED = _characters(
     "5C8-5C9 7FD 897-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9-105E4 10D24-10F85 11070 1133B "
-    "11383-113D0 1145E 11839-11A99 11D42-1612F 16D68-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5"
+    "11383-113D0 1145E 11839-11A99 11D42-1612F 16D68-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5",
+    form="[^%s]+",
 )
-_AROUND_NOT_DECOMPOSED = re.compile(f"({_NOT_DECOMPOSED.pattern})")
 
 # Lower case as of Unicode 17: the capitals that Unicode 13 did not know, and the distance to their small letters.
 _LOWER = {
@@ -83,78 +83,6 @@ _LOWER = {
     for first, _, last in (part.partition("-") for part in capitals.split())
     for code in range(int(first, 16), int(last or first, 16) + 1)
 }
-
-
-def _read(path):
-    """The text of a UTF-8 file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: name the vocabulary itself, or save it as UTF-8") from None
-
-
-def _read_json(path):
-    """The object in a JSON file."""
-    try:
-        value = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return value
-
-
-def _read_tokenizer_json(path):
-    """(vocab, settings) of a tokenizer.json, if its tokenizer is BERT's in every way."""
-    data = _read_json(path)
-    for section, key, expected in (
-        ("model", "type", "WordPiece"),
-        ("model", "unk_token", SPECIAL_TOKENS["unk"]),
-        ("model", "continuing_subword_prefix", "##"),
-        ("model", "max_input_chars_per_word", LONGEST_WORD),
-        ("normalizer", "type", "BertNormalizer"),
-        ("normalizer", "clean_text", True),
-        ("pre_tokenizer", "type", "BertPreTokenizer"),
-    ):
-        found = (data.get(section) or {}).get(key)
-        if found is None and (section, key) == ("model", "type"):
-            continue  # early files leave it out
-        if found != expected:
-            raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
-    ids = data["model"].get("vocab")
-    if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
-        raise UserError(f"{path}: the ids of its vocabulary are not 0, 1, 2, ...: use the vocab.txt of the model")
-    added = [token["content"] for token in data.get("added_tokens") or [] if token["content"] not in ids]
-    if added:
-        raise UserError(f"{path} adds {added[0]!r} to its vocabulary: use a model without added tokens")
-    normalizer = data["normalizer"]
-    names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
-    settings = {ours: normalizer[theirs] for theirs, ours in names.items() if theirs in normalizer}
-    return sorted(ids, key=ids.get), settings
-
-
-def _read_tokenizer_config(path):
-    """The settings of a tokenizer_config.json."""
-    config = _read_json(path)
-    kind = config.get("tokenizer_class") or "BertTokenizer"
-    if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", kind):
-        raise UserError(f"{path}: tokenizer_class is {kind}: use a model with BERT's or DistilBERT's tokenizer")
-    settings = {}
-    for theirs, ours, allowed in (
-        ("do_lower_case", "lowercase", (True, False)),
-        ("strip_accents", "strip_accents", (True, False, None)),
-        ("tokenize_chinese_chars", "chinese", (True, False)),
-    ):
-        if theirs in config:
-            if config[theirs] not in allowed:
-                raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
-            settings[ours] = config[theirs]
-    length = config.get("model_max_length", 512)
-    if not isinstance(length, (int, float)) or length < 1:
-        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
-    if length < 1e9:  # transformers writes 1e30 for "not known"
-        settings["max_length"] = int(length)
-    return settings
 
 
 class _Table(dict):
@@ -228,22 +156,25 @@ class Tokenizer:
         path = pathlib.Path(path)
         if not path.exists():
             raise UserError(f"there is no {path}: name a vocab.txt or a folder that holds one")
-        vocab, settings = None, {}
+        ids, settings = None, {}
         if path.is_dir() or path.name == "vocab.txt":
             folder = path if path.is_dir() else path.parent
             path = folder / "vocab.txt"
             if (folder / "tokenizer.json").exists():
-                vocab, settings = _read_tokenizer_json(folder / "tokenizer.json")
+                ids, settings = _read_tokenizer_json(folder / "tokenizer.json")
             if (folder / "tokenizer_config.json").exists():
                 settings |= _read_tokenizer_config(folder / "tokenizer_config.json")
         if path.exists():
-            lines = _read(path).split("\n")
-            lines = lines[:-1] if lines[-1] == "" else lines
-            if vocab is not None and vocab != lines:
+            vocab = _read(path).removesuffix("\n").split("\n")
+            if ids is not None and ids != {token: i for i, token in enumerate(vocab)}:
                 raise UserError(f"{path} and tokenizer.json disagree: remove the one that is not the model's")
-            vocab = lines
-        if vocab is None:
-            raise UserError(f"{path.parent} holds neither vocab.txt nor tokenizer.json: add the model's vocabulary")
+        elif ids is not None:
+            path = folder / "tokenizer.json"
+            vocab = sorted(ids, key=ids.get)
+            if [ids[token] for token in vocab] != list(range(len(vocab))):
+                raise UserError(f"{path}: its ids are not 0, 1, 2, ...: add the model's vocab.txt")
+        else:
+            raise UserError(f"{folder} holds neither vocab.txt nor tokenizer.json: add the model's vocabulary")
         capitals = any(token != token.lower() for token in vocab if not token.startswith("["))
         try:
             return cls(vocab, **{"lowercase": not capitals} | settings)
@@ -269,7 +200,7 @@ class Tokenizer:
         write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.vocab))
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer.json", self._tokenizer_json(strip_accents))
+        write_json(folder / "tokenizer.json", _tokenizer_json(self, strip_accents))
 
     @property
     def digest(self):
@@ -321,12 +252,12 @@ class Tokenizer:
         return array.array("I", ids).tobytes()
 
     def _words(self, chunk):
-        """Normalises text without spaces and splits it at punctuation and around CJK characters."""
+        """The words of plain text, normalised: what stands between spaces, punctuation and CJK characters, and these two."""
         if chunk.isascii() and chunk.isprintable():
             return _ASCII_WORD.findall(chunk.lower() if self.lowercase else chunk)
         text = chunk.translate(self._clean)
         if self.strip_accents:
-            text = "".join(unicodedata.normalize("NFD", part) for part in _AROUND_NOT_DECOMPOSED.split(text))
+            text = _DECOMPOSED.sub(lambda run: unicodedata.normalize("NFD", run[0]), text)
         return text.translate(self._fold).split()
 
     def _clean_character(self, c):
@@ -362,3 +293,112 @@ class Tokenizer:
             ids.append(table[piece])
             word, table = word[len(piece) :], self._later
         return ids
+
+
+def _read(path):
+    """The text of a UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: name the vocabulary itself, or save it as UTF-8") from None
+
+
+def _read_json(path):
+    """The object in a JSON file."""
+    try:
+        value = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: fetch it again")
+    return value
+
+
+def _read_tokenizer_json(path):
+    """(token -> id, settings) of a tokenizer.json, if its tokenizer is BERT's in every way."""
+    data = _read_json(path)
+    for section, key, expected in (
+        ("model", "type", "WordPiece"),
+        ("model", "unk_token", SPECIAL_TOKENS["unk"]),
+        ("model", "continuing_subword_prefix", "##"),
+        ("model", "max_input_chars_per_word", LONGEST_WORD),
+        ("normalizer", "type", "BertNormalizer"),
+        ("normalizer", "clean_text", True),
+        ("pre_tokenizer", "type", "BertPreTokenizer"),
+    ):
+        found = (data.get(section) or {}).get(key)
+        if found is None and (section, key) == ("model", "type"):
+            continue  # early files leave it out
+        if found != expected:
+            raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
+    ids = data["model"].get("vocab")
+    if not isinstance(ids, dict):
+        raise UserError(f"{path} holds no vocabulary: fetch it again")
+    added = [token["content"] for token in data.get("added_tokens") or [] if token["content"] not in ids]
+    if added:
+        raise UserError(f"{path} adds {added[0]!r} to its vocabulary: use a model without added tokens")
+    normalizer = data["normalizer"]
+    names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
+    return ids, {ours: normalizer[theirs] for theirs, ours in names.items() if theirs in normalizer}
+
+
+def _read_tokenizer_config(path):
+    """The settings of a tokenizer_config.json."""
+    config = _read_json(path)
+    kind = config.get("tokenizer_class") or "BertTokenizer"
+    if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", str(kind)):
+        raise UserError(f"{path}: tokenizer_class is {kind}: use a model with BERT's or DistilBERT's tokenizer")
+    settings = {}
+    for theirs, ours, allowed in (
+        ("do_lower_case", "lowercase", (True, False)),
+        ("strip_accents", "strip_accents", (True, False, None)),
+        ("tokenize_chinese_chars", "chinese", (True, False)),
+    ):
+        if theirs in config:
+            if config[theirs] not in allowed:
+                raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
+            settings[ours] = config[theirs]
+    length = config.get("model_max_length", 512)
+    if not isinstance(length, (int, float)) or length < 1:
+        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
+    if length < 1e9:  # transformers writes 1e30 for "not known"
+        settings["max_length"] = int(length)
+    return settings
+
+
+def _tokenizer_json(tokenizer, strip_accents):
+    """What the crate `tokenizers` needs to give the same ids."""
+    cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
+    start, end, end_of_pair = (
+        {"SpecialToken": {"id": token, "type_id": segment}} for token, segment in ((cls, 0), (sep, 0), (sep, 1))
+    )
+    text, second_text = ({"Sequence": {"id": name, "type_id": segment}} for name, segment in (("A", 0), ("B", 1)))
+    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": tokenizer.ids[token], "content": token, **kind} for token in SPECIAL_TOKENS.values()],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": tokenizer.chinese,
+            "strip_accents": strip_accents,
+            "lowercase": tokenizer.lowercase,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, text, end],
+            "pair": [start, text, end, second_text, end_of_pair],
+            "special_tokens": {t: {"id": t, "ids": [tokenizer.ids[t]], "tokens": [t]} for t in (cls, sep)},
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": SPECIAL_TOKENS["unk"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": LONGEST_WORD,
+            "vocab": tokenizer.ids,
+        },
+    }

@@ -53,7 +53,7 @@ def read_safetensors(path, checksum=False):
             raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
-            raise _damaged(path, f"{size} bytes cannot hold a header of {length} bytes")
+            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
         header = file.read(length)
     try:
         metadata, entries = _parse_header(header, size - 8 - length)

@@ -19,7 +19,7 @@ def assets():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A world in which training takes milliseconds: `tiny / "teacher"` (random, 4 layers x 32) and `tiny / "corpus"`."""
+    """A world in which an update takes milliseconds: `tiny / "teacher"` (random, 4 layers x 32), `tiny / "corpus"`."""
     import random
 
     from data.prepare import prepare

@@ -218,7 +218,7 @@ for name, files in json.load(sys.stdin):
 
 
 def resolve_elsewhere(endpoint, *names):
-    """Returns, for each name or (name, files), [folder or "UserError", files or message, seconds, downloader loaded]."""
+    """Returns [folder or "UserError", files or message, seconds, downloader loaded] of each name or (name, files)."""
     pytest.importorskip("huggingface_hub")
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -41,12 +41,12 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.fixture
 def student(tmp_path):
-    return make(tmp_path / "student", seed=1, token_types=0)
+    return make(tmp_path / "student", seed=3, token_types=0)
 
 
 @pytest.fixture
 def teacher(tmp_path):
-    return make(tmp_path / "teacher", seed=3, token_types=2)
+    return make(tmp_path / "teacher", seed=4, token_types=2)
 
 
 def output(capsys, *argv):

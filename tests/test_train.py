@@ -17,7 +17,7 @@ import torch
 import train
 from minidistil import checkpoint, weights
 from minidistil.cli import UserError
-from minidistil.model import Config
+from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -73,23 +73,31 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
     for name in ("long", "both"):
         other = weights_of(tmp_path / name)
         for key in wide:
+            if key.endswith("k_lin.bias"):  # shifts all of a query's scores alike: the true gradient is 0, ours rounding
+                continue
             assert (wide[key] - other[key]).norm() <= 1e-6 * wide[key].norm(), (name, key)
 
 
 # ---- it learns
 
 
+def shallow(tiny, folder):
+    """A fresh model of 2 layers x 32: narrow and shallow, so that it learns in seconds, at a high rate."""
+    tokenizer = Tokenizer.load(tiny / "teacher")
+    shape = dict(vocab_size=len(tokenizer.vocab), positions=32, layers=2, heads=2, width=32, mlp_width=64)
+    weights.save_model(folder, MaskedLM(Config(**shape), seed=1))
+    tokenizer.save(folder, "bert")
+    return str(folder)
+
+
 def test_distillation_beats_training_without_a_teacher(tiny, tmp_path):
     """A teacher that knows the text teaches its half-sized student more than the text alone does."""
-    # the teacher's weights are moved from what another library may have written: its own shape, its own folder
-    (tmp_path / "shape").mkdir()
-    shutil.copy(tiny / "teacher" / "config.json", tmp_path / "shape")
-    common = dict(lr=3e-3, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1)
-    shape = str(tmp_path / "shape" / "config.json")
+    start = shallow(tiny, tmp_path / "start")
+    common = dict(lr=1e-2, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1)
     teacher = train.train(
-        settings(tiny, tmp_path / "teacher", teacher="none", student_config=shape, steps=400, **common)
+        settings(tiny, tmp_path / "teacher", teacher="none", student_init=start, steps=500, **common)
     )
-    assert teacher["student"]["top1"] > 0.15 and teacher["teacher"] is None
+    assert teacher["student"]["top1"] > 0.12 and teacher["teacher"] is None
     common |= dict(teacher=str(tmp_path / "teacher"), steps=60)
     student = train.train(settings(tiny, tmp_path / "student", **common))
     alone = train.train(
@@ -111,8 +119,8 @@ def test_overfits_one_batch(tiny, tmp_path):
     (tmp_path / "small.txt").write_text("\n".join(lines))
     prepare([str(tmp_path / "small.txt")], tiny / "teacher", corpus, val_share=0.3, workers=1, progress=False)
     train.train(
-        settings(tiny, tmp_path / "out", data=str(corpus), teacher="none", student_init=str(tiny / "teacher"),
-                 steps=150, batch=8, accum=1, lr=3e-3, dropout=0.0, mask_smoothing=0.0)
+        settings(tiny, tmp_path / "out", data=str(corpus), teacher="none", student_init=shallow(tiny, tmp_path / "start"),
+                 steps=300, batch=8, accum=1, lr=1e-2, dropout=0.0, mask_smoothing=0.0)
     )  # fmt: skip
     losses = [json.loads(line)["ce"] for line in (tmp_path / "out" / "metrics.jsonl").open() if '"loss"' in line]
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
@@ -176,34 +184,42 @@ import json, os, pathlib, random, shutil, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 import train  # PyTorch has started no threads yet, so that a fork is safe
 
+
+
+def updates(metrics):
+    return metrics.read_text().count("grad_norm") if metrics.exists() else 0
+
+
 arguments, out, wanted = json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-rng, kills, run, longest = random.Random(20), 0, 0, 1.0
+rng, kills, run, resume = random.Random(20), 0, 0, False
 while kills < wanted or resume:
     folder = pathlib.Path(f"{out}{run}")
     resume = (folder / "checkpoint" / "state.safetensors").exists()
-    if not resume:
+    if not resume:  # killed before its first checkpoint: there was nothing to lose
         shutil.rmtree(folder, ignore_errors=True)
     argv = [str(folder) if a == out else a for a in arguments] + ["--resume"] * resume
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         train.run(train.main, argv)
-    moment, start = (rng.uniform(0, longest) if kills < wanted else 1e9), time.monotonic()
+    metrics = folder / "metrics.jsonl"
+    before = updates(metrics)
+    # somewhere in the next five updates, and anywhere inside an update, its evaluation or its checkpoint
+    target, delay = (before + rng.randint(0, 5) if kills < wanted else 10**9), rng.uniform(0, 0.05)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             assert os.waitstatus_to_exitcode(status) == 0, argv
-            longest = max(0.2, time.monotonic() - start)
             run, resume = run + 1, False
             break
-        if time.monotonic() - start > moment:
+        if updates(metrics) >= target:
+            time.sleep(delay)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            lines = (folder / "metrics.jsonl").read_text().count("loss\\":") if (folder / "metrics.jsonl").exists() else -1
-            print(json.dumps({"kill": kills, "run": run, "killed_at": lines}), flush=True)
+            print(json.dumps({"kill": kills, "run": run, "killed_at": updates(metrics)}), flush=True)
             kills, resume = kills + 1, True
             break
-        time.sleep(0.002)
+        time.sleep(0.001)
 """
 
 
@@ -213,7 +229,8 @@ def test_signal_saves_and_says_how_to_go_on(tiny, uninterrupted, tmp_path, numbe
     out = tmp_path / "out"
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(tiny, out, "--save-every", "60"), env=environment(), **pipes)
-    while not (out / "metrics.jsonl").exists() or '"step": 3' not in (out / "metrics.jsonl").read_text():
+    metrics = out / "metrics.jsonl"
+    while not metrics.exists() or '"step": 3' not in metrics.read_text():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(number)
@@ -316,7 +333,8 @@ def test_adaptation_keeps_the_whole_model(tiny, tmp_path):
 
 def test_out_is_chosen_afresh(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outs = [train.train(settings(tiny, "x", steps=1, out=None))["out"] for _ in range(2)]
+    unnamed = dataclasses.replace(settings(tiny, "x", steps=1), out=None)
+    outs = [train.train(unnamed)["out"] for _ in range(2)]
     assert outs == [os.path.join("runs", "teacher"), os.path.join("runs", "teacher-2")]
 
 

@@ -144,7 +144,7 @@ BAD_FILES = {
     "empty header": file_of(b""),
     "not JSON": file_of(b"{nonsense}"),
     "not UTF-8": file_of(b'{"\xff": 1}'),
-    "UTF-16": file_of('{"a": 1}'.encode("utf-16-le")),
+    "UTF-16": file_of("{}".encode("utf-16-le")),
     "byte order mark": file_of(b"\xef\xbb\xbf{}"),
     "array": file_of([]),
     "number": file_of(b"1"),
@@ -203,11 +203,22 @@ BAD_FILES = {
 }
 
 
+BAD_LENGTHS = ["empty", "seven bytes", "no header", "cut header", "length over the limit", "length of -1"]
+
+
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_damaged_safetensors_are_refused(tmp_path, case):
     path = tmp_path / "x.safetensors"
     path.write_bytes(BAD_FILES[case])
-    refused(lambda: read_safetensors(path), str(path), "damaged")
+    fault = "a header of" if case in BAD_LENGTHS else "damaged"
+    refused(lambda: read_safetensors(path), str(path), "damaged", fault)
+
+
+def test_header_over_the_limit_is_not_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{}")
+    os.truncate(path, 200_000_000)  # a hole: takes no room
+    refused(lambda: read_safetensors(path), str(path), "damaged", "a header of 100000001 bytes")
 
 
 def test_unusual_safetensors_are_read(tmp_path):
@@ -234,6 +245,7 @@ def test_reading_is_lazy_and_never_changes_the_file(folder):
     tensors, _ = read_safetensors(path)
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == 1  # all views of one map
     for parameter in load_model(folder).parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes  # memory of its own, not the map's
         with torch.no_grad():
             parameter.add_(1)
     assert path.read_bytes() == before
@@ -280,11 +292,19 @@ def test_transformers_loads_what_we_save_and_back(tmp_path, config):
     }
 
 
-def test_tensor_count_of_distilbert_base():
+@pytest.mark.parametrize("config, count", [(BERT_BASE, 202), (BERT_BASE.student(6), 105), (BERT_BASE.student(12), 201)])
+def test_names_and_shapes_of_base_models_are_those_of_transformers(tmp_path, config, count):
+    transformers = pytest.importorskip("transformers")
+    write_config(tmp_path, config)
     with torch.device("meta"):
-        model = MaskedLM(BERT_BASE.student(6))
-    names = [name for group in weights._names(model.config, model.state_dict()).values() for name in group]
-    assert len(names) == len(set(names)) == 105
+        ours = MaskedLM(config).state_dict()
+        theirs = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    shapes = {}
+    for name, group in weights._names(config, ours).items():
+        shapes |= {their_name: part.shape for their_name, part in zip(group, ours[name].chunk(len(group)), strict=True)}
+    assert len(shapes) == count
+    tied = [name for name, _ in weights.TIED]
+    assert shapes == {name: tensor.shape for name, tensor in theirs.state_dict().items() if name not in tied}
 
 
 def bert_names(name):
@@ -412,7 +432,8 @@ def test_fresh_head_only_where_there_is_none(folder):
     refused(lambda: load_model(folder), f"give it a head with `--teacher none --student-init {folder}`")
     fresh = load_model(folder, fresh_head=True)
     state = model.state_dict() | weights._fresh_head(BERT)
-    assert torch.equal(state["head.dense.weight"], torch.eye(4)) and not state["head.bias"].any()
+    assert torch.equal(state["head.dense.weight"], torch.eye(4)) and (state["head.norm.weight"] == 1).all()
+    assert not any(state[name].any() for name in state if re.fullmatch(r"head\..*bias", name))
     model.load_state_dict(state)
     assert_same(fresh, model)
     for name in (name for name in tensors if name.startswith("cls.")):
@@ -644,6 +665,11 @@ def test_impossible_configs_are_refused(folder, changes):
 def test_damaged_configs_are_refused(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     refused(lambda: read_config(folder), str(folder / "config.json"))
+
+
+def test_json_has_no_nan_even_where_nobody_looks(folder):
+    edited(folder, temperature=float("nan"))
+    refused(lambda: read_config(folder), "config.json", "NaN")
 
 
 def test_missing_config_is_named(tmp_path):

@@ -1,0 +1,179 @@
+"""The README's commands, run as a newcomer would in a fresh copy of the repository; its figures against results/."""
+
+import json
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hub_server import hub_server
+
+from minidistil import weights
+from minidistil.model import Config, MaskedLM
+from minidistil.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What a stranger has after `git clone`: the files of this tree that git would keep, no cache, no runs."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folder = tmp_path_factory.mktemp("clone")
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def python(clone, arguments, **environment):
+    """Runs one of the README's python commands offline; returns the finished process."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(clone / "no-hub"), **environment}
+    return subprocess.run(
+        [sys.executable, *arguments.split()], cwd=clone, env={**os.environ, **offline}, capture_output=True, text=True
+    )
+
+
+def promised(first_word):
+    """The JSON line of the README that begins so."""
+    (line,) = re.findall(rf"^ *(\{{\"{first_word}\".*\}})$", README, re.MULTILINE)
+    return json.loads(line)
+
+
+def test_the_first_command(clone):
+    """`python train.py`, nothing else: under 3 minutes and 2 GiB, half the layers, 90 % of the teacher's accuracy."""
+    assert "    python train.py\n" in README
+    start = time.monotonic()
+    done = python(clone, "train.py")
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    summary, shown = json.loads(done.stdout.splitlines()[-1]), promised("out")
+    assert seconds < 180 and summary["peak_rss_mib"] < 2048
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # KiB; the largest of all children
+
+    def shape(value):
+        return {k: shape(v) for k, v in value.items()} if isinstance(value, dict) else type(value)
+
+    assert shape(summary) == shape(shown) and list(summary) == list(shown)
+    for fixed in ("out", "steps", "tokens"):
+        assert summary[fixed] == shown[fixed]
+    teacher, student = summary["teacher"], summary["student"]
+    layers = [weights.read_config(clone / folder)[0].layers for folder in ("data/demo", summary["out"])]
+    assert layers[1] * 2 == layers[0]
+    assert student["top1"] >= 0.9 * teacher["top1"]
+    # the figures of the README, give or take other versions of the packages whose documentation is the corpus
+    for who in ("teacher", "student"):
+        assert abs(summary[who]["top1"] - shown[who]["top1"]) < 0.03
+
+    # the second command proves the first: the student fills in a blank
+    assert "    python sample.py " in README
+    done = python(clone, "sample.py -k 3 --json")
+    assert done.returncode == 0, done.stderr
+    predictions = json.loads(done.stdout.splitlines()[-1])["predictions"]
+    assert len(predictions["student"]) == len(predictions["teacher"]) == 3
+
+
+def test_every_command_is_a_real_one():
+    """Each flag that the README uses exists; each file that it names does, too."""
+    helps = {}
+    for script, arguments in re.findall(r"^ {4}python ((?:data/)?\w+\.py)(.*)$", README, re.MULTILINE):
+        if script not in helps:
+            done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            helps[script] = done.stdout
+        for flag in re.findall(r"(?<!\w)--?[a-z][\w-]*", re.sub(r"\".*?\"|#.*", "", arguments)):
+            assert re.search(rf"(?<![\w-]){flag}\b", helps[script]), (script, flag)
+    for name in re.findall(r"^ {4}((?:[\w.-]+/)*[\w-]+\.(?:py|md|txt)) {2,}", README, re.MULTILINE):
+        assert (ROOT / name).exists(), name
+
+
+def test_tables_are_those_of_the_results():
+    """README tables are written by `python bench.py --readme`, from results/*.json alone."""
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "--readme"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = done.stdout.strip().split("\n\n")
+    assert len(tables) >= 3
+    for table in tables:
+        assert table in README, f"README.md lacks this table:\n{table}"
+
+
+# ---- `python train.py --teacher bert-base-uncased --accum 64`, exactly as written, with a BERT that fits a test
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder like bert-base-uncased's, of another size: random weights, 512 positions, a real vocabulary."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = Tokenizer.load(ROOT / "data" / "demo")
+    config = Config(vocab_size=len(tokenizer.vocab), layers=4, heads=2, width=16, mlp_width=32)
+    weights.save_model(folder, MaskedLM(config, seed=0))
+    tokenizer.max_length = 512
+    tokenizer.save(folder, "bert")
+    return folder
+
+
+COMMAND = "train.py --teacher bert-base-uncased --accum 64"
+
+
+def two_updates(clone, **environment):
+    """Starts the command, waits for two updates, interrupts it as a person would; returns its stdout."""
+    process = subprocess.Popen(
+        [sys.executable, *COMMAND.split()], cwd=clone, env={**os.environ, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.match(r"update +2/", line) or (metrics_of(clone) >= 2 and process.poll() is None):
+            process.send_signal(signal.SIGINT)
+            break
+    lines += process.stdout.readlines()
+    stderr = process.stderr.read()
+    assert process.wait(60) == 130, (lines, stderr)
+    return "".join(lines)
+
+
+def metrics_of(clone):
+    """Updates logged by the newest run."""
+    logs = sorted(clone.glob("runs/bert-base-uncased*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
+    return logs[-1].read_text().count('"loss"') if logs else 0
+
+
+def test_teacher_by_name_from_the_cache(clone, bert, tmp_path):
+    assert f"    python {COMMAND}\n" in README
+    snapshot = tmp_path / "hub" / "models--google-bert--bert-base-uncased" / "snapshots" / "abc"
+    shutil.copytree(bert, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    output = two_updates(clone, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    assert "for the published result prepare Wikipedia + books: python data/prepare.py wikipedia:" in output
+    assert "updates of 64 x 5 x 512 = 163,840 tokens" in output
+    assert re.search(r"tokens/s .* left .* MiB", output)
+    assert "go on with: python train.py --teacher bert-base-uncased --accum 64 --resume --out runs/" in output
+
+
+def test_teacher_by_name_from_a_server(clone, bert, tmp_path):
+    pytest.importorskip("huggingface_hub")
+    with hub_server({"bert-base-uncased": bert, "google-bert/bert-base-uncased": bert}) as (endpoint, requests):
+        online = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        output = two_updates(clone, **online)
+        assert any("model.safetensors" in request for request in requests)
+    assert "updates of 64 x 5 x 512 = 163,840 tokens" in output
+
+
+def test_teacher_by_name_absent_and_offline(clone):
+    start = time.monotonic()
+    done = python(clone, COMMAND)
+    assert done.returncode == 1 and time.monotonic() - start < 30
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: error: ")
+    assert "bert-base-uncased" in done.stderr and "--teacher" in done.stderr
