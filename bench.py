@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 from minidistil import files, weights
 from minidistil.cli import UserError, given, run, setting
-from minidistil.data import Corpus, Sequences
-from minidistil.losses import IGNORE
-from minidistil.machine import peak_rss_mib, versions
+from minidistil.data import IGNORE, Corpus, Sequences
+from minidistil.machine import versions
+from minidistil.memory import peak_rss_mib
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

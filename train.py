@@ -26,10 +26,11 @@ import torch
 
 from minidistil import checkpoint, files, hub, weights
 from minidistil.cli import UserError, given, run, setting
-from minidistil.data import Corpus, Sequences, mix
+from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
-from minidistil.losses import IGNORE, Counts, Objective, distillation_loss
-from minidistil.machine import choose_device, choose_dtype, duration, peak_rss_mib, versions
+from minidistil.losses import Counts, Objective, distillation_loss
+from minidistil.machine import choose_device, choose_dtype, duration, versions
+from minidistil.memory import peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import MaskedLM, num_params
 from minidistil.stop import Stop

@@ -18,8 +18,6 @@ import hashlib
 import json
 import os
 import pathlib
-import re
-import resource
 import shutil
 import signal
 import socket
@@ -37,6 +35,8 @@ from data.encode import HASHES, encoder, token_dtype
 from data.workers import cores, ordered_map
 from minidistil import __version__, cli, files
 from minidistil.cli import UserError, setting
+from minidistil.data import meta_digest
+from minidistil.memory import peak_rss_mib
 from minidistil.tokenizer import Tokenizer
 
 SMALLEST_VAL = 2048  # tokens: a corpus so small that its share is less holds out more, up to a tenth
@@ -92,8 +92,7 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
         stored = meta["sha256"]["train.bin"], meta["sha256"]["val.bin"], Tokenizer.load(folder).digest
         if stored != (train.hash.hexdigest(), val.hash.hexdigest(), tokenizer.digest):
             raise UserError(f"what was read back from {out.parent} is not what was written: check that disk")
-        canonical = json.dumps(meta, sort_keys=True, separators=(",", ":"))
-        meta["meta_sha256"] = hashlib.sha256(canonical.encode()).hexdigest()
+        meta["meta_sha256"] = meta_digest(meta)
         files.write_json(folder / "meta.json", meta)
     return meta
 
@@ -220,16 +219,6 @@ def _threshold_of_few(smallest, total):
         if held_out >= min(SMALLEST_VAL, 0.1 * total):
             break
     return digest + 1
-
-
-def peak_rss_mib():
-    """Returns the peak memory of the largest of this process and its workers."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    try:  # ru_maxrss of this process would be at least that of the one that started it: it outlives exec
-        own = int(re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
-    except (OSError, TypeError):
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(usage, own) // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main(argv):

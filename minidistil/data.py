@@ -20,8 +20,8 @@ import numpy as np
 
 from minidistil import files
 from minidistil.cli import UserError
-from minidistil.losses import IGNORE
 
+IGNORE = -100  # label of a token that is not masked: PyTorch's word for "no loss here"
 MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
 
 

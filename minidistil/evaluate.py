@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from minidistil.losses import IGNORE
+from minidistil.data import IGNORE
 
 ROWS = 256  # logits at a time: 256 x 30,522 fp32 is 31 MB
 

@@ -18,7 +18,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-IGNORE = -100  # label of a token that was not masked
+from minidistil.data import IGNORE
 
 
 @dataclasses.dataclass(frozen=True)

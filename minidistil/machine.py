@@ -1,10 +1,8 @@
-"""What this computer is and can do: device, fast dtype, memory, versions."""
+"""What this computer is and can do: device, fast dtype, versions."""
 
 import pathlib
 import platform
-import resource
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -48,11 +46,6 @@ def choose_dtype(name, device):
             times.append(time.perf_counter() - start)
         seconds[label] = min(times)
     return "bf16" if seconds["bf16"] * 1.5 < seconds["fp32"] else "fp32"
-
-
-def peak_rss_mib():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def git_revision():

@@ -251,11 +251,11 @@ class Tokenizer:
                 ids += self._pieces(word)
         return array.array("I", ids).tobytes()
 
-    def _words(self, chunk):
-        """The words of plain text, normalised: what stands between spaces, punctuation and CJK characters, and these two."""
-        if chunk.isascii() and chunk.isprintable():
-            return _ASCII_WORD.findall(chunk.lower() if self.lowercase else chunk)
-        text = chunk.translate(self._clean)
+    def _words(self, text):
+        """The words of plain text, normalised; each punctuation mark and each CJK character is one."""
+        if text.isascii() and text.isprintable():
+            return _ASCII_WORD.findall(text.lower() if self.lowercase else text)
+        text = text.translate(self._clean)
         if self.strip_accents:
             text = _DECOMPOSED.sub(lambda run: unicodedata.normalize("NFD", run[0]), text)
         return text.translate(self._fold).split()

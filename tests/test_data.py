@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from minidistil.cli import UserError
-from minidistil.data import Corpus, Sequences, mix, permuted, uniform
-from minidistil.losses import IGNORE
+from minidistil.data import IGNORE, Corpus, Sequences, mix, permuted, uniform
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 V = 500

@@ -2,10 +2,10 @@
 
     python data/demo/start.py runs/start
 
-Masked-LM training from BERT's usual start spends millions of tokens on a plateau, at the frequencies of words, until some
-heads have found that the word beside a blank matters. Here two blocks begin with that knowledge and no other: the
-position table holds sines and cosines, and q and k are set so that a head scores position i + offset highest. All of it
-is trained from there. The rest is random, as ever.
+Masked-LM training from BERT's usual start spends millions of tokens on a plateau, at the frequencies of words, until
+some heads have found that the word beside a blank matters. Here two blocks begin with that knowledge and no other: the
+position table holds sines and cosines, and q and k are set so that a head scores position i + offset highest. All of
+it is trained from there. The rest is random, as ever.
 """
 
 import math
