@@ -82,7 +82,7 @@ def test_fp32_is_as_exact_as_autograd_in_fp32():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
 def test_autocast(dtype, tolerance):
-    """Half-precision logits: gradients close to fp64's, fp32 in type, and not lost to underflow at realistic weights."""
+    """Half-precision logits: gradients near fp64's, fp32 in type, not lost to underflow at realistic weights."""
     weights = (5 / 160_000, 2 / 24_000, 0.0)  # the published recipe: 320 sequences of 512 tokens
     truth = problem(33, 1000, scale=0.5)
     want = torch.autograd.grad(reference(*truth[:2], truth[2], 2.0, weights), truth[0])
@@ -96,7 +96,7 @@ def test_autocast(dtype, tolerance):
 
 
 def test_kl_is_a_true_kl():
-    """Zero, with zero gradient, where student equals teacher (torchtune's is 9.8 nats there); positive elsewhere."""
+    """Zero, with zero gradient, where student equals teacher (in torchtune 9.8 nats); positive elsewhere."""
     (h, W, b), _, labels = problem(16, 1000)
     frozen = [x.detach().clone() for x in (h, W, b)]
     loss, kl, ce, mse = linear_distill_loss(h, W, b, *frozen, labels, 2.0, 1.0, 0.0, 0.0)
