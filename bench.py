@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -228,6 +229,8 @@ def bench_demo(settings):
                 out = ["--out", f"{folder}/{variant}-{seed}".replace(" ", "-"), "--seed", str(seed)]
                 command = [sys.executable, str(ROOT / "train.py"), *flags, *tiny, *out]
                 runs[variant].append(last_line(subprocess.run(command, capture_output=True, text=True)))
+        pathlib.Path(settings.out).mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"{folder}/distilled-0/curve.svg", pathlib.Path(settings.out) / "demo.svg")
     results = [{"case": "demo", "provider": "teacher", **runs["distilled"][0]["teacher"]}]
     for variant, summaries in runs.items():
         result = {"case": "demo", "provider": variant, "parameters": summaries[0]["student"]["parameters"]}

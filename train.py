@@ -76,6 +76,7 @@ class Settings:
     # keeping
     resume: bool = setting(False, "go on from the checkpoint in --out, to the same bits as without the interruption")
     eval_every: int = setting(0, "updates between held-out evaluations; 0: ten in a run")
+    eval_data: str = setting(None, "corpus whose held-out part to evaluate on (default: that of --data)")
     eval_tokens: int = setting(32768, "held-out tokens to evaluate on, at most")
     save_every: float = setting(10.0, "minutes between checkpoints")
     time_limit: float = setting(None, "minutes after which to save, evaluate and end; --resume goes on")
@@ -87,7 +88,7 @@ DEMO = dict(steps=300, batch=32, accum=1, seq_len=128, lr=1e-3, kd_rows="masked"
 
 # settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
 # (epochs enters as steps; the dtype that was chosen is in the checkpoint)
-FREE_ON_RESUME = {"out", "resume", "eval_every", "eval_tokens", "save_every", "time_limit", "epochs", "dtype"}
+FREE_ON_RESUME = set("out resume epochs dtype eval_every eval_data eval_tokens save_every time_limit".split())
 
 
 # ---- small pieces
@@ -134,6 +135,8 @@ def check(settings):
         raise UserError("--student-config describes a fresh student: leave out --student-init")
     if settings.student_config and settings.student_layers:
         raise UserError("--student-config already says how many layers: leave out --student-layers")
+    if settings.resume and settings.out is None:
+        raise UserError("--resume needs to know which run: name its folder with --out")
     if settings.teacher == "none":
         if settings.student_init == "teacher":
             raise UserError("--student-init teacher needs a teacher: name one with --teacher")
@@ -213,7 +216,7 @@ def set_dropout(model, p):
             module.dropout = p
 
 
-def check_fit(settings, objective, teacher, student, tokenizer, corpus, sequences):
+def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences):
     """Refuses combinations that would fail, or mislead, later."""
     shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
     for who, config in shapes:
@@ -235,9 +238,9 @@ def check_fit(settings, objective, teacher, student, tokenizer, corpus, sequence
             f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {settings.seq_len}, "
             f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
         )
-    if len(corpus.val) < settings.seq_len - 2:
+    if len(eval_corpus.val) < settings.seq_len - 2:
         raise UserError(
-            f"{corpus.folder} holds out {len(corpus.val)} tokens, less than one sequence of {settings.seq_len}: "
+            f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {settings.seq_len}: "
             "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"
         )
 
@@ -282,6 +285,10 @@ def train(settings, argv=()):
 
     # ---- data: update u takes sequences u * G ... (u + 1) * G - 1
     corpus = open_corpus(settings, tokenizer, tokenizer_folder)
+    eval_corpus = corpus
+    if settings.eval_data:
+        eval_corpus = Corpus(settings.eval_data)
+        eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
     T, B, G = settings.seq_len, settings.batch, settings.batch * settings.accum
     sequences = Sequences(
         corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
@@ -291,7 +298,7 @@ def train(settings, argv=()):
     # ---- student, objective, optimiser
     objective = objective_of(settings)
     student = build_student(settings, teacher, init)
-    check_fit(settings, objective, teacher, student, tokenizer, corpus, sequences)
+    check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences)
     student.to(device)
     if teacher:
         teacher.to(device)
@@ -324,7 +331,7 @@ def train(settings, argv=()):
     scaler.load_state_dict(scale or scaler.state_dict())
 
     # ---- held-out set: fixed blocks, fixed uniform masks
-    val = Sequences(corpus.val, T, tokenizer, EVAL_SEED)
+    val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
     held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
     eval_every = settings.eval_every or max(1, total // 10)
 
@@ -371,7 +378,7 @@ def train(settings, argv=()):
         print(f"held-out, teacher: {shown(held_out.teacher_figures)}", flush=True)
     if not settings.resume:
         save()
-    figures = evaluate() if update == 0 and not history else history[-1].get("held_out")
+    figures = history[-1].get("held_out") if history else evaluate()
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     seconds_before, evaluating = seconds(), 0.0
     began = last_line = last_save = time.monotonic()

@@ -19,7 +19,7 @@ SHAPES = [(50, 16, 2, 2, 8, 12), (97, 33, 3, 1, 6, 24), (64, 512, 1, 4, 20, 16)]
 
 
 def reference(family, shape, seed=0):
-    """Returns transformers' BertForMaskedLM or DistilBertForMaskedLM with weights large enough to tell rows apart."""
+    """Returns a BertForMaskedLM or DistilBertForMaskedLM of transformers: every weight random, norms and biases too."""
     transformers = pytest.importorskip("transformers")
     V, T, L, H, C, F_ = shape
     if family == "bert":
@@ -39,8 +39,10 @@ def reference(family, shape, seed=0):
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too: transformers begins with 0 and 1
-            parameter += torch.randn(parameter.shape, generator=generator) * 0.5
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if name.lower().endswith("norm.weight") else 0.0
+            # large enough that every part matters, small enough that rounding is not amplified beyond 2e-6
+            parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -69,6 +71,8 @@ def test_logits_equal_those_of_transformers(tmp_path, family, shape):
             pairs = theirs(ids, attention_mask=mask.long(), token_type_ids=types).logits
             torch.testing.assert_close(ours.logits(ours(ids, mask, types)), pairs, atol=1e-5, rtol=1e-5)
             assert (pairs - padded).abs().max() > 1e-3
+        exact = theirs.double()(ids, attention_mask=mask.long()).logits
+        torch.testing.assert_close(ours.double().logits(ours(ids, mask)), exact, atol=1e-12, rtol=1e-12)
 
 
 def test_real_checkpoint_agrees_with_transformers(assets):

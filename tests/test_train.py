@@ -380,14 +380,16 @@ def test_wrong_command_line():
         ({"data": "nowhere"}, "data/prepare.py"),
         ({"teacher": "none", "student_init": "teacher"}, "--teacher"),
         ({"teacher": "none"}, "--student-config"),
+        ({"resume": True, "out": None}, "--out"),
         ({"student_config": "x", "student_init": "y"}, "--student-init"),
         ({"device": "cuda:9"}, "--device cpu"),
         ({"device": "quantum"}, "--device cpu"),
     ],
 )
 def test_bad_settings(tiny, tmp_path, changes, message):
+    wrong = dataclasses.replace(settings(tiny, tmp_path / "out"), **changes)
     with pytest.raises(UserError, match=message) as error:
-        train.train(settings(tiny, tmp_path / "out", **changes))
+        train.train(wrong)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 

@@ -34,11 +34,11 @@ MUTATIONS = 1000  # of each kind of file
 
 def random_model(config, seed=0):
     """Returns a model whose every weight is random, biases and norms included, in eval mode."""
-    model = MaskedLM(config).eval()
+    model = MaskedLM(config, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator) * 0.5
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.2
     return model
 
 
