@@ -84,7 +84,10 @@ def test_real_checkpoint_agrees_with_transformers(assets):
     ids, mask, types = batch(30522, B=4, T=64)
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask.long(), token_type_ids=types).logits
-        torch.testing.assert_close(ours.logits(ours(ids, mask, types)), expected, atol=1e-5, rtol=1e-5)
+        error = (ours.logits(ours(ids, mask, types)) - expected).abs().max()
+        assert error < 1e-5 * expected.abs().max()
+        exact = theirs.double()(ids, attention_mask=mask.long(), token_type_ids=types).logits
+        torch.testing.assert_close(ours.double().logits(ours(ids, mask, types)), exact, atol=1e-10, rtol=1e-10)
 
 
 def test_real_encoder_without_prefix_or_head_agrees_with_transformers():
@@ -163,12 +166,16 @@ def test_decoder_is_the_word_table_itself():
     assert weight is model.encoder.embeddings.words.weight and bias.shape == (TINY.vocab_size,)
 
 
-def test_dropout_acts_in_training_only():
+def test_every_dropout_acts_and_in_training_only():
     model = MaskedLM(TINY, seed=0)
     ids, _, _ = batch(TINY.vocab_size, B=2, T=9)
-    assert not torch.equal(model(ids), model(ids))
-    model.eval()
-    assert torch.equal(model(ids), model(ids))
+    places = [module for module in model.modules() if hasattr(module, "dropout")]
+    assert len(places) == 1 + 2 * TINY.layers  # embeddings; attention and the block of each layer
+    for place in places:
+        for other in places:
+            other.dropout = 0.5 if other is place else 0.0
+        assert not torch.equal(model.train()(ids), model(ids))
+        assert torch.equal(model.eval()(ids), model(ids))
 
 
 def test_impossible_shapes_are_refused():
