@@ -89,11 +89,12 @@ class _LinearDistillLoss(torch.autograd.Function):
         unit = max(abs(kl_weight) * tau, abs(ce_weight), abs(mse_weight)) or 1.0
         in_units = [weight / unit for weight in (kl_weight, ce_weight, mse_weight)]
         chunk = max(1, min(N, CHUNK_BYTES // (V * dtype.itemsize)))
+        step = min(CACHE_ROWS, chunk) if device == "cpu" else chunk  # a GPU wants few large steps
         with torch.autocast(device, enabled=False):
             models = [(h_s, W_s.to(dtype), b_s.to(dtype), h_s.new_empty(chunk, V, dtype=dtype))]
             if h_t is not None:
                 models += [(h_t, W_t.to(dtype), b_t.to(dtype), h_s.new_empty(chunk, V, dtype=dtype))]
-            scratch = [h_s.new_empty(CACHE_ROWS, V, dtype=wide) for _ in range(4)]
+            scratch = [h_s.new_empty(step, V, dtype=wide) for _ in range(4)]
             sums = h_s.new_zeros(3, dtype=wide)  # kl, ce, mse
             dh = torch.empty_like(h_s)
             dW, db = torch.zeros_like(W_s, dtype=wide), torch.zeros_like(b_s, dtype=wide)
@@ -104,9 +105,9 @@ class _LinearDistillLoss(torch.autograd.Function):
                     torch.addmm(b, h[rows].to(dtype), W.t(), beta=1 / tau, alpha=1 / tau, out=buffer[: len(h[rows])])
                     for h, W, b, buffer in models
                 ]
-                for r in range(0, len(logits[0]), CACHE_ROWS):
-                    block = [x[r : r + CACHE_ROWS] for x in logits]
-                    sums += _losses_and_gradient(block, labels[rows][r : r + CACHE_ROWS], tau, *in_units, scratch)
+                for r in range(0, len(logits[0]), step):
+                    block = [x[r : r + step] for x in logits]
+                    sums += _losses_and_gradient(block, labels[rows][r : r + step], tau, *in_units, scratch)
                 G = logits[0]
                 dh[rows] = torch.mm(G, models[0][1]).mul_(unit)
                 if dtype == wide:

@@ -494,3 +494,21 @@ def test_disk_full_loses_nothing(tiny, uninterrupted, tmp_path):
     assert not list(out.rglob("*.tmp"))
     done = call(command(tiny, out, "--resume"))
     assert done.returncode == 0 and same_bits(whole, out)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_trains_like_the_cpu(tiny, tmp_path):
+    """Eager mode: fp32 as on the CPU, bf16 and fp16 near it, and an interrupted fp16 run goes on."""
+    cpu = train.train(settings(tiny, tmp_path / "cpu", steps=20, dropout=0.0, device="cpu"))
+    for dtype, tolerance in (("fp32", 1e-3), ("bf16", 2e-2), ("fp16", 2e-2)):
+        gpu = train.train(settings(tiny, tmp_path / dtype, steps=20, dropout=0.0, device="cuda", dtype=dtype))
+        assert gpu["student"]["mlm_loss"] == pytest.approx(cpu["student"]["mlm_loss"], rel=tolerance)
+        assert gpu["peak_gpu_mib"] > 0
+    half = settings(tiny, tmp_path / "half", steps=2000, device="cuda", dtype="fp16", time_limit=0.02, save_every=60.0)
+    first = train.train(half)
+    second = train.train(dataclasses.replace(half, resume=True))
+    assert 0 < first["steps"] < second["steps"]
