@@ -160,9 +160,8 @@ def test_prompts(settings):
     lowercase, _, _ = settings
     ours = Tokenizer(SMALL, lowercase)
     theirs = transformers.BertTokenizer(vocab=ours.ids, do_lower_case=lowercase)
-    prompts = [*TEXTS, "Paris is the [MASK] of France.", "[MASK][MASK]a[SEP]", "[mask] [ MASK ] [[MASK]]", "[mask]", "x[CLS"]
-    prompts += [text.replace("\ufffd", "") for text in random_texts(seed=3, count=2000)]
-    for prompt in prompts:
+    prompts = ["Paris is the [MASK] of France.", "[MASK][MASK]a[SEP]", "[mask] [ MASK ] [[MASK]]", "[mask]", "x[CLS"]
+    for prompt in [*prompts, *TEXTS, *random_texts(seed=3, count=2000)]:
         assert ours.encode_prompt(prompt) == theirs(prompt)["input_ids"], ascii(prompt)
     assert ours.encode_prompt("a [MASK]") == [ours.cls_id, ours.ids["a"], ours.mask_id, ours.sep_id]
 
