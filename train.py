@@ -463,6 +463,7 @@ def train(settings, argv=()):
     }
     student.cpu().eval()
     weights.save_model(out, student)
+    tokenizer.max_length = student.config.positions
     tokenizer.save(out, "bert" if student.config.token_types else "distilbert")
     draw_curve(out / "curve.svg", history, held_out.teacher_figures)
     files.write_json(out / "run.json", {

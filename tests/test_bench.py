@@ -1,0 +1,58 @@
+"""bench.py runs end to end on small shapes, keeps its contract, and its baseline minimises what the program does."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bench
+from minidistil import weights
+from minidistil.data import IGNORE, Corpus, Sequences
+from minidistil.losses import Counts, Objective, distillation_loss
+from minidistil.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(bench.__file__).parent
+
+
+def run(case, out):
+    command = [sys.executable, str(ROOT / "bench.py"), case, "--tiny", "--rounds", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert set(report) == {"device", "versions", "results"}
+    assert json.loads((out / f"{case}.json").read_text())["results"] == report["results"]
+    return report["results"]
+
+
+def test_step(tmp_path):
+    results = run("step", tmp_path)
+    assert [r["provider"] for r in results] == ["original's way", "ours, all rows", "ours, masked rows"]
+    for r in results:
+        low, middle, high = r["tokens_per_second"]
+        assert 0 < low <= middle <= high and r["peak_mib"] > 100 and r["speed_up"] > 0
+    assert bench.speed_table(results).count("\n") == 4
+
+
+def test_tokenizer(tmp_path):
+    pytest.importorskip("tokenizers")
+    results = run("tokenizer", tmp_path)
+    assert len(results) == 4 and results[0]["shape"]["tokens"] > 10_000
+
+
+def test_the_original_has_the_same_loss(tmp_path):
+    """Where its padding hides nothing and its micro-batch is the update, the baseline's loss is our objective's."""
+    shape = bench.TINY_STEP | dict(accum=1, updates=0)
+    bench.make_world(tmp_path, shape, 20_000)
+    logged = bench.original(tmp_path, shape | {"padding": 0})["loss"]
+    teacher = weights.load_model(tmp_path / "teacher").eval().requires_grad_(False)
+    student = weights.student_from_teacher(teacher, [0, 3]).eval()
+    corpus = Corpus(tmp_path / "corpus")
+    sequences = Sequences(corpus.train, shape["T"], Tokenizer.load(tmp_path / "teacher"), 0, corpus.counts, 0.7, True)
+    ids, labels = map(torch.from_numpy, sequences.take(0, shape["batch"]))
+    counts = Counts(ids.numel(), int((labels != IGNORE).sum()))
+    ours, _ = distillation_loss(Objective(), counts, labels, student, student(ids), teacher, teacher(ids))
+    # dropout is on in the baseline: near, not equal
+    assert logged == pytest.approx(ours.item(), rel=0.02)
