@@ -267,15 +267,17 @@ def show(results):
 
 
 def demo_table(results):
-    """Markdown: means and standard deviations over seeds."""
+    """Markdown: means over seeds, and their standard deviations where there is more than one."""
     teacher, *students = results
     lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | |")
     for r in students:
         share = r["top1"][0] / teacher["top1"]
-        top1, loss, agreement = (f"{r[k][0]:{f}} ± {r[k][1]:{f}}" for k, f in
-                                 (("top1", ".1%"), ("mlm_loss", ".3f"), ("agreement", ".1%")))  # fmt: skip
+        top1, loss, agreement = (
+            f"{r[name][0]:{form}}" + (f" ± {r[name][1]:{form}}" if r["seeds"] > 1 else "")
+            for name, form in (("top1", ".1%"), ("mlm_loss", ".3f"), ("agreement", ".1%"))
+        )
         row = [f"student, {r['provider']}", f"{r['parameters']:,}", top1, f"{share:.1%}", loss, agreement]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
