@@ -424,7 +424,7 @@ def train(settings, argv=()):
             loss, kl, ce, cos, mse = shares.sum(0).tolist()
             record = {"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
             log({"step": update, **record, "grad_norm": norm.item(), "tokens_per_second": round(speed(), 1)})
-            if time.monotonic() - last_line > 2 or update == total:
+            if time.monotonic() - last_line > 2 or update in (first_update + 1, total):
                 last_line = time.monotonic()
                 left = duration((total - update) * G * T / speed())
                 print(

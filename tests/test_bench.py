@@ -39,7 +39,7 @@ def test_step(tmp_path):
 def test_tokenizer(tmp_path):
     pytest.importorskip("tokenizers")
     results = run("tokenizer", tmp_path)
-    assert len(results) == 4 and results[0]["shape"]["tokens"] > 10_000
+    assert len(results) == 5 and results[0]["shape"]["tokens"] > 10_000
 
 
 def test_the_original_has_the_same_loss(tmp_path):
