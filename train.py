@@ -30,7 +30,7 @@ from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.machine import choose_device, choose_dtype, duration, versions
-from minidistil.memory import peak_rss_mib
+from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import MaskedLM, num_params
 from minidistil.stop import Stop
@@ -270,6 +270,7 @@ def train(settings, argv=()):
     check(settings)
     out = choose_out(settings)
     device = choose_device(settings.device)
+    keep_freed_memory()
 
     # ---- teacher and vocabulary
     teacher = teacher_folder = init = None
@@ -348,7 +349,7 @@ def train(settings, argv=()):
     )
     first_update = update
     began = time.monotonic()
-    evaluating = 0.0  # seconds
+    aside = 0.0  # seconds of evaluating and saving
 
     def seconds():  # of the whole run, interruptions apart
         return seconds_before + time.monotonic() - began
@@ -358,20 +359,23 @@ def train(settings, argv=()):
         metrics.write(json.dumps(record) + "\n")
 
     def evaluate():
-        nonlocal evaluating
+        nonlocal aside
         start = time.monotonic()
         figures = held_out.figures(student)
-        evaluating += time.monotonic() - start
+        aside += time.monotonic() - start
         log({"step": update, "held_out": figures})
         print(f"held-out, student after {update}: {shown(figures)}", flush=True)
         return figures
 
     def save():
+        nonlocal aside
+        start = time.monotonic()
         info = {"update": update, "seconds": seconds(), "dtype": dtype, "scale": scaler.state_dict()}
         checkpoint.save(out, student, optimizer, {**info, "identity": identity})
+        aside += time.monotonic() - start
 
-    def speed():  # tokens/s of training in this process, evaluation apart
-        return (update - first_update) * G * T / max(time.monotonic() - began - evaluating, 1e-9)
+    def speed():  # tokens/s of training in this process, evaluating and saving apart
+        return (update - first_update) * G * T / max(time.monotonic() - began - aside, 1e-9)
 
     # ---- the loop
     if held_out.teacher_figures:
@@ -380,7 +384,7 @@ def train(settings, argv=()):
         save()
     figures = history[-1].get("held_out") if history else evaluate()
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
-    seconds_before, evaluating = seconds(), 0.0
+    seconds_before, aside = seconds(), 0.0
     began = last_line = last_save = time.monotonic()
     with Stop() as stop, metrics:
         while update < total and time.monotonic() - began < limit:

@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from kernels.layer_norm import dropout
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -70,18 +72,19 @@ class Embeddings(nn.Module):
         if self.types is not None:
             # a single-segment input is all type 0, so that its row is added everywhere
             x = x + (self.types.weight[0] if types is None else self.types(types))
-        return F.dropout(self.norm(x), self.dropout, self.training)
+        return dropout(self.norm(x), self.dropout, self.training)
 
 
-def attention_ref(q, k, v, mask=None):
+def attention_ref(q, k, v, mask=None, p=0.0):
     """softmax(q k^T / sqrt(D)) v for q, k, v of shape (B, H, T, D); mask (B, 1, 1, T) is True where a key may be seen.
 
-    What `scaled_dot_product_attention` computes without keeping (B, H, T, T). Vaswani et al. 2017, section 3.2.1.
+    What `scaled_dot_product_attention` computes without keeping (B, H, T, T); `p` drops probabilities. Vaswani et al.
+    2017, section 3.2.1.
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, T)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return torch.softmax(scores, dim=-1) @ v  # (B, H, T, D)
+    return dropout(torch.softmax(scores, dim=-1), p) @ v  # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -98,7 +101,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        if p and not x.is_cuda:  # here PyTorch would do the same with a slower dropout
+            y = attention_ref(q, k, v, mask, p)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -130,7 +137,7 @@ class Block(nn.Module):
         return self.dropout_add_norm(self.mlp(x), x, self.mlp_norm)
 
     def dropout_add_norm(self, x, residual, norm):
-        return norm(F.dropout(x, self.dropout, self.training) + residual)
+        return norm(dropout(x, self.dropout, self.training) + residual)
 
 
 class Encoder(nn.Module):

@@ -4,6 +4,14 @@ import os
 import pathlib
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton decides once, when it is imported, whether its kernels are interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+    import kernels.layer_norm
+    import kernels.linear_distill_kl  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]  # processes that tests start, and tests that do not ask for it, use no kernels
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidistil import losses
+from kernels import linear_distill_kl as module
+from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
 from minidistil.data import IGNORE
-from minidistil.losses import Counts, Objective, distillation_loss, linear_distill_loss, logit_losses_ref
+from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM
 
 
@@ -28,8 +29,7 @@ def problem(N=37, V=1000, C=24, C_t=16, dtype=torch.float64, scale=1.0, seed=0, 
 
 def reference(student, teacher, labels, tau, weights):
     """The same loss through logits and autograd."""
-    s, t = student[0] @ student[1].T + student[2], teacher[0] @ teacher[1].T + teacher[2]
-    return sum(w * x for w, x in zip(weights, logit_losses_ref(s, t, labels, tau), strict=True))
+    return linear_distill_kl_ref(*student, *teacher, labels, tau, *weights)[0]
 
 
 # every term alone and all together; N around the block of 8 rows; V = 30,522 once
@@ -39,7 +39,7 @@ def reference(student, teacher, labels, tau, weights):
 def test_closed_form_equals_autograd_in_fp64(N, V, tau, weights):
     student, teacher, labels = problem(N, V, scale=0.3)
     upstream = 1.7
-    loss, *_ = linear_distill_loss(*student, *teacher, labels, tau, *weights)
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, tau, *weights)
     expected = reference(student, teacher, labels, tau, weights)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     got = torch.autograd.grad(loss * upstream, student)
@@ -49,10 +49,10 @@ def test_closed_form_equals_autograd_in_fp64(N, V, tau, weights):
 
 
 def test_closed_form_at_the_real_vocabulary(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 8 * 30522 * 8)  # several chunks, the last one ragged
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 30522 * 8)  # several chunks, the last one ragged
     student, teacher, labels = problem(19, 30522, C=8, C_t=8)
     weights = (0.1, 0.2, 0.0)
-    loss, *_ = linear_distill_loss(*student, *teacher, labels, 2.0, *weights)
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, *weights)
     expected = reference(student, teacher, labels, 2.0, weights)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     for g, w in zip(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student), strict=True):
@@ -62,7 +62,7 @@ def test_closed_form_at_the_real_vocabulary(monkeypatch):
 def test_gradcheck():
     (h, W, b), teacher, labels = problem(5, 11, C=3, C_t=4)
     assert torch.autograd.gradcheck(
-        lambda h, W, b: linear_distill_loss(h, W, b, *teacher, labels, 2.0, 0.5, 0.3, 0.2)[0], (h, W, b)
+        lambda h, W, b: linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3, 0.2)[0], (h, W, b)
     )
 
 
@@ -71,7 +71,7 @@ def test_fp32_is_as_exact_as_autograd_in_fp32():
     truth = problem(33, 1000, scale=0.5)
     want = torch.autograd.grad(reference(*truth[:2], truth[2], 2.0, weights), truth[0])
     errors = []
-    for loss_of in (lambda *a: linear_distill_loss(*a[0], *a[1], a[2], 2.0, *weights)[0],
+    for loss_of in (lambda *a: linear_distill_kl(*a[0], *a[1], a[2], 2.0, *weights)[0],
                     lambda *a: reference(*a, 2.0, weights)):  # fmt: skip
         student, teacher, labels = problem(33, 1000, dtype=torch.float32, scale=0.5)
         got = torch.autograd.grad(loss_of(student, teacher, labels), student)
@@ -88,7 +88,7 @@ def test_autocast(dtype, tolerance):
     want = torch.autograd.grad(reference(*truth[:2], truth[2], 2.0, weights), truth[0])
     student, teacher, labels = problem(33, 1000, dtype=torch.float32, scale=0.5)
     with torch.autocast("cpu", dtype):
-        loss, *_ = linear_distill_loss(*student, *teacher, labels, 2.0, *weights)
+        loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, *weights)
     got = torch.autograd.grad(loss, student)
     for g, w in zip(got, want, strict=True):
         assert g.dtype == torch.float32
@@ -99,12 +99,12 @@ def test_kl_is_a_true_kl():
     """Zero, with zero gradient, where student equals teacher (in torchtune 9.8 nats); positive elsewhere."""
     (h, W, b), _, labels = problem(16, 1000)
     frozen = [x.detach().clone() for x in (h, W, b)]
-    loss, kl, ce, mse = linear_distill_loss(h, W, b, *frozen, labels, 2.0, 1.0, 0.0, 0.0)
+    loss, kl, ce, mse = linear_distill_kl(h, W, b, *frozen, labels, 2.0, 1.0, 0.0, 0.0)
     assert abs(kl.item()) < 1e-12 and ce == 0 and mse == 0
     for gradient in torch.autograd.grad(loss, (h, W, b)):
         assert gradient.abs().max() < 1e-12
     student, teacher, labels = problem(16, 1000)
-    assert linear_distill_loss(*student, *teacher, labels, 2.0, 1.0, 0.0)[1] > 0
+    assert linear_distill_kl(*student, *teacher, labels, 2.0, 1.0, 0.0)[1] > 0
 
 
 def test_tau_squared_in_value_and_gradient():
@@ -117,9 +117,9 @@ def test_tau_squared_in_value_and_gradient():
         p, q = ([math.exp(x / tau) for x in row] for row in (t[0].tolist(), s[0].tolist()))
         p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
         by_hand = tau**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-        loss, kl, _, _ = linear_distill_loss(s[:1], eye, zero, t[:1], eye, zero, labels[:1], tau, 1.0, 0.0)
+        loss, kl, _, _ = linear_distill_kl(s[:1], eye, zero, t[:1], eye, zero, labels[:1], tau, 1.0, 0.0)
         assert kl.item() == pytest.approx(by_hand, rel=1e-12)
-        (gradient,) = torch.autograd.grad(linear_distill_loss(s, eye, zero, t, eye, zero, labels, tau, 1.0, 0.0)[0], s)
+        (gradient,) = torch.autograd.grad(linear_distill_kl(s, eye, zero, t, eye, zero, labels, tau, 1.0, 0.0)[0], s)
         expected = tau * (F.softmax(s / tau, -1) - F.softmax(t / tau, -1))
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
         assert gradient.sum(-1).abs().max() < 1e-12
@@ -200,13 +200,13 @@ def test_no_masks_at_all_is_not_nan():
 def test_second_backward_and_untouched_inputs():
     student, teacher, labels = problem()
     before = [x.detach().clone() for x in (*student, *teacher)]
-    loss, *_ = linear_distill_loss(*student, *teacher, labels, 2.0, 0.5, 0.3)
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)
     first = [g.clone() for g in torch.autograd.grad(loss, student, retain_graph=True)]
     second = torch.autograd.grad(loss, student)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (*student, *teacher), strict=True))
     # accumulating into .grad must not write into what backward keeps
-    loss, *_ = linear_distill_loss(*student, *teacher, labels, 2.0, 0.5, 0.3)
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)
     loss.backward(retain_graph=True)
     loss.backward()
     for x, g in zip(student, first, strict=True):
@@ -217,7 +217,7 @@ def test_same_bits_twice():
     results = []
     for _ in range(2):
         student, teacher, labels = problem(40, 3000, dtype=torch.float32)
-        loss, *_ = linear_distill_loss(*student, *teacher, labels, 2.0, 0.5, 0.3)
+        loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)
         results.append([loss, *torch.autograd.grad(loss, student)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -225,7 +225,7 @@ def test_same_bits_twice():
 def test_a_trainable_teacher_is_refused():
     student, teacher, labels = problem()
     with pytest.raises(ValueError, match="frozen"):
-        linear_distill_loss(*student, teacher[0], teacher[1].requires_grad_(), teacher[2], labels, 2.0, 1.0, 1.0)
+        linear_distill_kl(*student, teacher[0], teacher[1].requires_grad_(), teacher[2], labels, 2.0, 1.0, 1.0)
 
 
 def test_logits_are_never_kept():
@@ -243,13 +243,13 @@ def test_logits_are_never_kept():
             return result
 
     with Watch():
-        linear_distill_loss(*student, *teacher, labels, 2.0, 0.5, 0.3)[0].backward()
-    assert 30522 * 8 * 4 <= biggest <= losses.CHUNK_BYTES + 30522 * 4
+        linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)[0].backward()
+    assert 30522 * 8 * 4 <= biggest <= module.CPU_CHUNK_BYTES + 30522 * 4
 
 
 def test_without_a_teacher_it_is_cross_entropy():
     student, _, labels = problem()
-    loss, kl, ce, mse = linear_distill_loss(*student, None, None, None, labels, 2.0, 5.0, 0.3, 1.0)
+    loss, kl, ce, mse = linear_distill_kl(*student, None, None, None, labels, 2.0, 5.0, 0.3, 1.0)
     h, W, b = student
     expected = 0.3 * F.cross_entropy(h @ W.T + b, labels, reduction="sum", ignore_index=IGNORE)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)

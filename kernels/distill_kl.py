@@ -1,0 +1,445 @@
+"""Temperature-softened KL divergence and masked-LM cross-entropy in one pass over the logits each way.
+
+For one row of student logits s and teacher logits t, temperature tau and label y:
+
+    p = softmax(t / tau)      q = softmax(s / tau)      q1 = softmax(s)
+    kl = tau^2 sum_v p (log p - log q)        d kl / ds = tau (q - p)       Hinton et al. 2015, section 2
+    ce = -log q1[y], or 0 without a label     d ce / ds = q1 - [v = y]
+
+Forward: with m the maximum of a row, k = 1 / tau and Z = sum exp(k (x - m)), everything relative to the maxima,
+
+    kl / tau^2 = c / Z_t - log Z_t + log Z_s        c = sum exp(k (t - m_t)) k ((t - m_t) - (s - m_s))
+
+and m, Z and c can be carried along a row from block to block, so that one pass is enough (README.md derives it).
+Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_1).
+
+Arithmetic and statistics are fp32 whatever the logits are, and in base 2, since exp2 is what the hardware has.
+Bytes per row of bf16 logits: forward 4 V (read s, t), backward 6 V (read s, t, write the gradient): 10 V in all,
+305 kB at V = 30,522. What limits both kernels is memory, as long as loads are 16 bytes wide: for that the row stride
+must be a multiple of 8 elements, which 30,522 = 2 * 3 * 5,087 is not. `padded` allocates rows that are.
+
+Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import on_triton, tl, triton
+
+IGNORE = -100  # PyTorch's label of a row without cross-entropy
+FLOOR = -16384.0  # of a log-probability: a probability of 0, and still finite when multiplied by one
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def distill_kl_ref(s, t, labels=None, temperature=2.0):
+    """Per-row (kl, ce), each (N,), in nats: the definition, differentiable in any dtype; keeps everything."""
+    log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
+    p = log_p.exp()
+    # 0 log 0 = 0: a teacher that rules a word out says nothing more about it
+    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1) * temperature**2
+    if labels is None:
+        return kl, torch.zeros_like(kl)
+    return kl, F.cross_entropy(s, labels, ignore_index=IGNORE, reduction="none")
+
+
+def padded(N, V, dtype, device):
+    """Uninitialised logits (N, V) whose rows begin at multiples of 64 elements, as wide loads and matrix units want."""
+    return torch.empty(N, -(-V // 64) * 64, dtype=dtype, device=device)[:, :V]
+
+
+# ---- Triton
+
+
+@triton.jit
+def _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
+    """Takes one block of logits, fp32, into the statistics of its row; k = log2(e) / tau."""
+    n_s = tl.maximum(m_s, tl.max(s, 0))
+    n_t = tl.maximum(m_t, tl.max(t, 0))
+    # the floor keeps 0 * (-inf - -inf) from being NaN; plain tl.maximum would turn a NaN logit into probability 0
+    x_s = tl.maximum((s - n_s) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+    x_t = tl.maximum((t - n_t) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+    e_s = tl.exp2(x_s)
+    e_t = tl.exp2(x_t)
+    old_s = tl.exp2((m_s - n_s) * k)
+    old_t = tl.exp2((m_t - n_t) * k)
+    if HAS_LABELS:
+        if TAU == 1:
+            e_1 = e_s
+        elif TAU == 2:
+            e_1 = e_s * e_s
+        else:
+            e_1 = tl.exp2((s - n_s) * LOG2E)
+        Z_1 = Z_1 * tl.exp2((m_s - n_s) * LOG2E) + tl.sum(e_1, 0)
+    # every old term of c shifts by what the two maxima moved, weighted with its p: hence the old Z_t
+    c = old_t * (c + Z_t * ((m_t - n_t) - (m_s - n_s)) * k) + tl.sum(e_t * (x_t - x_s), 0)
+    Z_s = Z_s * old_s + tl.sum(e_s, 0)
+    Z_t = Z_t * old_t + tl.sum(e_t, 0)
+    return n_s, n_t, Z_s, Z_t, Z_1, c
+
+
+@triton.jit
+def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr, BLOCK_V: tl.constexpr):
+    """One pass over columns start ... stop of a row; `start` is a multiple of BLOCK_V."""
+    cols = tl.arange(0, BLOCK_V)
+    # finite, since -inf - -inf is NaN
+    m_s = tl.full((), -1.0e30, tl.float32)
+    m_t = tl.full((), -1.0e30, tl.float32)
+    Z_s = tl.full((), 0.0, tl.float32)
+    Z_t = tl.full((), 0.0, tl.float32)
+    Z_1 = tl.full((), 0.0, tl.float32)
+    c = tl.full((), 0.0, tl.float32)
+    full = start + (stop - start) // BLOCK_V * BLOCK_V
+    for v in range(start, full, BLOCK_V):  # a mask here would make every load two bytes wide
+        s = tl.load(s_ptr + v + cols).to(tl.float32)
+        t = tl.load(t_ptr + v + cols).to(tl.float32)
+        m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
+    if full < stop:
+        inside = full + cols < stop
+        s = tl.load(s_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
+    return m_s, m_t, Z_s, Z_t, Z_1, c
+
+
+@triton.jit
+def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr):
+    """(kl, ce) of a row, in nats, from its statistics. A label outside the vocabulary gives NaN, not a wild read."""
+    kl = (c / Z_t - tl.log2(Z_t) + tl.log2(Z_s)) * LN2 * tau * tau
+    ce = tl.full((), 0.0, tl.float32)
+    if HAS_LABELS:
+        known = (y >= 0) & (y < V)
+        s_y = tl.load(s_ptr + tl.where(known, y, 0)).to(tl.float32)
+        ce = (m_s - s_y) + tl.log2(Z_1) * LN2
+        ce = tl.where(known, ce, tl.where(y == -100, 0.0, float("nan")))
+    return kl, ce
+
+
+@triton.jit
+def block_gradient(
+    s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
+    HAS_LABELS: tl.constexpr, TAU: tl.constexpr,
+):  # fmt: skip
+    """Gradient of g_kl kl / tau + g_ce ce at one block of columns; l_* are the base-2 logarithms of Z_*."""
+    d = s - m_s
+    q = tl.exp2(d * k - l_s)
+    g = g_kl * (q - tl.exp2((t - m_t) * k - l_t))
+    if HAS_LABELS:
+        if TAU == 1:
+            q_1 = q
+        elif TAU == 2:
+            q_1 = q * q * tl.exp2(2.0 * l_s - l_1)  # exp(d) = exp(d / 2)^2
+        else:
+            q_1 = tl.exp2(d * LOG2E - l_1)
+        g += g_ce * q_1 - tl.where(cols == y, g_ce, 0.0)
+    return g
+
+
+@triton.jit
+def _store_row(
+    s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
+):  # fmt: skip
+    """Writes what the whole of a row gives: its losses, and its statistics for the backward pass."""
+    y = tl.load(labels_ptr + row) if HAS_LABELS else -100
+    kl, ce = row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS)
+    tl.store(kl_ptr + row, kl)
+    tl.store(ce_ptr + row, ce)
+    stats_ptr += row * 5
+    tl.store(stats_ptr + 0, m_s)
+    tl.store(stats_ptr + 1, m_t)
+    tl.store(stats_ptr + 2, tl.log2(Z_s))
+    tl.store(stats_ptr + 3, tl.log2(Z_t))
+    tl.store(stats_ptr + 4, tl.log2(Z_1) if HAS_LABELS else 0.0)
+
+
+@triton.jit
+def _forward_kernel(
+    s_ptr,  # (N, V), any float
+    t_ptr,  # (N, V), any float
+    labels_ptr,  # (N,) int64
+    kl_ptr,  # (N,) fp32
+    ce_ptr,  # (N,) fp32
+    stats_ptr,  # (N, 5) fp32: m_s, m_t, log2 Z_s, log2 Z_t, log2 Z_1
+    parts_ptr,  # (N, SPLITS, 6) fp32: m_s, m_t, Z_s, Z_t, Z_1, c of each part of a row
+    stride_s,
+    stride_t,
+    V,
+    width,  # columns of a part, a multiple of BLOCK_V
+    tau,
+    HAS_LABELS: tl.constexpr,
+    TAU: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 70,345 rows
+    s_ptr += row * stride_s
+    t_ptr += row * stride_t
+    k = LOG2E / tau
+    if SPLITS == 1:
+        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, HAS_LABELS, TAU, BLOCK_V)
+        _store_row(
+            s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS
+        )  # fmt: skip
+    else:
+        start = tl.program_id(1) * width
+        stop = tl.minimum(start + width, V)
+        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS, TAU, BLOCK_V)
+        parts_ptr += (row * SPLITS + tl.program_id(1)) * 6
+        tl.store(parts_ptr + 0, m_s)
+        tl.store(parts_ptr + 1, m_t)
+        tl.store(parts_ptr + 2, Z_s)
+        tl.store(parts_ptr + 3, Z_t)
+        tl.store(parts_ptr + 4, Z_1)
+        tl.store(parts_ptr + 5, c)
+
+
+@triton.jit
+def _merge_kernel(
+    s_ptr,  # (N, V), any float
+    labels_ptr,  # (N,) int64
+    kl_ptr,  # (N,) fp32
+    ce_ptr,  # (N,) fp32
+    stats_ptr,  # (N, 5) fp32
+    parts_ptr,  # (N, SPLITS, 6) fp32
+    stride_s,
+    V,
+    tau,
+    HAS_LABELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # SPLITS rounded up to a power of two
+):
+    """Puts the parts of a row together: the same shift of maxima as in `_update`, for all parts at once."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_P)
+    there = part < SPLITS
+    parts_ptr += (row * SPLITS + part) * 6
+    k = LOG2E / tau
+    m_s = tl.load(parts_ptr + 0, mask=there, other=-1.0e30)
+    m_t = tl.load(parts_ptr + 1, mask=there, other=-1.0e30)
+    Z_t = tl.load(parts_ptr + 3, mask=there, other=0.0)
+    c = tl.load(parts_ptr + 5, mask=there, other=0.0)
+    n_s = tl.max(m_s, 0)
+    n_t = tl.max(m_t, 0)
+    old_t = tl.exp2((m_t - n_t) * k)
+    c = tl.sum(old_t * (c + Z_t * ((m_t - n_t) - (m_s - n_s)) * k), 0)
+    Z_s = tl.sum(tl.load(parts_ptr + 2, mask=there, other=0.0) * tl.exp2((m_s - n_s) * k), 0)
+    Z_1 = tl.sum(tl.load(parts_ptr + 4, mask=there, other=0.0) * tl.exp2((m_s - n_s) * LOG2E), 0)
+    Z_t = tl.sum(Z_t * old_t, 0)
+    s_ptr += row * stride_s
+    _store_row(s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, n_s, n_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS)
+
+
+@triton.jit
+def _backward_kernel(
+    s_ptr,  # (N, V), any float
+    t_ptr,  # (N, V), any float
+    labels_ptr,  # (N,) int64
+    g_kl_ptr,  # (N,) fp32, stride 0 where every row has the same
+    g_ce_ptr,  # (N,) fp32
+    stats_ptr,  # (N, 5) fp32
+    ds_ptr,  # (N, V), as s
+    stride_s,
+    stride_t,
+    stride_ds,
+    stride_g_kl,
+    stride_g_ce,
+    V,
+    tau,
+    HAS_LABELS: tl.constexpr,
+    TAU: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK_V
+    cols = start + tl.arange(0, BLOCK_V)
+    s_ptr += row * stride_s
+    t_ptr += row * stride_t
+    ds_ptr += row * stride_ds
+    stats_ptr += row * 5
+    k = LOG2E / tau
+    m_s = tl.load(stats_ptr + 0)
+    m_t = tl.load(stats_ptr + 1)
+    l_s = tl.load(stats_ptr + 2)
+    l_t = tl.load(stats_ptr + 3)
+    l_1 = tl.load(stats_ptr + 4)
+    y = tl.load(labels_ptr + row) if HAS_LABELS else -100
+    g_kl = tl.load(g_kl_ptr + row * stride_g_kl) * tau  # tau^2 of the value, 1 / tau of the softened logits
+    g_ce = tl.where(y == -100, 0.0, tl.load(g_ce_ptr + row * stride_g_ce))
+    if start + BLOCK_V <= V:
+        s = tl.load(s_ptr + cols).to(tl.float32)
+        t = tl.load(t_ptr + cols).to(tl.float32)
+        g = block_gradient(s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
+        tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty))
+    else:
+        inside = cols < V
+        s = tl.load(s_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        g = block_gradient(s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
+        tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- CPU: the same closed form, a few rows at a time
+
+CACHE_ROWS = 16  # 16 x 30,522 fp32 = 2 MB: each pass over a block finds it in cache
+
+
+def _wide(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _softened(s, t, start, tau, scratch):
+    """s / tau and t / tau of the next few rows, each (R, V), in scratch memory: allocating would cost more than exp."""
+    return [torch.mul(x[start : start + CACHE_ROWS], 1 / tau, out=buffer[: len(x[start : start + CACHE_ROWS])])
+            for x, buffer in zip((s, t), scratch, strict=True)]  # fmt: skip
+
+
+def _forward_rows(s, t, labels, tau):
+    """Per-row (kl, ce) and, as unused statistics, zeros: the backward pass takes its softmax again."""
+    N, V = s.shape
+    wide = _wide(s)
+    kl, ce, stats = s.new_empty(N, dtype=wide), s.new_zeros(N, dtype=wide), s.new_zeros(N, 5, dtype=wide)
+    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=wide) for _ in range(3)]
+    for start in range(0, N, CACHE_ROWS):
+        a, b = _softened(s, t, start, tau, scratch[:2])
+        torch.log_softmax(a, -1, out=a)
+        torch.log_softmax(b, -1, out=b)
+        p = torch.exp(b, out=scratch[2][: len(b)])
+        block = kl[start : start + CACHE_ROWS]
+        torch.sum(p.mul_(b.clamp_(min=FLOOR).sub_(a.clamp_(min=FLOOR))), -1, out=block)
+        block.mul_(tau**2)
+    if labels is not None:
+        for row in (labels != IGNORE).nonzero().flatten().split(CACHE_ROWS):
+            ce[row] = F.cross_entropy(s[row].to(wide), labels[row], reduction="none")
+    return kl, ce, stats
+
+
+def _backward_rows(g_kl, g_ce, s, t, labels, tau, ds):
+    """Writes the gradient of `_forward_rows` into ds."""
+    N, V = s.shape
+    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=_wide(s)) for _ in range(2)]
+    for start in range(0, N, CACHE_ROWS):
+        a, b = _softened(s, t, start, tau, scratch)
+        torch.softmax(a, -1, out=a)
+        torch.softmax(b, -1, out=b)
+        torch.mul(a.sub_(b), tau * g_kl[start : start + CACHE_ROWS, None], out=a)
+        ds[start : start + CACHE_ROWS] = a
+    if labels is not None:
+        for row in (labels != IGNORE).nonzero().flatten().split(CACHE_ROWS):
+            q_1 = torch.softmax(s[row].to(_wide(s)), -1)
+            q_1[torch.arange(len(row)), labels[row]] -= 1
+            ds[row] += (q_1 * g_ce[row, None]).to(ds.dtype)
+    return ds
+
+
+def power_of(tau):
+    """Which power of exp(x / tau) is exp(x): saves an exponential per logit at the usual temperatures; 0 for none."""
+    return int(tau) if tau in (1.0, 2.0) else 0
+
+
+def _blocks(itemsize):
+    """(BLOCK_V, num_warps) of forward and backward: 8 to 16 logits of each model in flight per thread, no spills."""
+    return ((4096, 8), (4096, 4)) if itemsize == 2 else ((2048, 4), (2048, 4))
+
+
+def _split(N, V, BLOCK_V, device):
+    """(parts, width): into how many parts of `width` columns to cut each row, so that few rows still fill a GPU."""
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    blocks = triton.cdiv(V, BLOCK_V)
+    width = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, N))) * BLOCK_V
+    return triton.cdiv(V, width), width
+
+
+# ---- the operator: `torch.library` makes it one node for torch.compile
+
+
+@torch.library.custom_op("minidistil::distill_kl", mutates_args=())
+def _forward(
+    s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tau: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    N, V = s.shape
+    if not on_triton(s) or s.dtype == torch.float64:
+        return _forward_rows(s, t, labels, tau)
+    kl, ce, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 5)))
+    if N == 0:
+        return kl, ce, stats
+    (BLOCK_V, warps), _ = _blocks(s.itemsize)
+    parts, width = _split(N, V, BLOCK_V, s.device)
+    scratch = s.new_empty(N, parts, 6, dtype=torch.float32) if parts > 1 else stats
+    options = dict(HAS_LABELS=labels is not None, SPLITS=parts)
+    _forward_kernel[(N, parts)](
+        s, t, labels, kl, ce, stats, scratch, s.stride(0), t.stride(0), V, width, tau,
+        TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps, **options,
+    )  # fmt: skip
+    if parts > 1:
+        _merge_kernel[(N,)](
+            s, labels, kl, ce, stats, scratch, s.stride(0), V, tau,
+            BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **options,
+        )  # fmt: skip
+    return kl, ce, stats
+
+
+@_forward.register_fake
+def _(s, t, labels, tau):
+    wide = torch.promote_types(s.dtype, torch.float32)
+    return tuple(s.new_empty(shape, dtype=wide) for shape in ((len(s),), (len(s),), (len(s), 5)))
+
+
+@torch.library.custom_op("minidistil::distill_kl_backward", mutates_args=())
+def _backward(
+    g_kl: torch.Tensor, g_ce: torch.Tensor, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None,
+    stats: torch.Tensor, tau: float,
+) -> torch.Tensor:  # fmt: skip
+    N, V = s.shape
+    ds = torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)  # padded where s is
+    if not on_triton(s) or s.dtype == torch.float64:
+        return _backward_rows(g_kl, g_ce, s, t, labels, tau, ds)
+    if N:
+        _, (BLOCK_V, warps) = _blocks(s.itemsize)
+        _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
+            s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
+            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps,
+        )  # fmt: skip
+    return ds
+
+
+@_backward.register_fake
+def _(g_kl, g_ce, s, t, labels, stats, tau):
+    return torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)
+
+
+def _setup_context(ctx, inputs, output):
+    s, t, labels, ctx.tau = inputs
+    ctx.save_for_backward(s, t, labels, output[2])
+
+
+def _backward_of_forward(ctx, g_kl, g_ce, _):
+    # the gradients stay on the device: the kernel reads them by pointer, so nothing waits for the host
+    return _backward(g_kl, g_ce, *ctx.saved_tensors, ctx.tau), None, None, None
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=None):
+    """Sums over rows of kl_weights * tau^2 KL(softmax(t / tau) || softmax(s / tau)) and ce_weights * cross-entropy.
+
+    s, t (N, V) logits of student and teacher, fp32, bf16, fp16 (fp64 without a kernel); the last dimension contiguous,
+    and any row stride: a multiple of 8 elements (`padded`) is twice as fast. labels (N,) int64: rows labelled -100, or
+    all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left out; 0 drops a row.
+    Returns (kl, ce): 0-d fp32, in nats, differentiable in s alone and apart from each other. Raises ValueError where
+    shapes disagree or the teacher's logits want a gradient. Source: Hinton et al. 2015, section 2.
+    """
+    shapes = [tuple(x.shape) for x in (s, t, labels) if x is not None]
+    if s.ndim != 2 or s.shape != t.shape or (labels is not None and labels.shape != s.shape[:1]):
+        raise ValueError(f"logits must be (N, V) twice, and labels (N,): they are {shapes}")
+    if t.requires_grad:
+        raise ValueError("the teacher must be frozen: its logits take no gradient")
+    s, t = (x if x.stride(-1) == 1 else x.contiguous() for x in (s, t))
+    kl, ce, _ = _forward(s, t, labels, float(temperature))
+    kl, ce = (x if w is None else x * w for x, w in ((kl, kl_weights), (ce, ce_weights)))
+    return kl.sum(), ce.sum()
+
+
+def bytes_moved(N, V, itemsize):
+    """Bytes that forward and backward must move at least: both logits read twice, the gradient written once."""
+    return 5 * N * V * itemsize

@@ -1,0 +1,318 @@
+"""Vocabulary projection and distillation losses in one: logits live in one reused chunk, and are never kept.
+
+    s = h_s W_s^T + b_s      t = h_t W_t^T + b_t
+    loss = kl_weight * sum kl + ce_weight * sum ce + mse_weight * sum (s - t)^2        kl and ce as in distill_kl.py
+    G = d loss / ds          d loss / dh_s = G W_s     d loss / dW_s = G^T h_s     d loss / db_s = sum of G over rows
+
+Since the loss of a row depends on that row alone, its gradient can be had while its logits are there: for each chunk of
+rows the forward pass projects, turns student logits into G in place, and multiplies G out. Backward only scales.
+
+Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
+its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V): 14 V. The gradient
+of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB at BERT-base, as much as 440 rows. Hence
+chunks of thousands of rows on a GPU; on a CPU, where a chunk should stay in cache, of hundreds.
+
+G is kept in units of the largest weight, which enters in fp32 after the products: its entries, probabilities divided by
+thousands of rows, would otherwise vanish in half precision. A loss scale therefore has nothing left to save.
+
+Legend:  N rows   C width   V vocabulary   R rows of a chunk   s, t student and teacher logits   tau temperature
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import on_triton, tl, triton
+from kernels.distill_kl import (
+    CACHE_ROWS,
+    FLOOR,
+    IGNORE,
+    LOG2E,
+    block_gradient,
+    distill_kl_ref,
+    power_of,
+    row_losses,
+    row_statistics,
+)
+
+CPU_CHUNK_BYTES = 32 << 20  # of one model's logits: large enough for fast matrix products, small enough for the cache
+GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
+
+
+def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
+    """The same loss through logits and autograd: (loss, kl, ce, mse), correct in any dtype; keeps everything."""
+    s = F.linear(h_s, W_s, b_s)
+    t = s.detach() if h_t is None else F.linear(h_t, W_t, b_t)
+    kl, ce = (x.sum() for x in distill_kl_ref(s, t, labels, 1.0 if h_t is None else tau))
+    mse = (s - t).square().sum()
+    if h_t is None:
+        kl = kl.detach() * 0
+    return kl_weight * kl + ce_weight * ce + mse_weight * mse, kl, ce, mse
+
+
+# ---- Triton
+
+
+@triton.jit
+def _loss_and_gradient_kernel(
+    s_ptr,  # (R, >= V): student logits, any float, in; their gradient out, zero from column V to the end of the row
+    t_ptr,  # (R, >= V) teacher logits
+    labels_ptr,  # (R,) int64
+    losses_ptr,  # (R, 3) fp32: kl, ce, mse
+    stride,  # of s and t: the width of a padded row
+    V,
+    tau,
+    kl_weight,  # in the gradient's unit
+    ce_weight,
+    mse_weight,
+    HAS_MSE: tl.constexpr,
+    TAU: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s_ptr += row * stride
+    t_ptr += row * stride
+    losses_ptr += row * 3
+    cols = tl.arange(0, BLOCK_V)
+    k = LOG2E / tau
+    y = tl.load(labels_ptr + row)
+    m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, True, TAU, BLOCK_V)
+    kl, ce = row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, True)
+    tl.store(losses_ptr + 0, kl)
+    tl.store(losses_ptr + 1, ce)
+    l_s = tl.log2(Z_s)
+    l_t = tl.log2(Z_t)
+    l_1 = tl.log2(Z_1)
+    g_kl = kl_weight * tau
+    g_ce = tl.where(y == -100, 0.0, ce_weight)
+    mse = tl.full((), 0.0, tl.float32)
+    tl.debug_barrier()  # every thread has read s[y] before one writes there
+    full = V // BLOCK_V * BLOCK_V
+    for v in range(0, full, BLOCK_V):
+        s = tl.load(s_ptr + v + cols).to(tl.float32)
+        t = tl.load(t_ptr + v + cols).to(tl.float32)
+        g = block_gradient(s, t, v + cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, True, TAU)
+        if HAS_MSE:
+            g += 2.0 * mse_weight * (s - t)
+            mse += tl.sum((s - t) * (s - t), 0)
+        tl.store(s_ptr + v + cols, g.to(s_ptr.dtype.element_ty))
+    if full < stride:
+        inside = full + cols < V
+        s = tl.load(s_ptr + full + cols, mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + full + cols, mask=inside, other=0.0).to(tl.float32)
+        g = block_gradient(s, t, full + cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, True, TAU)
+        if HAS_MSE:
+            g += 2.0 * mse_weight * (s - t)
+            mse += tl.sum((s - t) * (s - t), 0)
+        tl.store(s_ptr + full + cols, tl.where(inside, g, 0.0).to(s_ptr.dtype.element_ty), mask=full + cols < stride)
+    tl.store(losses_ptr + 2, mse)
+
+
+def launch(itemsize):
+    """(BLOCK_V, num_warps) of the kernel, for logits of this many bytes."""
+    return (4096, 8) if itemsize == 2 else (2048, 8)
+
+
+# ---- CPU: the same, a few rows at a time
+
+
+def _loss_and_gradient_rows(a, b, labels, labelled, finite, tau, kl_weight, ce_weight, mse_weight, scratch):
+    """Returns the sums (kl, ce, mse) of a few rows, overwrites `a` with their gradient, and spoils `b`.
+
+    a = s / tau, b = t / tau or None, both (R, V) fp32 or wider; labels (R,), of which rows `labelled` have one, or all
+    where it is None. PyTorch's softmax is fused; the rest are single passes over two megabytes in cache, into memory
+    that is there already: allocating would cost more than exp.
+    """
+    q, p, q_1 = (x[: len(a)] for x in scratch)
+    kl = ce = mse = a.new_zeros(())
+    torch.softmax(a, -1, out=q)
+    a_max = a.amax(-1, keepdim=True)
+    lse_a = a_max - q.amax(-1, keepdim=True).log()  # the largest q is exp(0) / Z
+    scored = ce_weight != 0 and (labelled is None or len(labelled) > 0)
+    if scored:
+        picked = slice(None) if labelled is None else labelled
+        a_1, y = a[picked], labels[picked, None]
+        if tau == 2:  # exp(2 (a - lse_a)), up to a factor the softmax at temperature 1
+            base, q_1 = lse_a[picked], torch.square(q[picked], out=q_1[: len(y)])
+        else:
+            base = a_max[picked]
+            q_1 = torch.sub(a_1, base, out=q_1[: len(y)]).mul_(tau).exp_()
+        Z_1 = q_1.sum(-1, keepdim=True)
+        ce = (Z_1.log() - tau * (a_1.gather(1, y) - base)).sum()
+        share, minus_one = ce_weight / Z_1, torch.full_like(base, -ce_weight)
+    if b is not None:
+        torch.softmax(b, -1, out=p)
+        lse_b = b.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        d = b.sub_(a)
+        if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
+            d.nan_to_num_(0.0, -FLOOR, FLOOR)
+        kl = torch.dot(p.view(-1), d.view(-1)) + (lse_a - lse_b).sum()
+        if mse_weight:
+            mse = torch.dot(d.view(-1), d.view(-1)) * tau**2
+    gradient = a.zero_() if b is None else torch.sub(q, p, out=a)
+    if kl_weight * tau != 1:
+        gradient.mul_(kl_weight * tau)
+    if mse_weight:
+        gradient.add_(d, alpha=-2 * mse_weight * tau)
+    if scored and labelled is None:
+        gradient.addcmul_(q_1, share).scatter_add_(1, y, minus_one)
+    elif scored:
+        gradient.index_add_(0, labelled, q_1.mul_(share).scatter_add_(1, y, minus_one))
+    return torch.stack([kl * tau**2, ce, mse])
+
+
+def _loss_and_gradient_cpu(logits, biases, labels, tau, weights, losses, scratch):
+    """Adds the losses of a chunk to `losses` (1, 3), and overwrites the student's logits with their gradient.
+
+    logits: of student and teacher, (R, V), divided by tau and still without the biases (V,), which are too.
+    """
+    step, wide = len(scratch[0]), scratch[0].dtype
+    finite = all(bias.isfinite().all() for bias in biases)  # else words are ruled out, as some do by a bias of -inf
+    has_label = labels != IGNORE
+    everywhere = bool(has_label.all())
+    for start in range(0, len(labels), step):
+        rows = slice(start, start + step)
+        a, *b = (x[rows].to(wide).add_(bias) for x, bias in zip(logits, biases, strict=True))
+        labelled = None if everywhere else has_label[rows].nonzero().squeeze(1)
+        losses += _loss_and_gradient_rows(
+            a, b[0] if b else None, labels[rows], labelled, finite, tau, *weights, scratch
+        )  # fmt: skip
+        if a.dtype != logits[0].dtype:
+            logits[0][rows] = a
+
+
+# ---- pieces
+
+
+def _chunk(N, V, dtype, on_cpu):
+    """Rows of a chunk: all chunks alike, so that the last is not a small one."""
+    most = max(1, CPU_CHUNK_BYTES // (V * dtype.itemsize)) if on_cpu else GPU_CHUNK_ROWS
+    return max(1, -(-N // max(1, -(-N // most))))
+
+
+def _decoder(W, b, dtype, width):
+    """(weight, bias) in `dtype`, with rows of zeros from V to `width`: padding columns of a product are then zero."""
+    if W.dtype == dtype and len(W) == width:
+        return W, b
+    wide_W, wide_b = W.new_zeros(width, W.shape[1], dtype=dtype), b.new_zeros(width, dtype=dtype)
+    wide_W[: len(W)], wide_b[: len(b)] = W, b
+    return wide_W, wide_b
+
+
+def _add_outer(dW, G, h, unit, first):
+    """dW = unit G^T h, plus dW for all chunks but the first, summed in the precision of dW."""
+    beta = 0.0 if first else 1.0  # 0: what was there, even NaN, does not count
+    if G.dtype == dW.dtype:
+        torch.addmm(dW, G.t(), h, beta=beta, alpha=unit, out=dW)
+    elif G.is_cuda:
+        torch.addmm(dW, G.t(), h, out_dtype=dW.dtype, beta=beta, alpha=unit, out=dW)
+    else:
+        product = torch.mm(G.t(), h)
+        dW.copy_(product).mul_(unit) if first else dW.add_(product, alpha=unit)
+
+
+# ---- the operator: `torch.library` makes it one node for torch.compile
+
+
+@torch.library.custom_op("minidistil::linear_distill_kl", mutates_args=())
+def _forward(
+    h_s: torch.Tensor, W_s: torch.Tensor, b_s: torch.Tensor,
+    h_t: torch.Tensor | None, W_t: torch.Tensor | None, b_t: torch.Tensor | None,
+    labels: torch.Tensor, tau: float, kl_weight: float, ce_weight: float, mse_weight: float,
+    dtype: torch.dtype, wants_dh: bool, wants_dW: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(loss, sums (3,), dh, dW, db): loss and its gradients; those that are not wanted are empty."""
+    (N, C), V, wide = h_s.shape, len(W_s), torch.promote_types(dtype, torch.float32)
+    kernel = on_triton(h_s) and dtype != torch.float64
+    width = -(-V // 64) * 64 if kernel else V
+    unit = max(abs(kl_weight) * tau, abs(ce_weight), abs(mse_weight)) or 1.0
+    weights = [weight / unit for weight in (kl_weight, ce_weight, mse_weight)]
+    R = _chunk(N, V, dtype, not h_s.is_cuda)
+    losses = h_s.new_zeros(N if kernel else 1, 3, dtype=wide)  # kl, ce, mse
+    dh = h_s.new_empty((N, C) if wants_dh else (0,), dtype=wide)
+    dW, db = (torch.empty_like(x, dtype=wide) if wants_dW else h_s.new_empty(0, dtype=wide) for x in (W_s, b_s))
+    if N == 0:
+        dW.zero_()
+    db.zero_()
+    with torch.autocast(h_s.device.type, enabled=False):
+        models = [(h_s, *_decoder(W_s, b_s, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
+        if h_t is not None:
+            models += [(h_t, *_decoder(W_t, b_t, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
+        if not kernel:
+            biases = [b.to(wide) / tau for _, _, b, _ in models]
+            scratch = [h_s.new_empty(R if h_s.is_cuda else min(R, CACHE_ROWS), V, dtype=wide) for _ in range(3)]
+        for start in range(0, N, R):
+            rows = slice(start, min(start + R, N))
+            inputs = [(h[rows].to(dtype), W.t(), b, buffer[: rows.stop - start]) for h, W, b, buffer in models]
+            if kernel:
+                s, *t = (torch.addmm(b, h, W, out=out) for h, W, b, out in inputs)
+                BLOCK_V, warps = launch(dtype.itemsize)
+                # without a teacher the student is its own: no divergence, and kl_weight is 0
+                _loss_and_gradient_kernel[(len(s),)](
+                    s, *(t or [s]), labels[rows], losses[rows], width, V, tau, *weights,
+                    HAS_MSE=mse_weight != 0, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps,
+                )  # fmt: skip
+            else:
+                # divided by tau for nothing; the bias waits until a few rows are in cache
+                s, *t = (torch.addmm(out, h, W, beta=0, alpha=1 / tau, out=out) for h, W, _, out in inputs)
+                _loss_and_gradient_cpu([s, *t], biases, labels[rows], tau, weights, losses, scratch)
+            G = s
+            if wants_dh:
+                dh[rows] = torch.mm(G, models[0][1]).to(wide).mul_(unit)
+            if wants_dW:
+                _add_outer(dW, G[:, :V], inputs[0][0], unit, first=start == 0)
+                db.add_(G[:, :V].sum(0, dtype=wide), alpha=unit)
+    sums = losses.sum(0)
+    return sums @ sums.new_tensor([kl_weight, ce_weight, mse_weight]), sums, dh, dW, db
+
+
+@_forward.register_fake
+def _(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
+    wide = torch.promote_types(dtype, torch.float32)
+    gradients = [x.new_empty(x.shape if wanted else (0,), dtype=wide)
+                 for x, wanted in ((h_s, wants_dh), (W_s, wants_dW), (b_s, wants_dW))]  # fmt: skip
+    return h_s.new_empty((), dtype=wide), h_s.new_empty(3, dtype=wide), *gradients
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros as large as the weight, otherwise, for outputs nobody differentiates
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes, (wants_dh, wants_dW) = [x.dtype for x in inputs[:3]], inputs[-2:]
+    ctx.wanted = (wants_dh, wants_dW, wants_dW)
+
+
+def _backward(ctx, upstream, *_):
+    """Scales, out of place: a second backward pass finds the same gradients."""
+    if upstream is None:
+        return (None,) * 14
+    gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
+    # reading one number is free on a CPU and spares a pass over dW; on a GPU it would stall the queue
+    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+        gradients = [g if g is None else g * upstream for g in gradients]
+    return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 11)
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
+    """Vocabulary projection and distillation losses in one, on any device: never keeps logits, nor a graph over them.
+
+    h_s (N, C_s), W_s (V, C_s), b_s (V): student rows after the head's transform, decoder weight, bias; differentiable.
+    h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher.
+    labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
+    Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
+    sums over rows, in nats (kl with its tau^2), are for the log. Matrix products follow autocast; softmax and sums are
+    fp32 or better. Raises ValueError where the teacher wants a gradient.
+    """
+    if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):
+        raise ValueError("the teacher must be frozen: its rows, weight and bias take no gradient")
+    if h_t is None:
+        tau, kl_weight, mse_weight = 1.0, 0.0, 0.0
+    device = h_s.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_s.dtype
+    wanted = [torch.is_grad_enabled() and any(x.requires_grad for x in inputs) for inputs in ((h_s,), (W_s, b_s))]
+    loss, sums, *_ = _forward(
+        h_s, W_s, b_s, h_t, W_t, b_t, labels, float(tau), float(kl_weight), float(ce_weight), float(mse_weight), dtype,
+        *wanted,
+    )  # fmt: skip
+    return loss, *sums.detach()

@@ -1,0 +1,266 @@
+"""The distillation loss on logits: kernels (interpreted without a GPU) and CPU path against the definition in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from kernels import distill_kl as module
+from kernels.distill_kl import IGNORE, distill_kl, distill_kl_ref, padded
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["kernel", "cpu"], autouse=True)
+def path(request, monkeypatch):
+    """Every test runs twice: through Triton, and through the closed form in PyTorch."""
+    if request.param == "kernel":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        # the interpreter's time goes by blocks: few large ones, yet V = 30,522 still has a main loop and a tail
+        monkeypatch.setattr(module, "_blocks", lambda itemsize: ((16384, 8), (16384, 4)))
+    elif DEVICE == "cuda":
+        pytest.skip("the closed form is for the CPU")
+    return request.param
+
+
+def problem(N, V, dtype=torch.float32, scale=1.0, seed=0, pad=True):
+    """Random logits (N, V) in padded rows, labels with a third ignored, random upstream gradients and row weights."""
+    g = torch.Generator().manual_seed(seed)
+    s, t = ((torch.randn(N, V, generator=g) * scale).to(dtype) for _ in range(2))
+    if pad:
+        s, t = (padded(N, V, dtype, "cpu").copy_(x) for x in (s, t))
+    labels = torch.randint(0, V, (N,), generator=g)
+    labels[torch.rand(N, generator=g) < 0.3] = IGNORE
+    weights = torch.rand(2, N, generator=g)
+    return [x.to(DEVICE) for x in (s, t, labels, weights[0], weights[1])], torch.rand(2, generator=g).tolist()
+
+
+def values_and_gradient(function, s, t, labels, tau, w_kl, w_ce, upstream):
+    s = s.detach().requires_grad_()
+    kl, ce = function(s, t, labels, tau, w_kl, w_ce)
+    (gradient,) = torch.autograd.grad(upstream[0] * kl + upstream[1] * ce, s)
+    return [x.detach().double().cpu() for x in (kl, ce, gradient)]
+
+
+def by_definition(s, t, labels, tau, w_kl, w_ce):
+    kl, ce = distill_kl_ref(s, t, labels, tau)
+    return (kl * w_kl.to(kl.dtype)).sum(), (ce * w_ce.to(ce.dtype)).sum()
+
+
+def check_against_fp64(inputs, upstream, tau, floor):
+    """Each of (kl, ce, gradient): at most twice the error of PyTorch in the same dtype, plus `floor` of the largest."""
+    s, t, labels, w_kl, w_ce = inputs
+    wide = [s.double(), t.double(), labels, w_kl.double(), w_ce.double()]
+    truth = values_and_gradient(by_definition, *wide[:3], tau, *wide[3:], upstream)
+    ours = values_and_gradient(distill_kl, s, t, labels, tau, w_kl, w_ce, upstream)
+    torchs = values_and_gradient(by_definition, s, t, labels, tau, w_kl, w_ce, upstream)
+    for name, want, got, other in zip(("kl", "ce", "gradient"), truth, ours, torchs, strict=True):
+        if want.numel():
+            error, allowed = (got - want).abs().max(), 2 * (other - want).abs().max()
+            assert got.isfinite().all()
+            assert error <= allowed + floor * want.abs().max() + 1e-30, f"{name}: {error:.2e}, torch {allowed / 2:.2e}"
+
+
+# fp32: rounding of exponents; half: the gradient is stored in 8 (bf16) or 11 (fp16) bits, and the interpreter truncates
+FLOOR = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+# V around the block of 1,024 and the real one; every N with a small V, few rows with the real one (30 ms each)
+@pytest.mark.parametrize("N, V", [(0, 7), (1, 1), (3, 7), (64, 7), (37, 1000), (3, 1024), (1, 1025), (3, 30522)])
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("tau", [1.0, 2.0, 8.0])
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_error_is_that_of_pytorch(N, V, dtype, tau, scale):
+    check_against_fp64(*problem(N, V, dtype, scale), tau, FLOOR[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_rows_of_the_real_vocabulary(dtype):
+    check_against_fp64(*problem(64, 30522, dtype, 3.0), 2.0, FLOOR[dtype])
+
+
+@pytest.mark.parametrize("block", [64, 1024])
+def test_many_blocks_in_a_row(block, monkeypatch):
+    """The running maxima move from block to block: logits that rise, fall and jump."""
+    monkeypatch.setattr(module, "_blocks", lambda itemsize: ((block, 4), (block, 4)))
+    inputs, upstream = problem(3, 5000)
+    ramp = torch.linspace(-40, 40, 5000, device=DEVICE)
+    inputs[0] += torch.stack([ramp, -ramp, ramp.sin() * 60])
+    inputs[1] += torch.stack([-ramp, ramp, ramp.cos() * 60])
+    check_against_fp64(inputs, upstream, 2.0, FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
+def test_rows_split_over_programs(parts, tau, path, monkeypatch):
+    if path == "cpu":
+        pytest.skip("only the kernel splits rows")
+    monkeypatch.setattr(module, "_blocks", lambda itemsize: ((256, 4), (256, 4)))
+    monkeypatch.setattr(module, "_split", lambda N, V, BLOCK_V, device: (parts, -(-V // (parts * 256)) * 256))
+    inputs, upstream = problem(3, 3000, scale=20.0)
+    check_against_fp64(inputs, upstream, tau, FLOOR[torch.float32])
+
+
+def test_the_split_covers_every_column():
+    for N in (1, 3, 64, 264, 5000):
+        for V in (1, 4096, 30522, 250000):
+            for programs in (1, 264):
+                blocks = -(-V // 4096)
+                width = -(-blocks // min(blocks, -(-programs // N))) * 4096
+                parts = -(-V // width)
+                assert (parts - 1) * width < V <= parts * width
+    if DEVICE == "cpu":
+        assert module._split(1, 30522, 4096, torch.device("cpu")) == (1, 32768)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "every second row", "transposed"])
+def test_strides(layout):
+    (s, t, *rest), upstream = problem(7, 1003, pad=layout == "padded")
+    if layout == "every second row":
+        s, t = (torch.stack([x, torch.full_like(x, float("nan"))], 1).flatten(0, 1)[::2] for x in (s, t))
+    if layout == "transposed":
+        s, t = (x.t().contiguous().t() for x in (s, t))
+    check_against_fp64([s, t, *rest], upstream, 2.0, FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0, 8.0])
+def test_minus_infinity(tau):
+    """Words that the teacher rules out, and words that both do, cost nothing and are no NaN."""
+    (s, t, labels, *rest), upstream = problem(5, 1003)
+    t[:, ::7] = -math.inf
+    s[:, ::14] = -math.inf
+    labels[:] = 1
+    check_against_fp64([s, t, labels, *rest], upstream, tau, FLOOR[torch.float32])
+
+
+def test_a_word_that_only_the_student_rules_out_stays_finite():
+    """KL is infinite there; the loss is finite and large, and the gradient pulls with the teacher's probability."""
+    (s, t, *_), _ = problem(2, 50)
+    s[:, 3] = -math.inf
+    s.requires_grad_()
+    kl, _ = distill_kl(s, t, None, 2.0)
+    (gradient,) = torch.autograd.grad(kl, s)
+    assert kl.isfinite() and kl > 100
+    torch.testing.assert_close(gradient[:, 3], -2 * torch.softmax(t / 2, -1)[:, 3], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_nan_reaches_the_loss_of_its_row_and_of_no_other(which):
+    (s, t, *_), _ = problem(2, 1003)
+    (s if which == "student" else t)[0, 5] = math.nan
+    kl, _, _ = module._forward(s, t, torch.ones(2, dtype=torch.long, device=DEVICE), 2.0)
+    assert kl[0].isnan() and kl[1].isfinite()
+
+
+def test_ignored_rows():
+    (s, t, labels, *_), _ = problem(6, 1003)
+    for none in (torch.full_like(labels, IGNORE), None):
+        leaf = s.detach().requires_grad_()
+        kl, ce = distill_kl(leaf, t, none)
+        (gradient,) = torch.autograd.grad(kl + 3 * ce, leaf)
+        assert ce == 0
+        torch.testing.assert_close(gradient, torch.autograd.grad(distill_kl(leaf, t)[0], leaf)[0], rtol=0, atol=0)
+    labels, drop = torch.arange(6, device=DEVICE), torch.tensor([1.0, 0, 1, 0, 0, 1], device=DEVICE)
+    leaf = s.detach().requires_grad_()
+    kl, ce = distill_kl(leaf, t, labels, 2.0, drop, drop)
+    (gradient,) = torch.autograd.grad(kl + ce, leaf)
+    assert (gradient[drop == 0] == 0).all() and (gradient[drop == 1] != 0).any()
+    some = distill_kl(s[drop == 1], t[drop == 1], labels[drop == 1])
+    torch.testing.assert_close(torch.stack([kl, ce]), torch.stack(some))
+
+
+def test_a_label_outside_the_vocabulary_is_not_silent(path):
+    (s, t, labels, *_), _ = problem(2, 50)
+    for wrong in (50, -1):
+        if path == "cpu":
+            with pytest.raises((IndexError, RuntimeError)):
+                distill_kl(s, t, torch.full_like(labels, wrong))
+        else:
+            assert distill_kl(s, t, torch.full_like(labels, wrong))[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", FLOOR)
+def test_kl_of_a_distribution_to_itself(dtype):
+    """Zero, with zero gradient (torchtune's is the cross-entropy)."""
+    (s, *_), _ = problem(8, 3000, dtype, 5.0)
+    leaf = s.detach().requires_grad_()
+    kl, _ = distill_kl(leaf, s, None, 2.0)
+    assert kl.abs() < 1e-6
+    assert torch.autograd.grad(kl, leaf)[0].abs().max() < 1e-6
+
+
+def test_gradient_rows_sum_to_zero_and_shifts_change_nothing():
+    (s, t, labels, w_kl, w_ce), upstream = problem(8, 3000, scale=3.0)
+    kl, ce, gradient = values_and_gradient(distill_kl, s, t, labels, 2.0, w_kl, w_ce, upstream)
+    assert gradient.sum(-1).abs().max() < 1e-6
+    shift = torch.arange(8, device=DEVICE)[:, None] * 4.0
+    moved = values_and_gradient(distill_kl, s + shift, t - shift, labels, 2.0, w_kl, w_ce, upstream)
+    for got, want in zip(moved, (kl, ce, gradient), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_same_bits_twice_inputs_untouched_nothing_left_unwritten(monkeypatch):
+    inputs, upstream = problem(5, 1003)
+    before = [x.clone() for x in inputs]
+    first = values_and_gradient(distill_kl, *inputs[:3], 2.0, *inputs[3:], upstream)
+    # fresh memory is full of NaN: what a kernel does not write would show
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        second = values_and_gradient(distill_kl, *inputs[:3], 2.0, *inputs[3:], upstream)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+def test_second_backward():
+    (s, t, labels, *_), _ = problem(5, 1003)
+    s.requires_grad_()
+    kl, ce = distill_kl(s, t, labels)
+    first = torch.autograd.grad(kl + ce, s, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(kl + ce, s)[0])
+
+
+def test_one_loss_alone():
+    """kl and ce are differentiable apart: their gradients add up to that of the sum."""
+    (s, t, labels, *_), _ = problem(5, 1003)
+    s.requires_grad_()
+    kl, ce = distill_kl(s, t, labels)
+    apart = sum(torch.autograd.grad(x, s, retain_graph=True)[0] for x in (kl, ce))
+    torch.testing.assert_close(apart, torch.autograd.grad(kl + ce, s)[0], rtol=1e-5, atol=1e-7)
+
+
+def test_registered_as_an_operator():
+    (s, t, labels, *_), _ = problem(3, 200)
+    for arguments in ((s, t, labels, 2.0), (s.requires_grad_(), t, None, 3.0)):
+        torch.library.opcheck(module._forward, arguments)
+
+
+def test_one_graph_under_compile():
+    (s, t, labels, *_), _ = problem(3, 200)
+    s.requires_grad_()
+
+    def loss(s):
+        kl, ce = distill_kl(s, t, labels)
+        return kl + 0.5 * ce
+
+    want = torch.autograd.grad(loss(s), s)[0]
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(s), s)[0], want)
+
+
+def test_gradcheck_in_fp64():
+    (s, t, labels, *_), _ = problem(4, 11)
+    s = s.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: distill_kl(s, t.double(), labels, 2.0), (s,))
+
+
+def test_wrong_arguments_are_refused():
+    (s, t, labels, *_), _ = problem(4, 11)
+    for wrong in ((s, t[:, :10], labels), (s, t, labels[:2]), (s[0], t[0], None)):
+        with pytest.raises(ValueError, match="must be"):
+            distill_kl(*wrong)
+    with pytest.raises(ValueError, match="frozen"):
+        distill_kl(s, t.requires_grad_(), labels)
