@@ -43,7 +43,7 @@ def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, 
     s = F.linear(h_s, W_s, b_s)
     t = s.detach() if h_t is None else F.linear(h_t, W_t, b_t)
     kl, ce = (x.sum() for x in distill_kl_ref(s, t, labels, 1.0 if h_t is None else tau))
-    mse = (s - t).square().sum()
+    mse = (s - t).square().sum() if mse_weight else s.new_zeros(())
     if h_t is None:
         kl = kl.detach() * 0
     return kl_weight * kl + ce_weight * ce + mse_weight * mse, kl, ce, mse
@@ -285,8 +285,8 @@ def _backward(ctx, upstream, *_):
     if upstream is None:
         return (None,) * 14
     gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-    # reading one number is free on a CPU and spares a pass over dW; on a GPU it would stall the queue
-    if upstream.device.type != "cpu" or upstream.item() != 1.0:
+    # reading one number is free on a CPU, and spares a pass over dW; a GPU's queue would wait, a tracer has no number
+    if type(upstream) is not torch.Tensor or upstream.device.type != "cpu" or upstream.item() != 1.0:
         gradients = [g if g is None else g * upstream for g in gradients]
     return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 11)
 
@@ -301,8 +301,8 @@ def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_w
     h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher.
     labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
     Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
-    sums over rows, in nats (kl with its tau^2), are for the log. Matrix products follow autocast; softmax and sums are
-    fp32 or better. Raises ValueError where the teacher wants a gradient.
+    sums over rows, in nats (kl with its tau^2), are for the log, and may be 0 where their weight is. Matrix products
+    follow autocast; softmax and sums are fp32 or better. Raises ValueError where the teacher wants a gradient.
     """
     if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):
         raise ValueError("the teacher must be frozen: its rows, weight and bias take no gradient")

@@ -1,0 +1,276 @@
+"""Projection and loss in one: kernel (interpreted without a GPU) and CPU path against logits and autograd in fp64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import linear_distill_kl as module
+from kernels.distill_kl import IGNORE
+from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["kernel", "cpu"])
+def path(request, monkeypatch):
+    """Through Triton, and through the closed form in PyTorch."""
+    if request.param == "kernel":
+        pytest.importorskip("triton")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    elif DEVICE == "cuda":
+        pytest.skip("the closed form is for the CPU")
+    return request.param
+
+
+def problem(N=37, V=1000, C=24, C_t=16, dtype=torch.float64, scale=1.0, seed=0, masked=0.3):
+    """Random hidden rows, decoders and labels: (h_s, W_s, b_s), (h_t, W_t, b_t), labels."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).mul(scale).to(dtype)
+
+    student = [randn(N, C).requires_grad_(), randn(V, C).requires_grad_(), randn(V).requires_grad_()]
+    teacher = [randn(N, C_t), randn(V, C_t), randn(V)]
+    labels = torch.randint(0, V, (N,), generator=g)
+    labels[torch.rand(N, generator=g) > masked] = IGNORE
+    return student, teacher, labels
+
+
+def reference(student, teacher, labels, tau, weights):
+    """The same loss through logits and autograd."""
+    return linear_distill_kl_ref(*student, *teacher, labels, tau, *weights)[0]
+
+
+# every term alone and all together; N around the block of 8 rows; V = 30,522 once
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (5.0, 2.0, 0)])
+@pytest.mark.parametrize("N, V", [(0, 7), (1, 1), (3, 7), (8, 1000), (37, 1000)])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 8.0])
+def test_closed_form_equals_autograd_in_fp64(N, V, tau, weights):
+    student, teacher, labels = problem(N, V, scale=0.3)
+    upstream = 1.7
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, tau, *weights)
+    expected = reference(student, teacher, labels, tau, weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    got = torch.autograd.grad(loss * upstream, student)
+    want = torch.autograd.grad(expected * upstream, student)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+def test_closed_form_at_the_real_vocabulary(monkeypatch):
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 30522 * 8)  # several chunks, the last one ragged
+    student, teacher, labels = problem(19, 30522, C=8, C_t=8)
+    weights = (0.1, 0.2, 0.0)
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, *weights)
+    expected = reference(student, teacher, labels, 2.0, weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    for g, w in zip(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+def test_gradcheck():
+    (h, W, b), teacher, labels = problem(5, 11, C=3, C_t=4)
+    assert torch.autograd.gradcheck(
+        lambda h, W, b: linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3, 0.2)[0], (h, W, b)
+    )
+
+
+def gradients(loss_of, student, teacher, labels, tau, weights, autocast=None):
+    """[loss, kl, ce, mse, dh, dW, db] in fp64, with an upstream gradient of 1.7."""
+    student = [x.detach().to(DEVICE).requires_grad_() for x in student]
+    teacher = [None if x is None else x.to(DEVICE) for x in teacher]
+    with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
+        values = loss_of(*student, *teacher, labels.to(DEVICE), tau, *weights)
+    found = torch.autograd.grad(values[0] * 1.7, student)
+    assert all(g.dtype == x.dtype for g, x in zip(found, student, strict=True))
+    return [x.detach().double().cpu() for x in (*values, *found)]
+
+
+def check_against_fp64(arguments, tau, weights, autocast=None, floor=3e-6):
+    """Each gradient's error is at most twice that of logits and autograd in the same precision, plus a floor."""
+    student, teacher, labels = arguments
+    wide = [[None if x is None else x.detach().double() for x in xs] for xs in (student, teacher)]
+    truth = gradients(linear_distill_kl_ref, *wide, labels, tau, weights)
+    ours = gradients(linear_distill_kl, student, teacher, labels, tau, weights, autocast)
+    eager = gradients(linear_distill_kl_ref, student, teacher, labels, tau, weights, autocast)
+    names = ("loss", "kl", "ce", "mse", "dh", "dW", "db")
+    not_asked_for = {name for name, weight in zip(names[1:4], weights, strict=True) if weight == 0}
+    for name, want, got, other in zip(names, truth, ours, eager, strict=True):
+        if want.numel() and name not in not_asked_for:
+            assert got.isfinite().all(), name
+            error, allowed = (got - want).norm(), 2 * (other - want).norm()
+            assert error <= allowed + floor * want.norm() + 1e-12, f"{name}: {error:.2e}, eager's {allowed / 2:.2e}"
+
+
+# every term alone and together; V with and without padding columns, and the real one
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (5.0, 2.0, 0)])
+@pytest.mark.parametrize("N, V", [(0, 7), (1, 1), (3, 1024), (37, 1000)])
+@pytest.mark.parametrize("tau", [1.0, 2.0, 3.0])
+def test_fp32_is_as_exact_as_autograd_in_fp32(N, V, tau, weights, path):
+    check_against_fp64(problem(N, V, dtype=torch.float32, scale=0.5), tau, weights)
+
+
+def test_the_real_vocabulary_in_fp32(path):
+    check_against_fp64(problem(5, 30522, dtype=torch.float32, scale=0.5), 2.0, (0.5, 0.3, 0.0))
+
+
+def test_several_chunks(path, monkeypatch):
+    monkeypatch.setattr(module, "GPU_CHUNK_ROWS", 8)
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 1000 * 4)
+    monkeypatch.setattr(module, "CACHE_ROWS", 3)
+    check_against_fp64(problem(37, dtype=torch.float32, scale=0.5), 2.0, (0.5, 0.3, 0.1))
+
+
+@pytest.mark.parametrize("labelled", [0.0, 1.0])
+def test_no_label_and_a_label_everywhere(labelled, path):
+    check_against_fp64(problem(dtype=torch.float32, scale=0.5, masked=labelled), 2.0, (0.5, 0.3, 0.1))
+
+
+def test_without_a_teacher_in_fp32(path):
+    student, _, labels = problem(dtype=torch.float32, scale=0.5)
+    check_against_fp64((student, (None, None, None), labels), 2.0, (0.0, 0.3, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [(5 / 160_000, 2 / 24_000, 0.0), (0.5, 0.3, 0.0)])
+def test_autocast(dtype, weights, path):
+    """As good as autograd in half precision; at the published recipe's weights nothing is lost to underflow.
+
+    The floor: the kernel stores gradients in half precision once more, and the interpreter truncates where it does.
+    """
+    arguments = problem(33, 1000, dtype=torch.float32, scale=0.5)
+    check_against_fp64(arguments, 2.0, weights, dtype, floor={torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype])
+
+
+def test_minus_infinity_in_the_biases(path):
+    """A word that both models rule out, and one that the teacher does."""
+    student, teacher, labels = problem(9, 200, dtype=torch.float32, scale=0.5)
+    labels[:] = 1
+    with torch.no_grad():
+        student[2][7], teacher[2][7], teacher[2][9] = -math.inf, -math.inf, -math.inf
+    check_against_fp64((student, teacher, labels), 2.0, (0.5, 0.3, 0.0))
+
+
+def test_a_frozen_decoder_costs_no_gradient(path):
+    (h, W, b), teacher, labels = problem(dtype=torch.float32)
+    W, b = W.detach(), b.detach()
+    loss, *_ = linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)
+    assert torch.autograd.grad(loss, h)[0].norm() > 0
+    for wanted, sizes in (((True, False), (h.numel(), 0, 0)), ((False, True), (0, W.numel(), b.numel()))):
+        found = module._forward(h, W, b, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, *wanted)
+        assert tuple(x.numel() for x in found[2:]) == sizes
+    with torch.no_grad():
+        torch.testing.assert_close(linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)[0], loss)
+
+
+def test_registered_as_an_operator(path):
+    student, teacher, labels = problem(5, 100, dtype=torch.float32)
+    torch.library.opcheck(
+        module._forward, (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True)
+    )  # fmt: skip
+
+
+def test_one_graph_under_compile(path):
+    student, teacher, labels = problem(5, 100, dtype=torch.float32)
+
+    def loss(h, W, b):
+        return linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)[0]
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for got, want in zip(
+        torch.autograd.grad(compiled(*student), student), torch.autograd.grad(loss(*student), student), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_kl_is_a_true_kl():
+    """Zero, with zero gradient, where student equals teacher (in torchtune 9.8 nats); positive elsewhere."""
+    (h, W, b), _, labels = problem(16, 1000)
+    frozen = [x.detach().clone() for x in (h, W, b)]
+    loss, kl, ce, mse = linear_distill_kl(h, W, b, *frozen, labels, 2.0, 1.0, 0.0, 0.0)
+    assert abs(kl.item()) < 1e-12 and ce == 0 and mse == 0
+    for gradient in torch.autograd.grad(loss, (h, W, b)):
+        assert gradient.abs().max() < 1e-12
+    student, teacher, labels = problem(16, 1000)
+    assert linear_distill_kl(*student, *teacher, labels, 2.0, 1.0, 0.0)[1] > 0
+
+
+def test_tau_squared_in_value_and_gradient():
+    """d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)), by hand; and the value by the definition of KL."""
+    g = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(4, 9, generator=g, dtype=torch.float64) for _ in range(2))
+    labels, eye, zero = torch.full((4,), IGNORE), torch.eye(9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
+    for tau in (1.0, 2.0, 8.0):
+        s.requires_grad_(True)
+        p, q = ([math.exp(x / tau) for x in row] for row in (t[0].tolist(), s[0].tolist()))
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        by_hand = tau**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        loss, kl, _, _ = linear_distill_kl(s[:1], eye, zero, t[:1], eye, zero, labels[:1], tau, 1.0, 0.0)
+        assert kl.item() == pytest.approx(by_hand, rel=1e-12)
+        (gradient,) = torch.autograd.grad(linear_distill_kl(s, eye, zero, t, eye, zero, labels, tau, 1.0, 0.0)[0], s)
+        expected = tau * (F.softmax(s / tau, -1) - F.softmax(t / tau, -1))
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+        assert gradient.sum(-1).abs().max() < 1e-12
+
+
+def test_second_backward_and_untouched_inputs(path):
+    student, teacher, labels = problem(dtype=torch.float32)
+    before = [x.detach().clone() for x in (*student, *teacher)]
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)
+    first = [g.clone() for g in torch.autograd.grad(loss, student, retain_graph=True)]
+    second = torch.autograd.grad(loss, student)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (*student, *teacher), strict=True))
+    # accumulating into .grad must not write into what backward keeps
+    loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for x, g in zip(student, first, strict=True):
+        torch.testing.assert_close(x.grad, 2 * g)
+
+
+def test_same_bits_twice(path):
+    results = []
+    for _ in range(2):
+        student, teacher, labels = problem(40, 3000, dtype=torch.float32)
+        loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)
+        results.append([loss, *torch.autograd.grad(loss, student)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_trainable_teacher_is_refused():
+    student, teacher, labels = problem()
+    with pytest.raises(ValueError, match="frozen"):
+        linear_distill_kl(*student, teacher[0], teacher[1].requires_grad_(), teacher[2], labels, 2.0, 1.0, 1.0)
+
+
+def test_logits_are_never_kept():
+    """2,048 rows of 30,522 logits would take 250 MB for each model: no tensor of the call is larger than a chunk."""
+    student, teacher, labels = problem(2048, 30522, C=8, C_t=8, dtype=torch.float32, masked=0.15)
+    biggest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal biggest
+            result = function(*args, **(kwargs or {}))
+            for x in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(x, torch.Tensor):
+                    biggest = max(biggest, x.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)[0].backward()
+    assert 30522 * 8 * 4 <= biggest <= module.CPU_CHUNK_BYTES + 30522 * 4
+
+
+def test_without_a_teacher_it_is_cross_entropy():
+    student, _, labels = problem()
+    loss, kl, ce, mse = linear_distill_kl(*student, None, None, None, labels, 2.0, 5.0, 0.3, 1.0)
+    h, W, b = student
+    expected = 0.3 * F.cross_entropy(h @ W.T + b, labels, reduction="sum", ignore_index=IGNORE)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    assert kl == 0 and mse == 0
+    for g, w in zip(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
