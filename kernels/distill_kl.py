@@ -336,9 +336,9 @@ def power_of(tau):
     return int(tau) if tau in (1.0, 2.0) else 0
 
 
-def _blocks(itemsize):
-    """(BLOCK_V, num_warps) of forward and backward: 8 to 16 logits of each model in flight per thread, no spills."""
-    return ((4096, 8), (4096, 4)) if itemsize == 2 else ((2048, 4), (2048, 4))
+def blocks(itemsize):
+    """(BLOCK_V, num_warps) of forward and backward: 16 logits of each model in flight per thread, no spills."""
+    return ((4096, 8), (2048, 4)) if itemsize == 2 else ((2048, 4), (2048, 4))
 
 
 def _split(N, V, BLOCK_V, device):
@@ -362,7 +362,7 @@ def _forward(
     kl, ce, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 5)))
     if N == 0:
         return kl, ce, stats
-    (BLOCK_V, warps), _ = _blocks(s.itemsize)
+    (BLOCK_V, warps), _ = blocks(s.itemsize)
     parts, width = _split(N, V, BLOCK_V, s.device)
     scratch = s.new_empty(N, parts, 6, dtype=torch.float32) if parts > 1 else stats
     options = dict(HAS_LABELS=labels is not None, SPLITS=parts)
@@ -394,7 +394,7 @@ def _backward(
     if not on_triton(s) or s.dtype == torch.float64:
         return _backward_rows(g_kl, g_ce, s, t, labels, tau, ds)
     if N:
-        _, (BLOCK_V, warps) = _blocks(s.itemsize)
+        _, (BLOCK_V, warps) = blocks(s.itemsize)
         _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
             s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
             g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps,

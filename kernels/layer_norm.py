@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import tl, triton
+from kernels import on_triton, tl, triton
 
 BITS = 16  # random bits that decide about an element
 
@@ -132,9 +132,10 @@ def _forward_kernel(
     row = tl.program_id(0)
     offset = row.to(tl.int64) * C
     x_ptr += offset
-    r_ptr += offset
     y_ptr += offset
     z_ptr += offset
+    if HAS_RESIDUAL:
+        r_ptr += offset
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     groups_a = tl.arange(0, A // 8)
     a = _load_z(x_ptr, r_ptr, z_ptr, seed, row, groups_a, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT)
@@ -224,7 +225,7 @@ def _backward_kernel(
         db_b = tl.zeros((B // 8, 8), tl.float32)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     for row in range(program, N, tl.num_programs(0)):
-        offset = row.to(tl.int64) * C
+        offset = (tl.zeros((), tl.int64) + row) * C
         mean = tl.load(stats_ptr + row * 2 + 0)
         rstd = tl.load(stats_ptr + row * 2 + 1)
         xhat_a, dy_a, wdy_a = _load_gradient(z_ptr + offset, dy_ptr + offset, w_a, mean, rstd, groups_a, C)
@@ -256,3 +257,112 @@ def _backward_kernel(
     if B:
         _store_columns(dw_ptr, dw_b, groups_b, C)
         _store_columns(db_ptr, db_b, groups_b, C)
+
+
+def cut(C):
+    """(A, B, num_warps): C columns as two powers of two, 8 or more each; 768 = 512 + 256, 1,024 = 1,024 + 0."""
+    A = max(8, 1 << (C.bit_length() - 1))
+    B = 0 if C <= A else max(8, triton.next_power_of_2(C - A))
+    return A, B, max(1, min(8, A // 1024))
+
+
+def _programs(N, device):
+    """Programs of the backward pass, each of which sums dgamma and dbeta over its rows: 8 to a multiprocessor."""
+    return min(N, 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4)
+
+
+# ---- the operator: `torch.library` makes it one node for torch.compile
+
+
+@torch.library.custom_op("minidistil::dropout_add_layer_norm", mutates_args=())
+def _forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, p: float,
+    seed: torch.Tensor | None, dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(y, z, stats) of x (N, C); without dropout and residual z is x, and not repeated: empty."""
+    N, C = x.shape
+    A, B, warps = cut(C)
+    y, stats = x.new_empty(N, C, dtype=dtype), x.new_empty(N, 2, dtype=torch.float32)
+    z = x.new_empty((0,) if residual is None and seed is None else (N, C), dtype=dtype)
+    threshold = round(p * 2**BITS)
+    if N:
+        _forward_kernel[(N,)](
+            x, residual, weight, bias, y, z, stats, seed, C, eps, threshold, 2**BITS / (2**BITS - threshold),
+            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=seed is not None, A=A, B=B, num_warps=warps,
+        )  # fmt: skip
+    return y, z, stats
+
+
+@_forward.register_fake
+def _(x, residual, weight, bias, eps, p, seed, dtype):
+    z = x.new_empty((0,) if residual is None and seed is None else x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype), z, x.new_empty(len(x), 2, dtype=torch.float32)
+
+
+@torch.library.custom_op("minidistil::dropout_add_layer_norm_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float, seed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dz, dx, dweight, dbias); without dropout dx is dz, and not repeated: empty."""
+    N, C = z.shape
+    A, B, warps = cut(C)
+    programs = _programs(N, z.device)
+    dz, dx = torch.empty_like(z), z.new_empty((0,) if seed is None else z.shape)
+    dw, db = (z.new_empty(programs, C, dtype=torch.float32) for _ in range(2))
+    threshold = round(p * 2**BITS)
+    if N:
+        _backward_kernel[(programs,)](
+            dy, z, weight, stats, seed, dz, dx, dw, db, N, C, threshold, 2**BITS / (2**BITS - threshold),
+            HAS_DROPOUT=seed is not None, A=A, B=B, num_warps=warps,
+        )  # fmt: skip
+    return dz, dx, dw.sum(0).to(weight.dtype), db.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(dy, z, weight, stats, p, seed):
+    dx = z.new_empty((0,) if seed is None else z.shape)
+    return torch.empty_like(z), dx, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, _, _, ctx.p, seed, _ = inputs
+    _, z, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if residual is None and seed is None else z, weight, stats, seed)
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+
+
+def _backward_of_forward(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 8
+    z, weight, stats, seed = ctx.saved_tensors
+    dz, dx, dw, db = _backward(dy.contiguous(), z, weight, stats, ctx.p, seed)
+    of_x, of_residual = ctx.dtypes
+    dx = (dz if seed is None else dx).to(of_x)
+    return dx, None if of_residual is None else dz.to(of_residual), dw, db, None, None, None, None
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True):
+    """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
+
+    x, residual (..., C) any float; weight, bias (C,). On a GPU one kernel each way: arithmetic and statistics are fp32,
+    the result is of autocast's dtype where that is on, else of x's, and p is a multiple of 2^-16. Elsewhere PyTorch.
+    Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
+    """
+    p = p if training else 0.0
+    if not on_triton(x) or x.dtype == torch.float64:
+        z = dropout(x, p)
+        return F.layer_norm(z if residual is None else z + residual, weight.shape, weight, bias, eps)
+    device, C = x.device.type, x.shape[-1]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    seed = torch.randint(2**62, (), device=x.device) if p else None
+    rows = [None if t is None else t.reshape(-1, C).contiguous() for t in (x, residual)]
+    return _forward(*rows, weight, bias, eps, p, seed, dtype)[0].view(x.shape)
+
+
+def bytes_moved(N, C, itemsize, p):
+    """Bytes that forward and backward must move at least, with a residual: 14 an element in bf16, 16 with dropout."""
+    return N * C * itemsize * (4 + (4 if p else 3))

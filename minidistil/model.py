@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.layer_norm import dropout
+from kernels.layer_norm import dropout, dropout_add_layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Embeddings(nn.Module):
         if self.types is not None:
             # a single-segment input is all type 0, so that its row is added everywhere
             x = x + (self.types.weight[0] if types is None else self.types(types))
-        return dropout(self.norm(x), self.dropout, self.training)
+        x = dropout_add_layer_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps)
+        return dropout(x, self.dropout, self.training)
 
 
 def attention_ref(q, k, v, mask=None, p=0.0):
@@ -137,7 +138,7 @@ class Block(nn.Module):
         return self.dropout_add_norm(self.mlp(x), x, self.mlp_norm)
 
     def dropout_add_norm(self, x, residual, norm):
-        return norm(dropout(x, self.dropout, self.training) + residual)
+        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, self.dropout, self.training)
 
 
 class Encoder(nn.Module):
@@ -169,7 +170,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x):
-        return self.norm(F.gelu(self.dense(x)))
+        return dropout_add_layer_norm(F.gelu(self.dense(x)), None, self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 class MaskedLM(nn.Module):

@@ -18,7 +18,7 @@ def path(request, monkeypatch):
         pytest.importorskip("triton")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         # the interpreter's time goes by blocks: few large ones, yet V = 30,522 still has a main loop and a tail
-        monkeypatch.setattr(module, "_blocks", lambda itemsize: ((16384, 8), (16384, 4)))
+        monkeypatch.setattr(module, "blocks", lambda itemsize: ((16384, 8), (16384, 4)))
     elif DEVICE == "cuda":
         pytest.skip("the closed form is for the CPU")
     return request.param
@@ -83,7 +83,7 @@ def test_rows_of_the_real_vocabulary(dtype):
 @pytest.mark.parametrize("block", [64, 1024])
 def test_many_blocks_in_a_row(block, monkeypatch):
     """The running maxima move from block to block: logits that rise, fall and jump."""
-    monkeypatch.setattr(module, "_blocks", lambda itemsize: ((block, 4), (block, 4)))
+    monkeypatch.setattr(module, "blocks", lambda itemsize: ((block, 4), (block, 4)))
     inputs, upstream = problem(3, 5000)
     ramp = torch.linspace(-40, 40, 5000, device=DEVICE)
     inputs[0] += torch.stack([ramp, -ramp, ramp.sin() * 60])
@@ -96,7 +96,7 @@ def test_many_blocks_in_a_row(block, monkeypatch):
 def test_rows_split_over_programs(parts, tau, path, monkeypatch):
     if path == "cpu":
         pytest.skip("only the kernel splits rows")
-    monkeypatch.setattr(module, "_blocks", lambda itemsize: ((256, 4), (256, 4)))
+    monkeypatch.setattr(module, "blocks", lambda itemsize: ((256, 4), (256, 4)))
     monkeypatch.setattr(module, "_split", lambda N, V, BLOCK_V, device: (parts, -(-V // (parts * 256)) * 256))
     inputs, upstream = problem(3, 3000, scale=20.0)
     check_against_fp64(inputs, upstream, tau, FLOOR[torch.float32])

@@ -1,0 +1,148 @@
+"""Compiles every shipped kernel for GPUs that are not here, and reads off what they would execute.
+
+    python tests/cross_compile.py [ARCH ...]      one JSON line a kernel and architecture: sm_80 sm_90 sm_100 gfx942
+
+Needs neither driver nor toolkit: Triton's wheel brings ptxas, cuobjdump and nvdisasm. Instruction counts are static: of
+the loops where a kernel has them, else of the whole kernel (which counts the masked tail, too).
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels import distill_kl, layer_norm, linear_distill_kl  # noqa: E402
+
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+LOGITS = {2: "*bf16", 4: "*fp32"}  # by bytes
+
+
+def shipped():
+    """Yields (name, kernel, types of its arguments, constants, num_warps, elements of a program or loop step)."""
+    for itemsize, logits in LOGITS.items():
+        half = {2: "bf16", 4: "fp32"}[itemsize]
+        (block_f, warps_f), (block_b, warps_b) = distill_kl.blocks(itemsize)
+        common = dict(s_ptr=logits, t_ptr=logits, labels_ptr="*i64", V="i32:any", tau="fp32")
+        row = dict(common, kl_ptr="*fp32", ce_ptr="*fp32", stats_ptr="*fp32", parts_ptr="*fp32", stride_s="i32")
+        flags = dict(HAS_LABELS=True, TAU=2)
+        for splits in (1, 4):
+            yield (f"distill_kl forward, {splits} a row, {half}", distill_kl._forward_kernel,
+                   dict(row, stride_t="i32", width="i32"), dict(flags, SPLITS=splits, BLOCK_V=block_f), warps_f,
+                   block_f)  # fmt: skip
+        yield (f"distill_kl merge, {half}", distill_kl._merge_kernel, {k: v for k, v in row.items() if k != "t_ptr"},
+               dict(HAS_LABELS=True, SPLITS=3, BLOCK_P=4), 1, 32)  # fmt: skip
+        yield (f"distill_kl backward, {half}", distill_kl._backward_kernel,
+               dict(common, g_kl_ptr="*fp32", g_ce_ptr="*fp32", stats_ptr="*fp32", ds_ptr=logits, stride_s="i32",
+                    stride_t="i32", stride_ds="i32", stride_g_kl="i32:any", stride_g_ce="i32:any"),
+               dict(flags, BLOCK_V=block_b), warps_b, block_b)  # fmt: skip
+        block, warps = linear_distill_kl.launch(itemsize)
+        yield (f"linear_distill_kl, {half}", linear_distill_kl._loss_and_gradient_kernel,
+               dict(common, losses_ptr="*fp32", stride="i32", kl_weight="fp32", ce_weight="fp32", mse_weight="fp32"),
+               dict(HAS_MSE=False, TAU=2, BLOCK_V=block), warps, block)  # fmt: skip
+        A, B, warps = layer_norm.cut(768)
+        norm = dict(w_ptr="*fp32", stats_ptr="*fp32", seed_ptr="*i64", C="i32", threshold="i32:any", scale="fp32")
+        for dropout in (False, True):
+            name = f"{'with' if dropout else 'without'} dropout, {half}"
+            flags = dict(HAS_DROPOUT=dropout, A=A, B=B)
+            yield (f"layer_norm forward {name}", layer_norm._forward_kernel,
+                   dict(norm, x_ptr=logits, r_ptr=logits, b_ptr="*fp32", y_ptr=logits, z_ptr=logits, eps="fp32"),
+                   dict(flags, HAS_RESIDUAL=True), warps, A + B)  # fmt: skip
+            yield (f"layer_norm backward {name}", layer_norm._backward_kernel,
+                   dict(norm, dy_ptr=logits, z_ptr=logits, dz_ptr=logits, dx_ptr=logits, dw_ptr="*fp32",
+                        db_ptr="*fp32", N="i32:any"),
+                   flags, warps, A + B)  # fmt: skip
+
+
+def compiled(kernel, types, constants, warps, architecture):
+    """Compiles as the launcher would: pointers, and integers not marked `any`, are divisible by 16."""
+    names = kernel.arg_names
+    assert set(types) | set(constants) == set(names), (set(types) | set(constants)) ^ set(names)
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr").split(":")[0] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in types.items()
+               if type[0] == "*" or type == "i32"},
+    )  # fmt: skip
+    if architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(architecture[3:]), 32)
+    else:
+        target = GPUTarget("hip", architecture, 64)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def tool(name, *arguments):
+    done = subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def spilled(ptx, folder):
+    """Bytes that do not fit in registers, by whichever of the bundled assemblers knows this version of PTX."""
+    (folder / "k.ptx").write_text(ptx)
+    target = re.search(r"\.target\s+(sm_\w+)", ptx)[1]
+    for name in ("ptxas", "ptxas-blackwell"):
+        if (TOOLS / name).exists():
+            code, text = tool(name, "-v", f"--gpu-name={target}", folder / "k.ptx", "-o", folder / "again.cubin")
+            found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+            if code == 0 and found:
+                return int(found[1]) + int(found[2])
+    raise RuntimeError(f"no assembler for {target}: {text}")
+
+
+def instructions(sass):
+    """(opcodes inside loops, all opcodes); a loop ends with a branch to a label above it."""
+    lines = [x for x in sass.splitlines() if re.search(r"/\*[0-9a-f]{4,}\*/", x) or re.match(r"\.L_x_\d+:", x)]
+    labels = {x.split(":")[0]: i for i, x in enumerate(lines) if x.startswith(".L_x_")}
+    opcode = re.compile(r"\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9_.]*)")
+    inside = set()
+    for i, line in enumerate(lines):
+        branch = re.search(r"BRA.*?`\((\.L_x_\d+)\)", line)
+        if branch and labels.get(branch[1], i) < i - 20:  # shorter ones only wait for ever
+            inside |= set(range(labels[branch[1]], i + 1))
+    found = [(i, m[1]) for i, line in enumerate(lines) if (m := opcode.search(line))]
+    return [op for i, op in found if i in inside], [op for _, op in found]
+
+
+def figures(kernel, types, constants, warps, elements, architecture):
+    """What one program does per element: instructions, widths of global accesses, registers, spills."""
+    k = compiled(kernel, types, constants, warps, architecture)
+    if architecture.startswith("gfx"):
+        text = k.asm["amdgcn"]
+        number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
+        loads = sorted(set(re.findall(r"(?:global|buffer)_load_\w+", text)))
+        stores = sorted(set(re.findall(r"(?:global|buffer)_store_\w+", text)))
+        return dict(registers=number["vgpr_count"], spilled=number["vgpr_spill_count"], loads=loads, stores=stores)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "k.cubin").write_bytes(k.asm["cubin"])
+        registers = int(re.search(r"REG:(\d+)", tool("cuobjdump", "-res-usage", folder / "k.cubin")[1])[1])
+        bytes_spilled = spilled(k.asm["ptx"], folder)
+        loop, whole = instructions(tool("nvdisasm", "-c", folder / "k.cubin")[1])
+    ops, per_thread = loop or whole, elements / (32 * warps)
+    return dict(
+        registers=registers,
+        spilled=bytes_spilled,
+        shared=k.metadata.shared,
+        where="loops" if loop else "whole kernel",
+        instructions=round(len(ops) / per_thread, 1),
+        mufu=round(sum(op.startswith("MUFU") for op in ops) / per_thread, 1),
+        loads=sorted({op for op in ops if op.startswith("LDG")}),
+        stores=sorted({op for op in whole if op.startswith("STG")}),
+    )
+
+
+if __name__ == "__main__":
+    for architecture in sys.argv[1:] or ARCHITECTURES:
+        for name, *what in shipped():
+            print(json.dumps({"kernel": name, "arch": architecture, **figures(*what, architecture)}), flush=True)

@@ -1,0 +1,43 @@
+"""Every shipped kernel, compiled for GPUs that are not here: nothing spills, wide loads, few enough instructions."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = pathlib.Path(__file__).parent / "cross_compile.py"
+
+# What an H100 can issue while it moves bytes at 90 % of 3.35 TB/s: 29.7e12 / 3.0e12 = 9.85 thread-instructions a byte
+# (kernels/README.md). Bytes per pair of bf16 logits, or per element of a LayerNorm:
+BYTES = {
+    "distill_kl forward": 4, "distill_kl backward": 6, "linear_distill_kl": 6, "layer_norm forward without": 8,
+    "layer_norm forward with": 8, "layer_norm backward without": 6, "layer_norm backward with": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_kernels_compile_well(arch):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, SCRIPT, arch], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 18
+    for k in kernels:
+        print(json.dumps(k))  # pytest -s shows the figures
+        name = f"{k['kernel']} on {arch}"
+        assert k["spilled"] == 0, name
+        if "merge" in name:  # a few numbers per row
+            continue
+        wide = ("128", "256") if arch.startswith("sm_") else ("x4",)
+        assert any(x.endswith(wide) for x in k["loads"]), (name, k["loads"])
+        if "distill_kl forward" not in name:  # which writes statistics alone
+            assert any(x.endswith(wide) for x in k["stores"]), (name, k["stores"])
+        if arch.startswith("sm_") and k["where"] == "loops" and "distill_kl" in name:  # no narrow load in a main loop
+            assert all(x.endswith(wide) for x in k["loads"]), (name, k["loads"])
+        if arch == "sm_90" and "bf16" in name:
+            (moved,) = [b for prefix, b in BYTES.items() if name.startswith((f"{prefix},", f"{prefix} "))]
+            assert k["instructions"] <= 9.85 * moved, (name, k["instructions"])

@@ -1,0 +1,193 @@
+"""Dropout + residual + LayerNorm: kernels (interpreted without a GPU) and CPU path against PyTorch in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels import layer_norm as module
+from kernels.layer_norm import dropout, dropout_add_layer_norm, dropout_add_layer_norm_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-12
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def problem(N, C, dtype=torch.float32, residual=True, scale=1.0, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, r, dy = ((torch.randn(N, C, generator=g) * scale).to(DEVICE, dtype) for _ in range(3))
+    weight, bias = (torch.randn(C, generator=g).to(DEVICE) for _ in range(2))
+    return x, r if residual else None, weight, bias, dy
+
+
+def run(function, x, residual, weight, bias, dy, **options):
+    """[y, dx, dresidual, dweight, dbias] in fp64; without a residual there is no gradient of one."""
+    leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
+    x, *residual, weight, bias = leaves
+    y = function(x, residual[0] if residual else None, weight, bias, EPS, **options)
+    gradients = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+    assert all(g.dtype == t.dtype for g, t in zip(gradients, leaves, strict=True))
+    return [t.detach().double().cpu() for t in (y, *gradients)]
+
+
+def check_against_fp64(arguments, floor, **options):
+    """Every result's error is at most twice that of PyTorch in the same dtype, plus a floor."""
+    wide = [None if t is None else t.double() for t in arguments]
+    truth = run(dropout_add_layer_norm_ref, *wide)
+    ours = run(dropout_add_layer_norm, *arguments, **options)
+    low = [t if t is None or i not in (2, 3) else t.to(arguments[0].dtype) for i, t in enumerate(arguments)]
+    torchs = run(dropout_add_layer_norm_ref, *low)
+    for want, got, other in zip(truth, ours, torchs, strict=True):
+        if want.numel():
+            assert got.isfinite().all()
+            error, allowed = (got - want).norm(), 2 * (other - want).norm()
+            assert error <= allowed + floor * want.norm() + 1e-12
+
+
+# z is stored in the dtype of x, and the interpreter truncates where a GPU rounds
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+
+
+# widths that are powers of two, three times one (768), neither, and below a group of eight
+@pytest.mark.parametrize("N, C", [(0, 16), (1, 1), (3, 7), (5, 64), (9, 100), (6, 256), (4, 768), (3, 1000), (2, 1024)])
+@pytest.mark.parametrize("residual", [True, False])
+def test_fp32(N, C, residual, kernel):
+    check_against_fp64(problem(N, C, residual=residual), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", [True, False])
+def test_half_precision(dtype, residual, kernel):
+    check_against_fp64(problem(9, 768, dtype, residual), FLOOR[dtype])
+
+
+def test_a_large_common_offset(kernel):
+    """Mean 1,000, deviation 1: mean squares minus the square of the mean would have three digits left."""
+    x, r, weight, bias, dy = problem(5, 768)
+    check_against_fp64((x + 1000, r, weight, bias, dy), FLOOR[torch.float32])
+
+
+def kept(x, p, seed):
+    """The mask that the kernel draws, read off z = dropout(1) without a residual."""
+    one, zero = torch.ones_like(x), torch.zeros(x.shape[1], device=x.device)
+    _, z, _ = module._forward(one, None, zero, zero, EPS, p, torch.tensor(seed, device=x.device), torch.float32)
+    return z
+
+
+@pytest.mark.parametrize("C", [768, 100, 8])
+def test_dropout_in_the_kernel(C, kernel):
+    """Forward and backward use one mask; value and gradients are those of PyTorch with that mask."""
+    x, r, weight, bias, dy = problem(7, C)
+    p, seed = 0.25, 12345
+    mask = kept(x, p, seed)  # 0 or 1 / (1 - p)
+    assert set(mask.unique().tolist()) <= {0.0, mask.max().item()} and mask.max().item() == pytest.approx(1 / (1 - p))
+
+    def with_mask(x, residual, weight, bias, eps):
+        return F.layer_norm(x * mask.to(x.dtype) + residual, weight.shape, weight, bias, eps)
+
+    def with_seed(x, residual, weight, bias, eps):
+        return module._forward(x, residual, weight, bias, eps, p, torch.tensor(seed, device=x.device), torch.float32)[0]
+
+    truth = run(with_mask, *(t.double() for t in (x, r, weight, bias, dy)))
+    for want, got in zip(truth, run(with_seed, x, r, weight, bias, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_are_random(kernel):
+    """The right share, no two seeds or rows alike, and no eight of a group alike."""
+    x = torch.empty(60, 768, device=DEVICE)
+    p = 0.1
+    mask = kept(x, p, 1) > 0
+    share, error = mask.float().mean().item(), (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(share - (1 - p)) < 4 * error
+    assert not torch.equal(mask, kept(x, p, 2) > 0)
+    assert len({tuple(row.tolist()) for row in mask}) == 60
+    dropped = ~mask.view(-1, 8)
+    assert (dropped.float().mean(0) - p).abs().max() < 4 * (p * (1 - p) / len(dropped)) ** 0.5
+    both = (dropped[:, :-1] & dropped[:, 1:]).float().mean(0)  # neighbours in a group are independent
+    assert (both - p**2).abs().max() < 4 * (p**2 / len(dropped)) ** 0.5
+
+
+def test_public_dropout_follows_the_seed_and_stops_in_evaluation(kernel):
+    x, r, weight, bias, _ = problem(4, 64)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(dropout_add_layer_norm(x, r, weight, bias, EPS, p=0.5))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    plain = dropout_add_layer_norm(x, r, weight, bias, EPS)
+    assert torch.equal(dropout_add_layer_norm(x, r, weight, bias, EPS, p=0.5, training=False), plain)
+
+
+def test_same_bits_twice_and_inputs_untouched(kernel):
+    arguments = problem(9, 768)
+    before = [t.clone() for t in arguments]
+    first, second = (run(dropout_add_layer_norm, *arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments, strict=True))
+
+
+def test_more_dimensions_strides_and_autocast(kernel):
+    x, r, weight, bias, _ = problem(12, 64)
+    flat = dropout_add_layer_norm(x, r, weight, bias, EPS)
+    assert torch.equal(dropout_add_layer_norm(x.view(3, 4, 64), r.view(3, 4, 64), weight, bias, EPS).view(12, 64), flat)
+    apart = x.repeat(1, 2)[:, :64]
+    assert not apart.is_contiguous() and torch.equal(dropout_add_layer_norm(apart, r, weight, bias, EPS), flat)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = dropout_add_layer_norm(x.bfloat16(), r, weight, bias, EPS)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), flat, rtol=3e-2, atol=3e-2)
+
+
+def test_registered_as_an_operator(kernel):
+    x, r, weight, bias, _ = problem(3, 16)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    for residual, p, seed in ((r, 0.0, None), (None, 0.0, None), (r, 0.5, torch.tensor(3, device=DEVICE))):
+        arguments = (x, residual, weight, bias, EPS, p, seed, torch.float32)
+        torch.library.opcheck(module._forward, arguments)
+
+
+def test_one_graph_under_compile(kernel):
+    x, r, weight, bias, dy = problem(3, 16)
+    compiled = torch.compile(dropout_add_layer_norm, backend="aot_eager", fullgraph=True)
+    for got, want in zip(run(compiled, x, r, weight, bias, dy), run(dropout_add_layer_norm, x, r, weight, bias, dy),
+                         strict=True):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+# ---- CPU
+
+
+def test_without_a_kernel_it_is_pytorch():
+    arguments = problem(9, 100)
+    for got, want in zip(run(dropout_add_layer_norm, *arguments), run(dropout_add_layer_norm_ref, *arguments),
+                         strict=True):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1000, 100), (7,), (3, 5, 11), (0, 4)])
+def test_dropout_on_a_cpu(shape, dtype):
+    """Kept with probability 1 - p and scaled exactly for it; the same mask in the backward pass."""
+    torch.manual_seed(0)
+    p, x = 0.1, torch.randn(shape).to(dtype).abs().add_(1).requires_grad_()
+    y = dropout(x, p)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    kept = y != 0
+    scale = 2**16 / (2**16 - round(p * 2**16))
+    assert y.dtype == gradient.dtype == dtype
+    close = dict(rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    torch.testing.assert_close(y[kept].double(), x[kept].double() * scale, **close)
+    torch.testing.assert_close(gradient.double(), kept.double() * scale, **close)
+    if x.numel() == 100_000:
+        assert abs(kept.float().mean().item() - 0.9) < 4 * (0.09 / 100_000) ** 0.5
+        columns = (~kept).float().mean(0)  # no column of a draw is special
+        assert (columns - p).abs().max() < 5 * (0.09 / 1000) ** 0.5
+    torch.manual_seed(0)
+    torch.randn(shape)
+    assert torch.equal(dropout(x, p), y)
+    assert dropout(x, p, training=False) is x and dropout(x, 0.0) is x
