@@ -1,15 +1,18 @@
 """Speed and memory, ours against the alternatives, in one run: each provider is checked before it is timed.
 
+    python bench.py               the loss on logits, forward and backward; `linear` with the vocabulary projection,
+                                  `layernorm` dropout + residual + LayerNorm: on a GPU where there is one
     python bench.py step          updates of distillation on this CPU, against the original script's way of doing them
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
     python bench.py demo          does the teacher help? the demo against the same student without it, three seeds
-    python bench.py               all of them
+    python bench.py all           all of them
     python bench.py --readme      the README's tables, from results/*.json
 
 Prints a table, writes results/CASE.json and ends with one JSON line: {"device", "versions", "results": [...]}.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -25,13 +28,16 @@ import time
 import torch
 import torch.nn.functional as F
 
+from kernels.cases import CASES as KERNEL_CASES
 from minidistil import files, weights
 from minidistil.cli import UserError, given, run, setting
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.machine import versions
+from minidistil.machine import choose_device, versions
+from minidistil.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
 from minidistil.memory import peak_rss_mib
 from minidistil.metrics import read_metrics
 from minidistil.model import Config, MaskedLM
+from minidistil.plot import bar_chart
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -39,10 +45,12 @@ ROOT = pathlib.Path(__file__).resolve().parent
 
 @dataclasses.dataclass
 class Settings:
-    case: str = setting(dataclasses.MISSING, "step, tokenizer, demo or all (default: all)", nargs="?",
-                        choices=("step", "tokenizer", "demo", "all"))  # fmt: skip
+    case: str = setting(dataclasses.MISSING, "what to measure (default: loss)", nargs="?",
+                        choices=(*KERNEL_CASES, "step", "tokenizer", "demo", "all"))  # fmt: skip
+    device: str = setting("auto", "of the kernels' cases: auto, cpu, cuda, cuda:1 ...")
     tiny: bool = setting(False, "seconds instead of minutes: shows that it runs, not how fast")
-    rounds: int = setting(3, "times that each provider is measured, in turn")
+    rounds: int = setting(None, "times that each provider is measured, in turn (default: 3; of kernels 21)")
+    profile: bool = setting(False, "also write a trace of each provider of a kernel's case, for chrome://tracing")
     out: str = setting("results", "folder for the JSON files")
     readme: bool = setting(False, "measure nothing: print the README's tables from the JSON files")
 
@@ -150,16 +158,17 @@ def bench_step(settings):
         # in a process of its own, as ours is, so that its peak memory is its own
         program = "import bench, json, sys; print(json.dumps(bench.original(*map(json.loads, sys.argv[1:]))))"
         command = [sys.executable, "-c", program, json.dumps(str(folder)), json.dumps(shape)]
-        for _ in range(settings.rounds):
+        for _ in range(settings.rounds or 3):
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             providers["original's way"].append(last_line(done))
             providers["ours, all rows"].append(ours(folder, shape, "all"))
             providers["ours, masked rows"].append(ours(folder, shape, "masked"))
     results = []
     for provider, measured in providers.items():
-        speeds = sorted(m["tokens_per_second"] for m in measured)
+        speeds = [m["tokens_per_second"] for m in measured]
         results.append({
-            "case": "step", "provider": provider, "shape": shape, "tokens_per_second": spread(speeds),
+            "case": "step", "provider": provider, "shape": shape,
+            "tokens_per_second": [round(x, 1) for x in spread(speeds)],
             "peak_mib": max(m["peak_rss_mib"] for m in measured),
         })  # fmt: skip
     base = results[0]["tokens_per_second"][1]
@@ -205,16 +214,16 @@ def bench_tokenizer(settings):
         if encode() != expected:
             raise UserError(f"{provider} gives other ids than tokenizers: no time is reported for a wrong result")
     tokens, times = sum(map(len, expected)), {provider: [] for provider in providers}
-    for _ in range(settings.rounds):
+    for _ in range(settings.rounds or 3):
         for provider, encode in providers.items():
             start = time.process_time()
             encode()
             times[provider].append(time.process_time() - start)
     results = []
     for provider, seconds in times.items():
-        speeds = sorted(tokens / s for s in seconds)
+        speeds = [tokens / s for s in seconds]
         results.append({"case": "tokenizer", "provider": provider, "shape": {"tokens": tokens, "texts": len(texts)},
-                        "tokens_per_second": spread(speeds)})  # fmt: skip
+                        "tokens_per_second": [round(x, 1) for x in spread(speeds)]})  # fmt: skip
     best = max(r["tokens_per_second"][1] for r in results if r["provider"].startswith("tokenizers"))
     for result in results:
         result["speed_up"] = round(result["tokens_per_second"][1] / best, 2)
@@ -235,7 +244,7 @@ def bench_demo(settings):
     tiny = ["--steps", "2", "--eval-tokens", "512"] if settings.tiny else []
     runs = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(settings.rounds):
+        for seed in range(settings.rounds or 3):
             for variant, flags in VARIANTS.items():
                 out = ["--out", f"{folder}/{variant}-{seed}".replace(" ", "-"), "--seed", str(seed)]
                 command = [sys.executable, str(ROOT / "train.py"), *flags, *tiny, *out]
@@ -249,23 +258,117 @@ def bench_demo(settings):
             values = [summary["student"][figure] for summary in summaries]
             result[figure] = [round(statistics.mean(values), 4), round(statistics.pstdev(values), 4)]
         result["seconds"] = max(summary["seconds"] for summary in summaries)
-        result["seeds"], result["steps"] = settings.rounds, summaries[0]["steps"]
+        result["seeds"], result["steps"] = settings.rounds or 3, summaries[0]["steps"]
         results.append(result)
     return results
+
+
+# ---- kernels: eager, torch.compile, ours, and Liger where it is installed
+
+WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that is still timed, relative to its largest
+
+
+def call(function, inputs, leaves, dtype):
+    """One forward and backward; returns the gradients. Half precision is autocast's, as in training."""
+    inputs = [x.detach().requires_grad_(i in leaves) if torch.is_tensor(x) else x for i, x in enumerate(inputs)]
+    wanted = [inputs[i] for i in leaves]
+    with torch.autocast(wanted[0].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        output = function(*inputs)
+    return torch.autograd.grad(output, wanted, torch.ones_like(output))
+
+
+def largest_error(case, function, provider, shape, device):
+    """Of the gradients, against the definition in fp64, on a few rows and without dropout."""
+    inputs = case.inputs({**shape, "N": min(shape["N"], 48), "p": 0.0}, device)
+    wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+    truth = call(case.eager, wide, case.leaves, "float64")
+    found = call(function, case.prepared(provider, inputs), case.leaves, shape["dtype"])
+    return max(((f - t).abs().max() / t.abs().max()).item() for f, t in zip(found, truth, strict=True))
+
+
+def providers_of(case, device):
+    """{name: function} of what is here."""
+    found = {"eager": case.eager, "torch.compile": torch.compile(case.eager, dynamic=False), "ours": case.ours}
+    if device.type == "cuda":
+        try:
+            found["Liger"] = case.liger()
+        except ImportError:
+            print("Liger is not installed: pip install liger-kernel")
+    return found
+
+
+def bench_kernel(case, settings):
+    device = choose_device(settings.device)
+    ceiling, results = copy_bandwidth(device, 16 if settings.tiny else 256), []
+    for shape in case.shapes(device, settings.tiny):
+        torch._dynamo.reset()
+        providers, rows, running = providers_of(case, device), {}, {}
+        for provider, function in providers.items():
+            row = {"case": case.name, "provider": provider, "shape": shape, "dtype": shape["dtype"], "ms": None}
+            rows[provider] = row
+            if not getattr(function, "computes_less", False):
+                row["max_error"] = float(f"{largest_error(case, function, provider, shape, device):.1e}")
+                if not row["max_error"] <= WRONG[shape["dtype"]]:
+                    raise UserError(f"{case.name}, {provider}: error {row['max_error']}: a wrong result is not timed")
+        torch._dynamo.reset()  # the checks had another shape
+        inputs = case.inputs(shape, device)
+        for provider, function in providers.items():
+            once = functools.partial(
+                call, function, case.prepared(provider, inputs), case.leaves, shape["dtype"]
+            )  # fmt: skip
+            try:
+                once()  # compiles, where that is its way
+                rows[provider]["peak_mib"] = round(extra_memory_mib(once, device), 2)
+                running[provider] = once
+            except torch.OutOfMemoryError:
+                rows[provider]["peak_mib"] = "OOM"
+                continue
+            if settings.profile:
+                trace(once, pathlib.Path(settings.out) / f"trace-{case.name}-{provider}.json")
+        times = interleaved(running, settings.rounds or (1 if settings.tiny else 21), device)
+        for provider, milliseconds in times.items():
+            row = rows[provider]
+            row["ms"] = [round(x, 3) for x in spread(milliseconds)]
+            row["gb_per_s"] = round(case.bytes(shape) / row["ms"][1] / 1e6, 1)
+            row["share_of_copy"] = round(row["gb_per_s"] / ceiling, 3)
+        results += rows.values()
+    return results
+
+
+def trace(once, path):
+    with torch.profiler.profile() as profiler:
+        once()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+
+def kernel_table(results):
+    """Markdown: medians; speed and memory beside eager's of the same shape."""
+    lines = ["| | shape | ms [p20, p80] | of the copy's bandwidth | speed-up | extra memory, MiB | of eager's |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for r in results:
+        eager = next(e for e in results if e["shape"] == r["shape"] and e["provider"] == "eager")
+        shape = ", ".join(str(value) for value in r["shape"].values())
+        if r["ms"] is None:
+            lines.append(f"| {r['provider']} | {shape} | out of memory | | | OOM | |")
+            continue
+        low, middle, high = r["ms"]
+        speed = f"{eager['ms'][1] / middle:.1f}x" if eager["ms"] else ""
+        memory = f"{r['peak_mib'] / eager['peak_mib']:.0%}" if eager["ms"] and eager["peak_mib"] else ""
+        cells = [r["provider"], shape, f"{middle:,.2f} [{low:,.2f}, {high:,.2f}]", f"{r['share_of_copy']:.0%}", speed]
+        lines.append(f"| {' | '.join([*cells, format(r['peak_mib'], ',.0f'), memory])} |")
+    return "\n".join(lines)
 
 
 # ---- the frame
 
 
-def spread(ordered):
-    """[p20, p50, p80] of sorted values."""
-    n = len(ordered) - 1
-    return [round(x, 1) for x in (ordered[round(0.2 * n)], statistics.median(ordered), ordered[round(0.8 * n)])]
-
-
 def show(results):
     if results[0]["case"] == "demo":
         print(demo_table(results))
+        return
+    if results[0]["case"] in KERNEL_CASES:
+        print(kernel_table(results))
         return
     print(f"{'case':<10} {'provider':<32} {'tokens/s':>12} {'[p20, p80]':>22} {'speed-up':>9} {'peak MiB':>9}")
     for r in results:
@@ -273,6 +376,21 @@ def show(results):
         around, peak = f"[{low:,.0f}, {high:,.0f}]", f"{r['peak_mib']:,.0f}" if "peak_mib" in r else ""
         speed = f"{middle:>12,.0f} {around:>22} {r['speed_up']:>8.2f}x"
         print(f"{r['case']:<10} {r['provider']:<32} {speed} {peak:>9}")
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def draw_kernel(path, results):
+    """Bars of bandwidth, as a share of what a copy reaches: the axis ends at that ceiling."""
+    bars = []
+    for r in results:
+        shape = ", ".join(str(value) for value in r["shape"].values())
+        bars.append((f"{r['provider']}, {shape}", r.get("share_of_copy")))
+    bar_chart(path, f"{results[0]['case']}: bytes that must move / time, as a share of a copy's bandwidth", bars)
 
 
 def demo_table(results):
@@ -313,14 +431,16 @@ def main(argv):
     if settings.readme:
         print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
         return
-    cases = {"step": bench_step, "tokenizer": bench_tokenizer, "demo": bench_demo}
-    chosen = cases if settings.case in (None, "all") else [settings.case]
-    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    report = {"device": device, "versions": versions(), "results": []}
+    cases = {name: functools.partial(bench_kernel, case) for name, case in KERNEL_CASES.items()}
+    cases |= {"step": bench_step, "tokenizer": bench_tokenizer, "demo": bench_demo}
+    chosen = cases if settings.case == "all" else [settings.case or "loss"]
+    report = {"device": device_name(choose_device(settings.device)), "versions": versions(), "results": []}
     for case in chosen:
         results = cases[case](settings)
         show(results)
         report["results"] += results
+        if case in KERNEL_CASES:
+            draw_kernel(pathlib.Path(settings.out) / f"{case}.svg", results)
         files.write_json(pathlib.Path(settings.out) / f"{case}.json", {**report, "results": results})
     print(json.dumps(report, separators=(",", ":")))
 

@@ -280,54 +280,63 @@ def _backward_kernel(
 
 # ---- CPU: the same closed form, a few rows at a time
 
-CACHE_ROWS = 16  # 16 x 30,522 fp32 = 2 MB: each pass over a block finds it in cache
+CACHE_ROWS = 8  # 8 x 30,522 fp32 = 1 MB: four such stay in cache, and each pass over them finds them there
 
 
-def _wide(x):
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _softened(s, t, start, tau, scratch):
-    """s / tau and t / tau of the next few rows, each (R, V), in scratch memory: allocating would cost more than exp."""
-    return [torch.mul(x[start : start + CACHE_ROWS], 1 / tau, out=buffer[: len(x[start : start + CACHE_ROWS])])
-            for x, buffer in zip((s, t), scratch, strict=True)]  # fmt: skip
+def _exponentials(x, m, tau, out):
+    """exp(x / tau - m) for a few rows, in memory that is there already: allocating would cost more than exp."""
+    return torch.add(-m, x, alpha=1 / tau, out=out[: len(x)]).exp_()
 
 
 def _forward_rows(s, t, labels, tau):
-    """Per-row (kl, ce) and, as unused statistics, zeros: the backward pass takes its softmax again."""
+    """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, the maxima divided by tau."""
     N, V = s.shape
-    wide = _wide(s)
+    wide = torch.promote_types(s.dtype, torch.float32)
     kl, ce, stats = s.new_empty(N, dtype=wide), s.new_zeros(N, dtype=wide), s.new_zeros(N, 5, dtype=wide)
-    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=wide) for _ in range(3)]
+    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=wide) for _ in range(4)]
     for start in range(0, N, CACHE_ROWS):
-        a, b = _softened(s, t, start, tau, scratch[:2])
-        torch.log_softmax(a, -1, out=a)
-        torch.log_softmax(b, -1, out=b)
-        p = torch.exp(b, out=scratch[2][: len(b)])
-        block = kl[start : start + CACHE_ROWS]
-        torch.sum(p.mul_(b.clamp_(min=FLOOR).sub_(a.clamp_(min=FLOOR))), -1, out=block)
-        block.mul_(tau**2)
-    if labels is not None:
-        for row in (labels != IGNORE).nonzero().flatten().split(CACHE_ROWS):
-            ce[row] = F.cross_entropy(s[row].to(wide), labels[row], reduction="none")
+        rows = slice(start, start + CACHE_ROWS)
+        m_s, m_t = (x[rows].amax(-1, keepdim=True).to(wide) / tau for x in (s, t))
+        a = torch.add(-m_s, s[rows], alpha=1 / tau, out=scratch[0][: len(m_s)])
+        b = torch.add(-m_t, t[rows], alpha=1 / tau, out=scratch[1][: len(m_s)])
+        e_s, e_t = torch.exp(a, out=scratch[2][: len(a)]), torch.exp(b, out=scratch[3][: len(a)])
+        Z_s, Z_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
+        c = b.sub_(a).mul_(e_t).sum(-1, keepdim=True)
+        if not c.isfinite().all():  # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
+            b = torch.add(-m_t, t[rows], alpha=1 / tau, out=b).clamp_(min=FLOOR)
+            c = b.sub_(a.clamp(min=FLOOR)).mul_(e_t).sum(-1, keepdim=True)
+        kl[rows] = (c / Z_t - Z_t.log() + Z_s.log())[:, 0] * tau**2
+        Z_1 = torch.zeros_like(Z_s)
+        if labels is not None:
+            if tau == 2:  # exp(s) = exp(s / 2)^2
+                Z_1 = torch.linalg.vector_norm(e_s, dim=-1, keepdim=True).square_()
+            else:
+                Z_1 = a.mul_(tau).exp_().sum(-1, keepdim=True)
+            labelled = labels[rows, None] != IGNORE
+            s_y = s[rows].gather(1, labels[rows, None].where(labelled, 0)).to(wide)
+            ce[rows] = (m_s * tau - s_y + Z_1.log()).where(labelled, 0.0)[:, 0]
+        stats[rows] = torch.cat([m_s, m_t, Z_s, Z_t, Z_1], 1)
     return kl, ce, stats
 
 
-def _backward_rows(g_kl, g_ce, s, t, labels, tau, ds):
+def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
     """Writes the gradient of `_forward_rows` into ds."""
     N, V = s.shape
-    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=_wide(s)) for _ in range(2)]
+    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=stats.dtype) for _ in range(3)]
     for start in range(0, N, CACHE_ROWS):
-        a, b = _softened(s, t, start, tau, scratch)
-        torch.softmax(a, -1, out=a)
-        torch.softmax(b, -1, out=b)
-        torch.mul(a.sub_(b), tau * g_kl[start : start + CACHE_ROWS, None], out=a)
-        ds[start : start + CACHE_ROWS] = a
-    if labels is not None:
-        for row in (labels != IGNORE).nonzero().flatten().split(CACHE_ROWS):
-            q_1 = torch.softmax(s[row].to(_wide(s)), -1)
-            q_1[torch.arange(len(row)), labels[row]] -= 1
-            ds[row] += (q_1 * g_ce[row, None]).to(ds.dtype)
+        rows = slice(start, start + CACHE_ROWS)
+        m_s, m_t, Z_s, Z_t, Z_1 = stats[rows].split(1, 1)
+        weight = tau * g_kl[rows, None]
+        e_s, e_t = _exponentials(s[rows], m_s, tau, scratch[0]), _exponentials(t[rows], m_t, tau, scratch[1])
+        g = torch.mul(e_s, weight / Z_s, out=ds[rows] if ds.dtype == e_s.dtype else scratch[2][: len(e_s)])
+        g.addcmul_(e_t, -weight / Z_t)
+        if labels is not None:
+            labelled = labels[rows, None] != IGNORE
+            weight = g_ce[rows, None].where(labelled, 0.0)
+            e_1 = e_s.square_() if tau == 2 else _exponentials(s[rows], m_s * tau, 1.0, scratch[0])
+            g.addcmul_(e_1, weight / Z_1).scatter_add_(1, labels[rows, None].where(labelled, 0), -weight)
+        if ds.dtype != g.dtype:
+            ds[rows] = g
     return ds
 
 
@@ -392,7 +401,7 @@ def _backward(
     N, V = s.shape
     ds = torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)  # padded where s is
     if not on_triton(s) or s.dtype == torch.float64:
-        return _backward_rows(g_kl, g_ce, s, t, labels, tau, ds)
+        return _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
         _, (BLOCK_V, warps) = blocks(s.itemsize)
         _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](

@@ -1,4 +1,4 @@
-"""Line charts as SVG text: enough for a training curve or a benchmark, and nothing to install."""
+"""Charts as SVG text: enough for a training curve or a benchmark, and nothing to install."""
 
 import math
 from xml.sax.saxutils import escape
@@ -65,3 +65,27 @@ def _panel(panel, shift):
         label = escape(name.removesuffix(" (dashed)"))
         svg.append(f'<text x="{shift + LEFT + 6}" y="{TOP + 10 + 13 * i}" fill="{colour}">{label}</text>')
     return "\n".join(svg)
+
+
+def bar_chart(path, title, bars):
+    """Writes horizontal bars, atomically: (label, share of the ceiling, or None). The axis ends at the ceiling."""
+    row, label_width, width = 22, 300, 380
+    height = TOP + row * len(bars) + BOTTOM
+    svg = [f'<text x="10" y="18" font-weight="bold">{escape(title)}</text>']
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, dash = label_width + share * width, ' stroke-dasharray="5 4"' if share == 1 else ""
+        svg.append(f'<path d="M{x:.1f} {TOP}V{height - BOTTOM}" stroke="{"#57606a" if dash else "#d8dee4"}"{dash}/>')
+        svg.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{share:.0%}</text>')
+    for i, (label, share) in enumerate(bars):
+        y = TOP + i * row
+        svg.append(f'<text x="{label_width - 8}" y="{y + 15}" text-anchor="end">{escape(label)}</text>')
+        length = min(share or 0, 1) * width
+        svg.append(f'<rect x="{label_width}" y="{y + 4}" width="{length:.1f}" height="{row - 8}" fill="{COLOURS[0]}"/>')
+        text = "out of memory" if share is None else f"{share:.1%}"
+        svg.append(f'<text x="{label_width + length + 6:.1f}" y="{y + 15}">{text}</text>')
+    files.write_text(
+        path,
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{label_width + width + 60}" height="{height}" '
+        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
+        + "\n".join(svg) + "\n</svg>\n",
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 import bench
 from minidistil import weights
+from minidistil.cli import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.tokenizer import Tokenizer
@@ -56,3 +57,23 @@ def test_the_original_has_the_same_loss(tmp_path):
     ours, _ = distillation_loss(Objective(), counts, labels, student, student(ids), teacher, teacher(ids))
     # dropout is on in the baseline: near, not equal
     assert logged == pytest.approx(ours.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("case, providers", [("loss", 3), ("linear", 3), ("layernorm", 3)])
+def test_kernels(case, providers, tmp_path):
+    """Each provider is right before it is timed, and the figures hold together."""
+    results = run(case, tmp_path)
+    assert len(results) >= providers and {"eager", "torch.compile", "ours"} <= {r["provider"] for r in results}
+    for r in results:
+        low, middle, high = r["ms"]
+        assert 0 < low <= middle <= high and r["gb_per_s"] >= 0 and r["peak_mib"] >= 0
+        assert r["max_error"] < bench.WRONG[r["dtype"]]
+    assert bench.kernel_table(results).count("\n") == 1 + len(results)
+    assert "<svg" in (tmp_path / f"{case}.svg").read_text()
+
+
+def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
+    case = bench.KERNEL_CASES["loss"]
+    monkeypatch.setattr(type(case), "ours", lambda self, s, t, labels, n: 1.001 * self.eager(s, t, labels, n))
+    with pytest.raises(UserError, match="ours.*not timed"):
+        bench.bench_kernel(case, bench.Settings(case="loss", tiny=True, device="cpu", rounds=1, out=str(tmp_path)))

@@ -1,0 +1,173 @@
+"""What `bench.py loss | linear | layernorm` compares: one computation, forward and backward, by every provider.
+
+A case makes inputs for a shape, says which of them take a gradient, and names its providers: functions of these inputs
+that return what is differentiated. Eager PyTorch is written the usual way, and stands for the definition in fp64.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels import distill_kl, layer_norm, linear_distill_kl
+
+TAU, ALPHA_KL, ALPHA_CE = 2.0, 5.0, 2.0  # of the released DistilBERT
+
+
+def generator(device):
+    return torch.Generator(device).manual_seed(0)
+
+
+def some_labels(N, V, share, device):
+    """(labels, how many): one in each of the first `share` of N rows; the others have none."""
+    labels, n = torch.randint(0, V, (N,), device=device, generator=generator(device)), max(1, round(share * N))
+    labels[n:] = distill_kl.IGNORE
+    return labels, n
+
+
+def by_definition(s, t, labels):
+    """The loss as one writes it first: means over rows, and over labels."""
+    kl = F.kl_div(F.log_softmax(s / TAU, -1), F.softmax(t / TAU, -1), reduction="batchmean") * TAU**2
+    return ALPHA_KL * kl + ALPHA_CE * F.cross_entropy(s, labels)
+
+
+class Loss:
+    """KL and cross-entropy of logits that are there already."""
+
+    name, leaves = "loss", (0,)
+
+    def shapes(self, device, tiny):
+        if tiny:
+            return [dict(N=8, V=1000, labelled=1.0, dtype="float32")]
+        if device.type == "cpu":
+            return [dict(N=512, V=30522, labelled=1.0, dtype=dtype) for dtype in ("float32", "bfloat16")]
+        rows = (512, 1.0), (4915, 1.0), (32768, 0.15)  # a few; the masked ones of 64 x 512 tokens; all of them
+        return [dict(N=N, V=30522, labelled=labelled, dtype="bfloat16") for N, labelled in rows]
+
+    def inputs(self, shape, device):
+        N, V, g = shape["N"], shape["V"], generator(device)
+        s, t = (torch.randn(N, V, device=device, generator=g).mul_(3).to(getattr(torch, shape["dtype"])) for _ in "st")
+        return [s, t, *some_labels(N, V, shape["labelled"], device)]
+
+    def prepared(self, provider, inputs):
+        """Our rows are padded where a kernel reads them, as those of the fused projection are."""
+        s, t, *labels = inputs
+        if provider == "ours" and s.is_cuda:
+            s, t = (distill_kl.padded(*x.shape, x.dtype, x.device).copy_(x) for x in (s, t))
+        return [s, t, *labels]
+
+    def ours(self, s, t, labels, n):
+        kl, ce = distill_kl.distill_kl(s, t, labels, TAU)
+        return ALPHA_KL / len(s) * kl + ALPHA_CE / n * ce
+
+    def eager(self, s, t, labels, n):
+        return by_definition(s, t, labels)
+
+    def liger(self):
+        from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
+
+        divergence, cross_entropy = LigerKLDIVLoss(reduction="batchmean"), LigerCrossEntropyLoss()
+
+        def loss(s, t, labels, n):
+            kl = divergence(F.log_softmax(s.float() / TAU, -1), F.softmax(t.float() / TAU, -1)) * TAU**2
+            return ALPHA_KL * kl + ALPHA_CE * cross_entropy(s.clone(), labels)  # it overwrites its input
+
+        return loss
+
+    def bytes(self, shape):
+        return distill_kl.bytes_moved(shape["N"], shape["V"], getattr(torch, shape["dtype"]).itemsize)
+
+
+class Linear:
+    """Vocabulary projection of both models, and the loss."""
+
+    name, leaves = "linear", (0, 1, 2)
+
+    def shapes(self, device, tiny):
+        if tiny:
+            return [dict(N=8, V=1000, C=64, labelled=1.0, dtype="float32")]
+        if device.type == "cpu":
+            return [dict(N=512, V=30522, C=768, labelled=1.0, dtype="float32")]
+        return [dict(N=N, V=30522, C=768, labelled=share, dtype="bfloat16") for N, share in ((4915, 1), (32768, 0.15))]
+
+    def inputs(self, shape, device):
+        """fp32 parameters, as in training; bf16 is autocast's."""
+        N, V, C, g = shape["N"], shape["V"], shape["C"], generator(device)
+        sizes = ((N, C), (V, C), (V,)) * 2
+        tensors = [torch.randn(size, device=device, generator=g) for size in sizes]
+        for W in (tensors[1], tensors[4]):
+            W.mul_(3 / C**0.5)
+        return [*tensors, *some_labels(N, V, shape["labelled"], device)]
+
+    def prepared(self, provider, inputs):
+        return inputs
+
+    def ours(self, h_s, W_s, b_s, h_t, W_t, b_t, labels, n):
+        weights = ALPHA_KL / len(h_s), ALPHA_CE / n
+        return linear_distill_kl.linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, TAU, *weights)[0]
+
+    def eager(self, h_s, W_s, b_s, h_t, W_t, b_t, labels, n):
+        with torch.no_grad():
+            t = F.linear(h_t, W_t, b_t)
+        return by_definition(F.linear(h_s, W_s, b_s), t, labels)
+
+    def liger(self):
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        # its JSD with beta 0 is the forward KL; it has no bias, no tau^2 and no cross-entropy
+        divergence = LigerFusedLinearJSD(jsd_beta=0.0, temperature=TAU)
+
+        def loss(h_s, W_s, b_s, h_t, W_t, b_t, labels, n):
+            dtype = torch.bfloat16
+            return divergence(*(x.to(dtype) for x in (h_s, W_s, h_t, W_t))) * (ALPHA_KL * TAU**2) + 0 * b_s.sum()
+
+        loss.computes_less = True  # cannot be checked against the definition
+        return loss
+
+    def bytes(self, shape):
+        """Logits written and read, gradient written and read (see linear_distill_kl.py), weights and their gradient."""
+        itemsize = getattr(torch, shape["dtype"]).itemsize
+        return 7 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
+
+
+class LayerNorm:
+    """LayerNorm(dropout(x) + residual)."""
+
+    name, leaves = "layernorm", (0, 1, 2, 3)
+
+    def shapes(self, device, tiny):
+        if tiny:
+            return [dict(N=16, C=64, p=0.1, dtype="float32")]
+        if device.type == "cpu":
+            return [dict(N=4096, C=768, p=p, dtype="float32") for p in (0.0, 0.1)]
+        return [dict(N=32768, C=768, p=p, dtype="bfloat16") for p in (0.0, 0.1)]
+
+    def inputs(self, shape, device):
+        N, C, g = shape["N"], shape["C"], generator(device)
+        x, r = (torch.randn(N, C, device=device, generator=g).to(getattr(torch, shape["dtype"])) for _ in "xr")
+        weight, bias = (torch.randn(C, device=device, generator=g) for _ in "wb")
+        return [x, r, weight, bias, shape["p"]]
+
+    def prepared(self, provider, inputs):
+        return inputs
+
+    def ours(self, x, r, weight, bias, p):
+        return layer_norm.dropout_add_layer_norm(x, r, weight, bias, 1e-12, p)
+
+    def eager(self, x, r, weight, bias, p):
+        z = F.dropout(x, p) + r
+        return F.layer_norm(z, weight.shape, weight.to(z.dtype), bias.to(z.dtype), 1e-12)
+
+    def liger(self):
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        def norm(x, r, weight, bias, p):
+            z = F.dropout(x, p) + r
+            return LigerLayerNormFunction.apply(z, weight.to(z.dtype), bias.to(z.dtype), 1e-12)
+
+        return norm
+
+    def bytes(self, shape):
+        itemsize = getattr(torch, shape["dtype"]).itemsize
+        return layer_norm.bytes_moved(shape["N"], shape["C"], itemsize, shape["p"])
+
+
+CASES = {case.name: case for case in (Loss(), Linear(), LayerNorm())}
