@@ -119,8 +119,8 @@ def _loss_and_gradient_rows(a, b, labels, labelled, finite, tau, kl_weight, ce_w
     """Returns the sums (kl, ce, mse) of a few rows, overwrites `a` with their gradient, and spoils `b`.
 
     a = s / tau, b = t / tau or None, both (R, V) fp32 or wider; labels (R,), of which rows `labelled` have one, or all
-    where it is None. PyTorch's softmax is fused; the rest are single passes over two megabytes in cache, into memory
-    that is there already: allocating would cost more than exp.
+    where it is None. PyTorch's softmax is fused; the rest are single passes over a megabyte in cache, into memory that
+    is there already: allocating would cost more than exp.
     """
     q, p, q_1 = (x[: len(a)] for x in scratch)
     kl = ce = mse = a.new_zeros(())
@@ -262,7 +262,9 @@ def _forward(
                 _add_outer(dW, G[:, :V], inputs[0][0], unit, first=start == 0)
                 db.add_(G[:, :V].sum(0, dtype=wide), alpha=unit)
     sums = losses.sum(0)
-    return sums @ sums.new_tensor([kl_weight, ce_weight, mse_weight]), sums, dh, dW, db
+    # numbers, not a tensor of them: that would be copied to the device, and the host would wait
+    loss = sums[0] * kl_weight + sums[1] * ce_weight + sums[2] * mse_weight
+    return loss, sums, dh, dW, db
 
 
 @_forward.register_fake

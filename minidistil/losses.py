@@ -1,4 +1,4 @@
-"""The distillation objective in plain PyTorch, and the path that computes it without keeping logits.
+"""The distillation objective: which rows, which weights, which denominators; the arithmetic is in kernels/.
 
     L = alpha_ce  * tau^2 * mean over R of KL(softmax(t / tau) || softmax(s / tau))     Hinton et al. 2015, section 2
       + alpha_mlm * mean over masked of -log softmax(s)[label]                          Devlin et al. 2018, section 3.1
@@ -10,7 +10,7 @@ ones (`kd_rows`: all | masked). Every mean has the denominator of the *whole upd
 depend on how an update is split into micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened
 gradient shrinks: d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)).
 
-Legend:  N rows   C width   V vocabulary   s, t student and teacher logits   tau temperature   lse log-sum-exp
+Legend:  B batch   T tokens per sequence   N rows   C width   s, t student and teacher   tau temperature
 """
 
 import dataclasses

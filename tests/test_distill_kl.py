@@ -9,6 +9,7 @@ from kernels import distill_kl as module
 from kernels.distill_kl import IGNORE, distill_kl, distill_kl_ref, padded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 
 
 @pytest.fixture(params=["kernel", "cpu"], autouse=True)
@@ -16,9 +17,10 @@ def path(request, monkeypatch):
     """Every test runs twice: through Triton, and through the closed form in PyTorch."""
     if request.param == "kernel":
         pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        # the interpreter's time goes by blocks: few large ones, yet V = 30,522 still has a main loop and a tail
-        monkeypatch.setattr(module, "blocks", lambda itemsize: ((16384, 8), (16384, 4)))
+        if DEVICE == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+            # the interpreter's time goes by blocks: few large ones, yet V = 30,522 still has a main loop and a tail
+            monkeypatch.setattr(module, "blocks", lambda itemsize: ((16384, 8), (16384, 4)))
     elif DEVICE == "cuda":
         pytest.skip("the closed form is for the CPU")
     return request.param

@@ -8,13 +8,15 @@ from kernels import layer_norm as module
 from kernels.layer_norm import dropout, dropout_add_layer_norm, dropout_add_layer_norm_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 EPS = 1e-12
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def problem(N, C, dtype=torch.float32, residual=True, scale=1.0, seed=0):

@@ -11,6 +11,7 @@ from kernels.distill_kl import IGNORE
 from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
 
 
 @pytest.fixture(params=["kernel", "cpu"])
@@ -18,7 +19,8 @@ def path(request, monkeypatch):
     """Through Triton, and through the closed form in PyTorch."""
     if request.param == "kernel":
         pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        if DEVICE == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
     elif DEVICE == "cuda":
         pytest.skip("the closed form is for the CPU")
     return request.param
