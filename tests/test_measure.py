@@ -31,7 +31,7 @@ def test_interleaved_takes_turns():
 
 def test_spread_and_bandwidth():
     assert spread([5, 1, 2, 3, 4, 6]) == [2, 3.5, 5] and spread([7]) == [7, 7, 7]
-    assert 0.5 < copy_bandwidth(CPU, mib=8, rounds=3) < 10_000
+    assert 0.01 < copy_bandwidth(CPU, mib=8, rounds=5) < 10_000
 
 
 @linux
