@@ -15,8 +15,8 @@ Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_
 
 Arithmetic and statistics are fp32 whatever the logits are, and in base 2, since exp2 is what the hardware has.
 Bytes per row of bf16 logits: forward 4 V (read s, t), backward 6 V (read s, t, write the gradient): 10 V in all,
-305 kB at V = 30,522. What limits both kernels is memory, as long as loads are 16 bytes wide: for that the row stride
-must be a multiple of 8 elements, which 30,522 = 2 * 3 * 5,087 is not. `padded` allocates rows that are.
+305 kB at V = 30,522. What limits both kernels is memory, as long as loads are 16 bytes wide. Triton makes them so where
+the row stride is a multiple of 16, which 30,522 = 2 * 3 * 5,087 is not: `padded` allocates rows that are so apart.
 
 Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
 """
@@ -433,8 +433,8 @@ def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=N
     """Sums over rows of kl_weights * tau^2 KL(softmax(t / tau) || softmax(s / tau)) and ce_weights * cross-entropy.
 
     s, t (N, V) logits of student and teacher, fp32, bf16, fp16 (fp64 without a kernel); the last dimension contiguous,
-    and any row stride: a multiple of 8 elements (`padded`) is twice as fast. labels (N,) int64: rows labelled -100, or
-    all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left out; 0 drops a row.
+    and any row stride, but only a multiple of 16 elements (`padded`) loads wide. labels (N,) int64: rows labelled -100,
+    or all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left out; 0 drops a row.
     Returns (kl, ce): 0-d fp32, in nats, differentiable in s alone and apart from each other. Raises ValueError where
     shapes disagree or the teacher's logits want a gradient. Source: Hinton et al. 2015, section 2.
     """
