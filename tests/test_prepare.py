@@ -100,7 +100,10 @@ def command(*arguments):
 def start(*arguments):
     """Starts a run in a process group of its own."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(*arguments), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    return subprocess.Popen(
+        command(*arguments), stdout=pipe, stderr=pipe, text=True, start_new_session=True, preexec_fn=listening
+    )
 
 
 def run(*arguments, **options):
