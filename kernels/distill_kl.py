@@ -283,9 +283,9 @@ def _backward_kernel(
 CACHE_ROWS = 8  # 8 x 30,522 fp32 = 1 MB: four such stay in cache, and each pass over them finds them there
 
 
-def _exponentials(x, m, tau, out):
-    """exp(x / tau - m) for a few rows, in memory that is there already: allocating would cost more than exp."""
-    return torch.add(-m, x, alpha=1 / tau, out=out[: len(x)]).exp_()
+def _centred(x, m, tau, out):
+    """x / tau - m for a few rows, in memory that is there already: allocating would cost more than exp."""
+    return torch.add(-m, x, alpha=1 / tau, out=out[: len(x)])
 
 
 def _forward_rows(s, t, labels, tau):
@@ -297,13 +297,12 @@ def _forward_rows(s, t, labels, tau):
     for start in range(0, N, CACHE_ROWS):
         rows = slice(start, start + CACHE_ROWS)
         m_s, m_t = (x[rows].amax(-1, keepdim=True).to(wide) / tau for x in (s, t))
-        a = torch.add(-m_s, s[rows], alpha=1 / tau, out=scratch[0][: len(m_s)])
-        b = torch.add(-m_t, t[rows], alpha=1 / tau, out=scratch[1][: len(m_s)])
+        a, b = _centred(s[rows], m_s, tau, scratch[0]), _centred(t[rows], m_t, tau, scratch[1])
         e_s, e_t = torch.exp(a, out=scratch[2][: len(a)]), torch.exp(b, out=scratch[3][: len(a)])
         Z_s, Z_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
         c = b.sub_(a).mul_(e_t).sum(-1, keepdim=True)
         if not c.isfinite().all():  # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
-            b = torch.add(-m_t, t[rows], alpha=1 / tau, out=b).clamp_(min=FLOOR)
+            b = _centred(t[rows], m_t, tau, b).clamp_(min=FLOOR)
             c = b.sub_(a.clamp(min=FLOOR)).mul_(e_t).sum(-1, keepdim=True)
         kl[rows] = (c / Z_t - Z_t.log() + Z_s.log())[:, 0] * tau**2
         Z_1 = torch.zeros_like(Z_s)
@@ -327,13 +326,14 @@ def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
         rows = slice(start, start + CACHE_ROWS)
         m_s, m_t, Z_s, Z_t, Z_1 = stats[rows].split(1, 1)
         weight = tau * g_kl[rows, None]
-        e_s, e_t = _exponentials(s[rows], m_s, tau, scratch[0]), _exponentials(t[rows], m_t, tau, scratch[1])
+        e_s = _centred(s[rows], m_s, tau, scratch[0]).exp_()
+        e_t = _centred(t[rows], m_t, tau, scratch[1]).exp_()
         g = torch.mul(e_s, weight / Z_s, out=ds[rows] if ds.dtype == e_s.dtype else scratch[2][: len(e_s)])
         g.addcmul_(e_t, -weight / Z_t)
         if labels is not None:
             labelled = labels[rows, None] != IGNORE
             weight = g_ce[rows, None].where(labelled, 0.0)
-            e_1 = e_s.square_() if tau == 2 else _exponentials(s[rows], m_s * tau, 1.0, scratch[0])
+            e_1 = e_s.square_() if tau == 2 else _centred(s[rows], m_s * tau, 1.0, scratch[0]).exp_()
             g.addcmul_(e_1, weight / Z_1).scatter_add_(1, labels[rows, None].where(labelled, 0), -weight)
         if ds.dtype != g.dtype:
             ds[rows] = g
@@ -353,8 +353,8 @@ def blocks(itemsize):
 def _split(N, V, BLOCK_V, device):
     """(parts, width): into how many parts of `width` columns to cut each row, so that few rows still fill a GPU."""
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    blocks = triton.cdiv(V, BLOCK_V)
-    width = triton.cdiv(blocks, min(blocks, triton.cdiv(programs, N))) * BLOCK_V
+    count = triton.cdiv(V, BLOCK_V)
+    width = triton.cdiv(count, min(count, triton.cdiv(programs, N))) * BLOCK_V
     return triton.cdiv(V, width), width
 
 

@@ -51,7 +51,7 @@ class _DropoutCPU(torch.autograd.Function):
 def dropout(x, p, training=True):
     """x / (1 - p) with probability 1 - p, else 0; differentiable.
 
-    On a CPU from 16 random bits an element, three times as fast as PyTorch's; there p < 1 is a multiple of 2^-16.
+    On a CPU from 16 random bits an element, three times as fast as PyTorch's: p < 1 is rounded to a multiple of 2^-16.
     """
     if not training or p == 0.0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -349,7 +349,7 @@ def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True)
     """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
 
     x, residual (..., C) any float; weight, bias (C,). On a GPU one kernel each way: arithmetic and statistics are fp32,
-    the result is of autocast's dtype where that is on, else of x's, and p is a multiple of 2^-16. Elsewhere PyTorch.
+    the result is of autocast's dtype where that is on, else of x's; elsewhere PyTorch's LayerNorm. p: see `dropout`.
     Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
     """
     p = p if training else 0.0

@@ -97,12 +97,13 @@ def _loss_and_gradient_kernel(
         tl.store(s_ptr + v + cols, g.to(s_ptr.dtype.element_ty))
     if full < stride:
         inside = full + cols < V
-        s = tl.load(s_ptr + full + cols, mask=inside, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + full + cols, mask=inside, other=0.0).to(tl.float32)
+        # beyond V the row's maximum stands in: exp of anything else may overflow
+        s = tl.load(s_ptr + full + cols, mask=inside, other=m_s).to(tl.float32)
+        t = tl.load(t_ptr + full + cols, mask=inside, other=m_t).to(tl.float32)
         g = block_gradient(s, t, full + cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, True, TAU)
         if HAS_MSE:
             g += 2.0 * mse_weight * (s - t)
-            mse += tl.sum((s - t) * (s - t), 0)
+            mse += tl.sum(tl.where(inside, (s - t) * (s - t), 0.0), 0)
         tl.store(s_ptr + full + cols, tl.where(inside, g, 0.0).to(s_ptr.dtype.element_ty), mask=full + cols < stride)
     tl.store(losses_ptr + 2, mse)
 

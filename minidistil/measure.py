@@ -3,11 +3,12 @@
 import contextlib
 import ctypes
 import pathlib
-import re
 import statistics
 import time
 
 import torch
+
+from minidistil.memory import status_kib
 
 
 def spread(values):
@@ -52,13 +53,9 @@ def extra_memory_mib(function, device):
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count as there
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
+    before = status_kib("VmRSS")
     function()
-    return (_status("VmHWM") - before) / 2**10
-
-
-def _status(name):
-    return int(re.search(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+    return (status_kib("VmHWM") - before) / 2**10
 
 
 def copy_bandwidth(device, mib=256, rounds=9):

@@ -1,6 +1,7 @@
 """The distillation loss on logits: kernels (interpreted without a GPU) and CPU path against the definition in fp64."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -104,16 +105,18 @@ def test_rows_split_over_programs(parts, tau, path, monkeypatch):
     check_against_fp64(inputs, upstream, tau, FLOOR[torch.float32])
 
 
-def test_the_split_covers_every_column():
+def test_the_split_fills_a_gpu_and_covers_every_column_once(monkeypatch):
+    """On 132 multiprocessors: few rows are cut until two programs sit on each, many rows not at all."""
+    gpu = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     for N in (1, 3, 64, 264, 5000):
         for V in (1, 4096, 30522, 250000):
-            for programs in (1, 264):
-                blocks = -(-V // 4096)
-                width = -(-blocks // min(blocks, -(-programs // N))) * 4096
-                parts = -(-V // width)
-                assert (parts - 1) * width < V <= parts * width
-    if DEVICE == "cpu":
-        assert module._split(1, 30522, 4096, torch.device("cpu")) == (1, 32768)
+            parts, width = module._split(N, V, 4096, torch.device("cuda"))
+            assert (parts - 1) * width < V <= parts * width and width % 4096 == 0
+    assert module._split(264, 30522, 4096, torch.device("cuda")) == (1, 32768)
+    assert module._split(64, 30522, 4096, torch.device("cuda")) == (4, 8192)
+    assert module._split(1, 30522, 4096, torch.device("cuda")) == (8, 4096)
+    assert module._split(1, 30522, 4096, torch.device("cpu")) == (1, 32768)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "every second row", "transposed"])

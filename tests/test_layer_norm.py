@@ -114,6 +114,12 @@ def test_masks_are_random(kernel):
     assert (both - p**2).abs().max() < 4 * (p**2 / len(dropped)) ** 0.5
 
 
+def test_the_last_group_of_a_row_is_not_the_first_of_the_next(kernel):
+    """100 columns are twelve groups of eight and a half one."""
+    mask = kept(torch.empty(60, 100, device=DEVICE), 0.5, 1) > 0
+    assert (mask[:-1, 96:] == mask[1:, :4]).all(1).float().mean() < 0.3  # by chance 1 / 16
+
+
 def test_public_dropout_follows_the_seed_and_stops_in_evaluation(kernel):
     x, r, weight, bias, _ = problem(4, 64)
     results = []
