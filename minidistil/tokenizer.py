@@ -35,6 +35,7 @@ _NO_SPACE_BEFORE = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")  # in d
 
 # str.split() breaks at these control characters, BERT drops them: "a\x0bb" is one word
 _FALSE_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"
+_CHUNK = re.compile(f"[\\S{_FALSE_SPACES}]+")  # what str.split() yields, and the false spaces inside
 _ASCII_WORD = re.compile("[0-9A-Za-z]+|[^ ]")  # of printable ASCII: what is neither letter nor digit is punctuation
 
 
@@ -141,6 +142,7 @@ class Tokenizer:
         self._clean = _Table(self._clean_character)
         self._fold = _Table(self._fold_character)
         self._cache = _Cache(self._pack, CACHE_ENTRIES)  # chunk -> its ids as the bytes of uint32
+        self._located = _Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 
     def __reduce__(self):  # a worker process starts with an empty cache
         return Tokenizer, (self.vocab, self.lowercase, self.strip_accents, self.chinese, self.max_length)
@@ -212,6 +214,22 @@ class Tokenizer:
         """Returns the ids (a list) of plain text: nothing is added, and a literal "[SEP]" is three tokens."""
         return memoryview(self._encode(text)).cast("I").tolist()
 
+    def encode_with_offsets(self, text):
+        """Returns `encode(text)` and where each piece comes from: (ids, starts, ends), three lists of equal length.
+
+        text[starts[i] : ends[i]] is how piece i is written in the text, which is not normalised: with its capitals and
+        precomposed accents. What normalisation drops, such as a combining accent, belongs to a piece only inside it;
+        pieces of one character ("한" is three) have the same place.
+        """
+        ids, starts, ends = [], [], []
+        for chunk in _CHUNK.finditer(text):
+            offset = chunk.start()
+            for i, start, end in self._located[chunk[0]]:
+                ids.append(i)
+                starts.append(offset + start)
+                ends.append(offset + end)
+        return ids, starts, ends
+
     def encode_documents(self, texts):
         """Returns the ids of all texts in one uint32 array, each text that has any followed by [SEP]."""
         end = array.array("I", [self.sep_id]).tobytes()
@@ -251,14 +269,40 @@ class Tokenizer:
                 ids += self._pieces(word)
         return array.array("I", ids).tobytes()
 
+    def _locate(self, chunk):
+        """(id, start, end) of each piece of text without spaces: normalised one character at a time."""
+        normal, places = "", []  # the place in the chunk of each normalised character
+        for place, character in enumerate(chunk):
+            new = self._normalise(character)
+            normal += new
+            places += [place] * len(new)
+        if normal.split() != self._words(chunk):
+            # NFD changed the order of two marks that stripping spares, such as U+302E and U+1B44: too rare to follow
+            return [(i, 0, len(chunk)) for i in self.encode(chunk)]
+        located = []
+        for word in re.finditer(r"\S+", normal):
+            at = word.start()
+            for i in self._pieces(word[0]):
+                if i == self.unk_id:
+                    size = len(word[0])
+                else:
+                    size = len(self.vocab[i]) - 2 * (at > word.start())  # without its ##
+                located.append((i, places[at], places[at + size - 1] + 1))
+                at += size
+        return located
+
     def _words(self, text):
         """The words of plain text, normalised; each punctuation mark and each CJK character is one."""
         if text.isascii() and text.isprintable():
             return _ASCII_WORD.findall(text.lower() if self.lowercase else text)
+        return self._normalise(text).split()
+
+    def _normalise(self, text):
+        """Plain text after both passes, with spaces between words."""
         text = text.translate(self._clean)
         if self.strip_accents:
             text = _DECOMPOSED.sub(lambda run: unicodedata.normalize("NFD", run[0]), text)
-        return text.translate(self._fold).split()
+        return text.translate(self._fold)
 
     def _clean_character(self, c):
         """First pass: no control characters, plain spaces, space around CJK."""
