@@ -1,0 +1,57 @@
+"""The metrics of GLUE in fp64: each a share from 0 to 1, or a correlation from -1 to 1.
+
+Predictions and labels are (N,) arrays, N at least 1: class ids, or scores for the correlations. Where a metric is
+undefined it is 0, so that a model that always says the same does not make a mean over tasks NaN.
+"""
+
+import numpy as np
+
+
+def _arrays(predictions, labels):
+    predictions, labels = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+    if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
+        raise ValueError(f"predictions {predictions.shape} and labels {labels.shape} are not both (N,), N at least 1")
+    return predictions, labels
+
+
+def accuracy(predictions, labels):
+    """The share of predictions that are right."""
+    predictions, labels = _arrays(predictions, labels)
+    return float((predictions == labels).mean())
+
+
+def f1(predictions, labels):
+    """The harmonic mean of precision and recall of class 1; 0 where nothing is of class 1."""
+    predictions, labels = _arrays(predictions, labels)
+    positives = (predictions == 1).sum() + (labels == 1).sum()
+    return float(2 * ((predictions == 1) & (labels == 1)).sum() / max(positives, 1))
+
+
+def matthews(predictions, labels):
+    """Matthews' correlation of two binary variables: their Pearson correlation (Matthews 1975)."""
+    return pearson(predictions, labels)
+
+
+def pearson(predictions, labels):
+    """Pearson's correlation; 0 where either side is constant."""
+    x, y = _arrays(predictions, labels)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    x, y = x - x.mean(), y - y.mean()
+    r = (x / np.linalg.norm(x)) @ (y / np.linalg.norm(y))
+    return float(np.clip(r, -1, 1))  # rounding leads beyond
+
+
+def spearman(predictions, labels):
+    """Spearman's rank correlation; ties share their average rank; 0 where either side is constant."""
+    x, y = _arrays(predictions, labels)
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(x):
+    """Returns the rank of each value from 1, equal values sharing their average; NaN stays NaN."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return np.where(np.isnan(x), x, (np.cumsum(count) - (count - 1) / 2)[place])
+
+
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
