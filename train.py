@@ -13,7 +13,6 @@ metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON o
 Legend:  B sequences in a micro-batch   T tokens per sequence   C width   G sequences in an update (batch * accum)
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -29,10 +28,11 @@ from minidistil.cli import UserError, given, run, setting
 from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
 from minidistil.losses import Counts, Objective, distillation_loss
-from minidistil.machine import choose_device, choose_dtype, duration, versions
+from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import MaskedLM, num_params
+from minidistil.schedule import lr_at
 from minidistil.stop import Stop
 from minidistil.tokenizer import Tokenizer
 
@@ -92,17 +92,6 @@ FREE_ON_RESUME = set("out resume epochs dtype eval_every eval_data eval_tokens s
 
 
 # ---- small pieces
-
-
-def lr_at(update, total, peak, warmup):
-    """Learning rate of update 0 ... total - 1: up to `peak` over the first `warmup` share, then down a line to zero.
-
-    Neither the first nor the last update is wasted: the line starts one step above zero and would reach it at `total`.
-    """
-    rising = min(math.ceil(total * warmup), total)
-    if update < rising:
-        return peak * (update + 1) / rising
-    return peak * (total - update) / (total - rising + (rising > 0))
 
 
 def objective_of(settings):
@@ -245,19 +234,6 @@ def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_cor
         )
 
 
-def choose_out(settings):
-    """--out, or runs/NAME for the first NAME that is free; an existing run is never written over."""
-    if settings.out is None:
-        stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
-        numbers = (("" if n == 1 else f"-{n}") for n in range(1, 10**6))
-        return next(p for p in (pathlib.Path("runs") / f"{stem}{n}" for n in numbers) if not p.exists())
-    out = pathlib.Path(settings.out)
-    if out.is_dir() and any(out.iterdir()) and not settings.resume:
-        how = "add --resume to go on, or choose" if checkpoint.path_of(out).exists() else "choose"
-        raise UserError(f"--out {out} is not empty: {how} another --out")
-    return out
-
-
 # ---- the run
 
 
@@ -268,7 +244,8 @@ def train(settings, argv=()):
     once an interrupted run is saved.
     """
     check(settings)
-    out = choose_out(settings)
+    stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
+    out = checkpoint.choose_out(settings.out, stem, settings.resume, f"checkpoint/{checkpoint.NAME}")
     device = choose_device(settings.device)
     keep_freed_memory()
 
@@ -326,9 +303,7 @@ def train(settings, argv=()):
         checkpoint.restore(tensors, student, optimizer, saved["adam_steps"])
         update, seconds_before, dtype, scale = (saved[k] for k in ("update", "seconds", "dtype", "scale"))
     dtype = dtype or choose_dtype(settings.dtype, device)
-    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    autocast = contextlib.nullcontext if half is None else lambda: torch.autocast(device.type, half)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+    autocast, scaler = precision(dtype, device)
     scaler.load_state_dict(scale or scaler.state_dict())
 
     # ---- held-out set: fixed blocks, fixed uniform masks
@@ -500,12 +475,7 @@ def not_finite(update, losses, norm, settings, out):
 def main(argv):
     values = given(Settings, argv, __doc__)
     demo = DEMO if values.get("teacher", "demo") == "demo" else {}
-    try:
-        summary = train(Settings(**{**demo, **values}), argv)
-    except RuntimeError as error:  # PyTorch's way of saying that memory has run out, on either device
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError from error
-        raise
+    summary = train(Settings(**{**demo, **values}), argv)
     print(json.dumps(summary, separators=(",", ":")))
 
 

@@ -16,6 +16,21 @@ NAME = "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def choose_out(out, stem, resume, witness):
+    """Returns the folder `out`, or runs/`stem` for the first number that is free; no run is ever written over.
+
+    A folder that holds the file `witness` can be resumed. Raises UserError for another folder with something in it.
+    """
+    if out is None:
+        numbers = (("" if n == 1 else f"-{n}") for n in range(1, 10**6))
+        return next(p for p in (pathlib.Path("runs") / f"{stem}{n}" for n in numbers) if not p.exists())
+    out = pathlib.Path(out)
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        how = "add --resume to go on, or choose" if (out / witness).exists() else "choose"
+        raise UserError(f"--out {out} is not empty: {how} another --out")
+    return out
+
+
 def path_of(out):
     return pathlib.Path(out) / "checkpoint" / NAME
 

@@ -10,6 +10,8 @@ import errno
 import os
 import sys
 
+OUT_OF_MEMORY = "out of memory: use a smaller --batch or a shorter --seq-len"
+
 
 class UserError(Exception):
     """Something the user can mend; the message reads `what is wrong: how to mend it`."""
@@ -89,10 +91,15 @@ def run(main, argv=None):
         if isinstance(error, OSError):
             message = describe_os_error(error)
         elif isinstance(error, MemoryError):
-            message = "out of memory: use a smaller --batch or a shorter --seq-len"
+            message = OUT_OF_MEMORY
         else:
             message = " ".join(str(error).split())
         print(f"{program}: error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:  # PyTorch's ways of saying that memory has run out, on either device
+        if "--debug" in argv or not (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)):
+            raise
+        print(f"{program}: error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

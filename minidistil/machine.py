@@ -1,5 +1,6 @@
 """What this computer is and can do: device, fast dtype, versions."""
 
+import contextlib
 import pathlib
 import platform
 import subprocess
@@ -46,6 +47,13 @@ def choose_dtype(name, device):
             times.append(time.perf_counter() - start)
         seconds[label] = min(times)
     return "bf16" if seconds["bf16"] * 1.5 < seconds["fp32"] else "fp32"
+
+
+def precision(dtype, device):
+    """Returns (context of a forward pass, loss scaler) for fp32, bf16 or fp16 by name; only fp16 scales its loss."""
+    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    autocast = contextlib.nullcontext if half is None else lambda: torch.autocast(device.type, half)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 
 def git_revision():

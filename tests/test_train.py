@@ -20,6 +20,7 @@ from minidistil.cli import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Counts, Objective
 from minidistil.model import Config, MaskedLM
+from minidistil.schedule import lr_at
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -44,7 +45,7 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("total, warmup", [(1, 0.05), (2, 0.05), (12, 0.05), (100, 0.05), (9, 0.0), (9, 1.0), (7, 0.5)])
 def test_learning_rate_wastes_no_update(total, warmup):
-    rates = [train.lr_at(u, total, 5e-4, warmup) for u in range(total)]
+    rates = [lr_at(u, total, 5e-4, warmup) for u in range(total)]
     rising = math.ceil(total * warmup)
     assert all(r > 0 for r in rates) and max(rates) <= 5e-4 * (1 + 1e-12)
     assert rates == sorted(rates[:rising]) + sorted(rates[rising:], reverse=True)
