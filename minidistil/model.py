@@ -98,16 +98,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
         self.dropout = config.attention_dropout
 
-    def forward(self, x, mask=None):
+    def forward(self, x, mask=None, first=None):
+        """(B, T, C) -> (B, T, C); only the first few tokens' rows where `first` says how many."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q = q[:, :, :first]
         p = self.dropout if self.training else 0.0
         if p and not x.is_cuda:  # here PyTorch would do the same with a slower dropout
             y = attention_ref(q, k, v, mask, p)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).reshape(B, -1, C))
 
 
 class MLP(nn.Module):
@@ -133,8 +135,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
         self.dropout = config.dropout
 
-    def forward(self, x, mask=None):
-        x = self.dropout_add_norm(self.attention(x, mask), x, self.attention_norm)
+    def forward(self, x, mask=None, first=None):
+        x = self.dropout_add_norm(self.attention(x, mask, first), x[:, :first], self.attention_norm)
         return self.dropout_add_norm(self.mlp(x), x, self.mlp_norm)
 
     def dropout_add_norm(self, x, residual, norm):
@@ -150,14 +152,18 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
-    def forward(self, ids, mask=None, types=None):
-        """mask (B, T) bool is True at real tokens; None, as in packed training, means that there is no padding."""
+    def forward(self, ids, mask=None, types=None, first=None):
+        """mask (B, T) bool is True at real tokens; None, as in packed training, means that there is no padding.
+
+        `first` 1 gives [CLS] alone, (B, 1, C): the last block's other rows, which nobody reads, are not computed.
+        """
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, T), broadcast over heads and queries
         x = self.embeddings(ids, types)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, mask)
-        return x
+        return last(x, mask, first)
 
 
 class Head(nn.Module):

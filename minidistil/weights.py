@@ -20,6 +20,7 @@ import torch
 
 from minidistil.cli import UserError
 from minidistil.files import replacing, write_json
+from minidistil.heads import Classifier, SpanReader
 from minidistil.model import Config, MaskedLM
 
 # ---- safetensors
@@ -355,14 +356,14 @@ def _number(path, ours, theirs, value):
     return type(getattr(Config, ours))(value)
 
 
-def write_config(folder, config):
+def write_config(folder, config, head="MaskedLM", **extra):
     """Writes config.json as the Hub has it: a BertConfig, or a DistilBertConfig where there are no token types."""
     column = 1 if config.token_types else 2
     values = {rule[column]: getattr(config, rule[0]) for rule in CONFIG_KEYS if rule[column]}
     if config.token_types:
         values |= {
             "model_type": "bert",
-            "architectures": ["BertForMaskedLM"],
+            "architectures": [f"BertFor{head}"],
             "hidden_act": "gelu",
             "position_embedding_type": "absolute",
             "classifier_dropout": None,
@@ -371,7 +372,7 @@ def write_config(folder, config):
     else:
         values |= {
             "model_type": "distilbert",
-            "architectures": ["DistilBertForMaskedLM"],
+            "architectures": [f"DistilBertFor{head}"],
             "activation": "gelu",
             "qa_dropout": 0.1,
             "seq_classif_dropout": 0.2,
@@ -380,11 +381,13 @@ def write_config(folder, config):
         }
         if config.norm_eps == Config.norm_eps:
             del values["layer_norm_eps"]  # a DistilBertConfig has none; another value is kept for our own reader
-    values |= {"tie_word_embeddings": True, "torch_dtype": "float32"}
+    values |= {"tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
 
 
 # ---- names
+
+HUB_NAMES = {MaskedLM: "MaskedLM", Classifier: "SequenceClassification", SpanReader: "QuestionAnswering"}
 
 # our module, theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
 BERT = [
@@ -401,6 +404,9 @@ BERT = [
     ("head.dense", "cls.predictions.transform.dense"),
     ("head.norm", "cls.predictions.transform.LayerNorm"),
     ("head", "cls.predictions"),
+    ("pool", "bert.pooler.dense"),
+    ("classify", "classifier"),
+    ("answer", "qa_outputs"),
 ]
 DISTILBERT = [
     ("encoder.embeddings.words", "distilbert.embeddings.word_embeddings"),
@@ -415,6 +421,9 @@ DISTILBERT = [
     ("head.dense", "vocab_transform"),
     ("head.norm", "vocab_layer_norm"),
     ("head", "vocab_projector"),
+    ("pool", "pre_classifier"),
+    ("classify", "classifier"),
+    ("answer", "qa_outputs"),
 ]
 # second copies that some files hold: each must equal the tensor that it is tied to
 TIED = [
@@ -422,12 +431,14 @@ TIED = [
     ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
 ]
-# what a file may hold and masked-LM distillation has no use for, and what it is
+# what a file may hold and another head than its own has no use for, and what it is
 IGNORED = [
     (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
     (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
     (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
     (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),
+    (r"cls\.predictions\.(transform\.(dense|LayerNorm)\.(weight|bias)|(decoder\.)?bias)", "BERT's masked-LM head"),
+    (r"vocab_(transform|layer_norm|projector)\.(weight|bias)", "DistilBERT's masked-LM head"),
 ]
 
 
@@ -460,30 +471,78 @@ def load_model(folder, fresh_head=False):
     Raises UserError unless every tensor of the file has a place or a reason to have none, and every parameter a tensor.
     """
     config, _ = read_config(folder)
-    tensors = read_weights(folder)
     with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced below
         model = MaskedLM(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = _names(config, shapes)
-    source = _by_their_names(folder, tensors, [name for group in names.values() for name in group])
-    state = {}
+    source, names = _source(folder, model)
+    fresh = {}
     if not any(name in source for ours in names if ours.startswith("head.") for name in names[ours]):
         if not fresh_head:
             way = f"give it a head with `--teacher none --student-init {folder}`"
             raise UserError(f"{folder} has no masked-LM head: {way}")
-        state = _fresh_head(config)
+        fresh = _fresh_head(config)
+    return _fill(folder, model, source, names, fresh).eval()
+
+
+def load_pretrained(folder, kind, outputs, seed=0):
+    """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
+
+    Its own head is fresh; BERT's pooler, trained with the next-sentence head, is taken where the file has one.
+    """
+    config, family = read_config(folder)
+    with torch.device("meta"):
+        model = kind(config, outputs)
+    source, names = _source(folder, model)
+    generator, fresh = torch.Generator().manual_seed(seed), {}
+    for ours, tensor in model.state_dict().items():
+        known = family == "bert" and ours.startswith("pool.") and names[ours][0] in source
+        if not (ours.startswith("encoder.") or known):
+            fresh[ours] = torch.zeros(tensor.shape)
+            if tensor.ndim > 1:
+                fresh[ours].normal_(0.0, config.init_range, generator=generator)
+    return _fill(folder, model, source, names, fresh).train()
+
+
+def load_finetuned(folder):
+    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, its labels' names."""
+    config, _ = read_config(folder)
+    values = _read_json(pathlib.Path(folder) / "config.json")
+    kinds = {f"For{name}": kind for kind, name in HUB_NAMES.items() if kind is not MaskedLM}
+    kind = next((kinds[n] for n in kinds if str((values.get("architectures") or [""])[0]).endswith(n)), None)
+    if kind is None:
+        raise UserError(f"{folder} is not a fine-tuned model: make one with finetune.py")
+    labels = values.get("id2label") or {}
+    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
+        raise UserError(f"{folder}/config.json: id2label does not count 0, 1, 2, ...: correct it")
+    labels = tuple(labels[str(i)] for i in range(len(labels)))
+    with torch.device("meta"):
+        model = kind(config, len(labels) or 2)
+    return _fill(folder, model, *_source(folder, model)).eval(), labels
+
+
+def _source(folder, model):
+    """Returns ({their name: tensor}, {our parameter: [their name, ...]}) for a model from a folder's files."""
+    tensors = read_weights(folder)
+    names = _names(model.config, model.state_dict())
+    return _by_their_names(folder, tensors, [name for group in names.values() for name in group]), names
+
+
+def _fill(folder, model, source, names, fresh=()):
+    """Gives a model that was made without memory the tensors of `fresh`, by our names, and all others of `source`."""
+    state = dict(fresh)
     wanted = [ours for ours in names if ours not in state]
     missing = [name for ours in wanted for name in names[ours] if name not in source]
     if missing:
         raise UserError(f"{folder} lacks {_some(missing)}: take weights and config.json from the same model")
-    for ours in wanted:
+    for ours, tensor in model.state_dict().items():
+        if ours in state:
+            continue
         parts = [source[name] for name in names[ours]]
-        shape = (shapes[ours][0] // len(parts), *shapes[ours][1:])
+        shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
         for name, part in zip(names[ours], parts, strict=True):
             _check(f"{folder}: {name}", part, shape)
         state[ours] = torch.cat(parts).float()
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model
 
 
 def _by_their_names(folder, tensors, places):
@@ -536,16 +595,18 @@ def _fresh_head(config):
     }
 
 
-def save_model(folder, model):
-    """Writes config.json and model.safetensors of an fp32 MaskedLM as transformers does; `load_model` inverts it.
+def save_model(folder, model, **extra):
+    """Writes config.json and model.safetensors of an fp32 model as transformers does; its loader inverts it.
 
-    It becomes a BertForMaskedLM, or a DistilBertForMaskedLM without token types; the tied decoder is left out.
+    A MaskedLM becomes a BertForMaskedLM, or a DistilBertForMaskedLM without token types; the tied decoder is left out.
+    A Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering. `extra` goes into
+    config.json.
     """
     state = model.state_dict()
     tensors = {}
     for ours, theirs in _names(model.config, state).items():
         tensors |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
-    write_config(folder, model.config)
+    write_config(folder, model.config, HUB_NAMES[type(model)], **extra)
     write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)
 
 
