@@ -1,0 +1,64 @@
+"""Texts of all lengths become batches with hardly any padding, in an order that needs no memory of itself.
+
+An item is (ids, types): token ids and segment numbers, two lists or arrays of one length. Which items meet in which
+batch is a pure function of (seed, epoch), so that a resumed run finds its place without any saved state.
+"""
+
+import numpy as np
+import torch
+
+from minidistil.data import mix
+
+WINDOW = 50  # batches within which items are sorted by length: long enough for little padding, short enough for chance
+
+
+def encode_pair(tokenizer, first, second, T):
+    """Returns the item [CLS] first [SEP], or [CLS] first [SEP] second [SEP], of at most T tokens.
+
+    What is too much is cut from the end of the longer text, as transformers does it: an odd token stays with it.
+    """
+    a, b = tokenizer.encode(first), [] if second is None else tokenizer.encode(second)
+    room = T - 2 - (second is not None)
+    keep = max(room - len(a), room - room // 2) if len(b) >= len(a) else room // 2
+    keep = min(keep, len(b))  # of the second
+    a, b = a[: room - keep], b[:keep]
+    ids, types = [tokenizer.cls_id, *a, tokenizer.sep_id], [0] * (len(a) + 2)
+    return (ids, types) if second is None else ([*ids, *b, tokenizer.sep_id], types + [1] * (len(b) + 1))
+
+
+def batches(lengths, batch, seed, epoch):
+    """Returns one epoch as a list of index arrays of `batch` items of about one length; the last may be smaller."""
+    n = len(lengths)
+    order = np.argsort(mix(seed, 7, epoch, np.arange(n)), kind="stable")
+    parts = []
+    for window in np.split(order, range(batch * WINDOW, n, batch * WINDOW)):
+        window = window[np.argsort(lengths[window], kind="stable")]
+        parts += [window[i : i + batch] for i in range(0, len(window), batch)]
+    return [parts[i] for i in np.argsort(mix(seed, 8, epoch, np.arange(len(parts))), kind="stable")]
+
+
+def padded(items, chosen, pad_id, device):
+    """Returns (ids, mask, types), each (B, T) on `device`; mask is True at real tokens, T a multiple of 8."""
+    T = -(-max(len(items[i][0]) for i in chosen) // 8) * 8
+    ids = np.full((len(chosen), T), pad_id, np.int64)
+    mask, types = np.zeros((len(chosen), T), bool), np.zeros((len(chosen), T), np.int64)
+    for row, i in enumerate(chosen):
+        n = len(items[i][0])
+        ids[row, :n], types[row, :n], mask[row, :n] = *items[i], True
+    return tuple(torch.from_numpy(a).to(device) for a in (ids, mask, types))
+
+
+@torch.no_grad()
+def predict(model, items, pad_id, device, batch=64):
+    """Returns a model's logits for each item, fp32 numpy arrays: (K,) of a classifier, (2, tokens) of a reader."""
+    training, results = model.training, [None] * len(items)
+    model.eval()
+    # longest first, so that memory runs out at once or never
+    order = np.argsort([-len(ids) for ids, _ in items], kind="stable")
+    for start in range(0, len(items), batch):
+        chosen = order[start : start + batch]
+        logits = model(*padded(items, chosen, pad_id, device)).float().cpu().numpy()
+        for row, i in enumerate(chosen):
+            results[i] = logits[row] if logits.ndim == 2 else logits[row][:, : len(items[i][0])].copy()
+    model.train(training)
+    return results

@@ -1,0 +1,106 @@
+"""What a task gives to fine-tuning: encoded items, their targets, and the official score of a model's logits.
+
+`SentenceTask` is one of GLUE's, or IMDb; `SpanTask` is SQuAD v1.1. Both have
+
+    name, labels            their names; one for a regression
+    train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
+    dev = [items, ...]       of each held-out split
+    figures(logits)          logits of these, split by split, as `predict` gives them -> {"score", official metrics}
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from minidistil import scores, squad, tasks
+from minidistil.batches import encode_pair
+from minidistil.data import mix
+from minidistil.heads import Classifier, SpanReader
+
+SEQ_LEN = {"imdb": 512, "squad": 384}  # tokens; 128 elsewhere, as published for GLUE
+
+
+def some(things, limit):
+    """A fixed random choice of `limit` things, in their order; all where there are no more."""
+    if limit is None or limit >= len(things):
+        return things
+    return [things[i] for i in np.sort(np.argsort(mix(0, 9, np.arange(len(things))), kind="stable")[:limit])]
+
+
+def digest(train):
+    """SHA-256 of encoded training data: a resumed run must go on with the same."""
+    items, targets = train
+    state = hashlib.sha256(np.ascontiguousarray(targets.numpy()).tobytes())
+    for ids, types in items:
+        state.update(np.array([len(ids), *ids, *types], np.uint32).tobytes())
+    return state.hexdigest()
+
+
+def compact(item):
+    """An item as arrays: lists of Python's integers would take ten times the memory, gigabytes for MNLI or SQuAD."""
+    ids, types = item
+    return np.array(ids, np.int32), np.array(types, np.int8)
+
+
+class SentenceTask:
+    """A GLUE task or IMDb, by its name in `tasks.TASKS`; `limit` keeps that many training examples."""
+
+    kind = Classifier
+
+    def __init__(self, name, data, tokenizer, T, limit=None):
+        self.name, self.task = name, tasks.TASKS[name]
+        self.labels = self.task.labels or ("score",)
+        self.regression = not self.task.labels
+        train, self.examples = tasks.load(name, data)
+        train = some(train, limit)
+
+        def items(examples):
+            return [compact(encode_pair(tokenizer, e.first, e.second, T)) for e in examples]
+
+        dtype = torch.float32 if self.regression else torch.int64
+        self.train = items(train), torch.tensor([e.label for e in train], dtype=dtype)
+        self.dev = [items(examples) for examples in self.examples.values()]
+
+    def figures(self, logits):
+        per_split = {}
+        for (split, examples), rows in zip(self.examples.items(), logits, strict=True):
+            rows = np.stack(rows)
+            guesses = rows[:, 0] if self.regression else rows.argmax(1)
+            truth = np.array([e.label for e in examples])
+            per_split[split] = {m: float(scores.METRICS[m](guesses, truth)) for m in self.task.metrics}
+        # in percent, as published
+        figures = {"score": tasks.score(self.task, per_split)}
+        for split, metrics in per_split.items():
+            where = "" if len(per_split) == 1 else f"_{split}"
+            figures |= {f"{m}{where}": 100 * x for m, x in metrics.items()}
+        return figures
+
+
+class SpanTask:
+    """SQuAD v1.1: a question may take several windows of its context; `limit` keeps that many training questions."""
+
+    kind, name, labels, regression = SpanReader, "squad", (), False
+
+    def __init__(self, data, tokenizer, T, limit=None):
+        train, self.questions = squad.load(data)
+        # published: windows of 384 tokens that overlap by all but 128; questions of at most 64
+        windows = (w for q in some(train, limit) for w in squad.windows(q, tokenizer, T, T // 3))
+        items, spans = zip(*((compact((w.ids, w.types)), w.span) for w in windows), strict=True)
+        self.train = items, torch.tensor(spans)
+        self.windows = [squad.windows(q, tokenizer, T, T // 3) for q in self.questions]
+        self.dev = [[compact((w.ids, w.types)) for group in self.windows for w in group]]
+
+    def figures(self, logits):
+        rows, answers = iter(logits[0]), {}
+        for question, windows in zip(self.questions, self.windows, strict=True):
+            starts, ends = zip(*(next(rows) for _ in windows), strict=True)
+            answers[question.id] = squad.answer(question, windows, starts, ends)[0][0]
+        figures = squad.scores(answers, self.questions)
+        return {"score": figures["f1"], **figures}
+
+
+def open_task(name, data, tokenizer, seq_len=None, limit=None):
+    """Returns the SentenceTask or SpanTask of this name, read from `data` and encoded."""
+    T = seq_len or SEQ_LEN.get(name, 128)
+    return SpanTask(data, tokenizer, T, limit) if name == "squad" else SentenceTask(name, data, tokenizer, T, limit)

@@ -1,0 +1,329 @@
+"""Fine-tuning from end to end on toy tasks in the official layouts."""
+
+import json
+import os
+import random
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import finetune
+from finetune import Settings, agreed, next_run, objective, summary_of
+from minidistil import checkpoint, weights
+from minidistil.cli import UserError
+from minidistil.heads import Classifier
+
+FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def glue(tiny, tmp_path_factory):
+    """SST-2 in which one of two words decides, STS-B in which shared words do, and RTE; in the tiny model's words."""
+    folder = tmp_path_factory.mktemp("glue")
+    rng, words = random.Random(0), (tiny / "teacher" / "vocab.txt").read_text().split()[5:]
+    good, bad, *rest = words
+
+    def text(n):
+        return rng.sample(rest, n)
+
+    def write(task, header, train, dev):
+        (folder / task).mkdir()
+        for name, rows in (("train", train), ("dev", dev)):
+            lines = ["\t".join(map(str, row)) for row in [header, *rows]]
+            (folder / task / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+
+    def sentiment(label):
+        sentence = text(rng.randint(2, 8))
+        sentence.insert(rng.randrange(len(sentence)), good if label else bad)
+        return " ".join(sentence), label
+
+    def similarity(score):
+        one = text(5)
+        return " ".join(one), " ".join(one[:score] + text(5 - score)), float(score)
+
+    write("SST-2", ("sentence", "label"), [sentiment(i % 2) for i in range(400)], [sentiment(i % 2) for i in range(60)])
+    pairs = [[similarity(rng.randrange(6)) for _ in range(n)] for n in (160, 40)]
+    write("STS-B", ("sentence1", "sentence2", "score"), *pairs)
+    rte = [[(i, a, b, "entailment" if s > 2 else "not_entailment") for i, (a, b, s) in enumerate(p)] for p in pairs]
+    write("RTE", ("index", "sentence1", "sentence2", "label"), *rte)
+    return folder
+
+
+def tuned(tiny, glue, out, task="sst2", **settings):
+    values = {"task": task, "model": str(tiny / "teacher"), "data": str(glue), "out": out and str(out)}
+    values |= {**FAST, **settings}
+    return finetune.finetune(Settings(**values), ["--task", task])
+
+
+@pytest.fixture(scope="module")
+def sst2(tiny, glue, tmp_path_factory):
+    """The teacher of other tests: (its summary, its folder)."""
+    out = tmp_path_factory.mktemp("runs") / "sst2"
+    return tuned(tiny, glue, out), out
+
+
+# ---- a run
+
+
+def test_learns_and_leaves_a_model(sst2, glue):
+    summary, out = sst2
+    figures = summary["tasks"]["sst2"]
+    assert figures["score"] == figures["accuracy"] > 90
+    assert figures["seeds"] == 1 and figures["lr"] == 3e-3 and summary["macro"] == figures["score"]
+    state = json.loads((out / "scores.json").read_text())
+    (one,) = state["runs"]["sst2"]
+    assert len(one["epochs"]) == 3 and one["updates"] == 150
+    model, labels = weights.load_finetuned(out / "sst2")
+    assert labels == ("negative", "positive") and isinstance(model, Classifier)
+    assert json.loads((out / "sst2" / "config.json").read_text())["finetuning_task"] == "sst2"
+
+
+def test_what_is_kept_scores_what_was_reported(sst2, glue):
+    transformers = pytest.importorskip("transformers")
+    summary, out = sst2
+    pipeline = transformers.pipeline("text-classification", model=str(out / "sst2"), device=-1)
+    rows = [line.split("\t") for line in (glue / "SST-2" / "dev.tsv").read_text().splitlines()[1:]]
+    right = [said["label"] == ("negative", "positive")[int(label)]
+             for said, (_, label) in zip(pipeline([s for s, _ in rows]), rows, strict=True)]  # fmt: skip
+    assert 100 * np.mean(right) == pytest.approx(summary["tasks"]["sst2"]["score"], abs=0.01)
+
+
+def test_same_seed_same_bits(tiny, glue, tmp_path):
+    for name in "ab":
+        tuned(tiny, glue, tmp_path / name, examples=40, epochs=1.0)
+    a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_share_of_the_examples_and_of_an_epoch(tiny, glue, tmp_path):
+    tuned(tiny, glue, tmp_path / "out", examples=44, epochs=1.5)
+    (one,) = json.loads((tmp_path / "out" / "scores.json").read_text())["runs"]["sst2"]
+    assert one["updates"] == 9 and len(one["epochs"]) == 2  # 6 batches an epoch
+
+
+def test_regression_and_pairs(tiny, glue, tmp_path):
+    figures = tuned(tiny, glue, tmp_path / "out", "stsb", examples=40, epochs=2.0)["tasks"]["stsb"]
+    assert figures["score"] == pytest.approx((figures["pearson"] + figures["spearman"]) / 2, abs=0.01)
+    config = json.loads((tmp_path / "out" / "stsb" / "config.json").read_text())
+    assert config["problem_type"] == "regression" and config["id2label"] == {"0": "score"}
+    model, _ = weights.load_finetuned(tmp_path / "out" / "stsb")
+    assert 2 < model.classify.bias.item() < 3  # the mean, near which it began
+
+
+def test_all_is_what_the_folder_holds(tiny, glue, tmp_path, capsys):
+    summary = tuned(tiny, glue, tmp_path / "out", "all", examples=24, epochs=1.0)
+    assert list(summary["tasks"]) == ["sst2", "stsb", "rte"]
+    assert summary["macro"] == pytest.approx(np.mean([t["score"] for t in summary["tasks"].values()]), abs=0.01)
+    assert "cola, mrpc, qqp, mnli, qnli, wnli" in capsys.readouterr().out
+
+
+# ---- learning rates and seeds
+
+
+def test_first_seed_chooses_the_learning_rate():
+    settings = Settings(task="sst2", model="m", data="d", seeds=3, seed=5)
+    runs, score = [], {(1e-3, 5): 70.0, (2e-3, 5): 80.0, (2e-3, 6): 60.0, (2e-3, 7): 90.0}
+    while (todo := next_run(runs, (1e-3, 2e-3), settings)) is not None:
+        runs.append({"lr": todo[0], "seed": todo[1], "epochs": [{"score": 0.0}, {"score": score.pop(todo)}]})
+    assert not score
+    assert summary_of(runs) == {"score": 80.0, "lowest": 60.0, "highest": 90.0, "lr": 2e-3, "seeds": 3}
+
+
+@pytest.mark.parametrize("lr, width, rates", [
+    (None, 768, (2e-5, 3e-5, 5e-5)), (None, 128, (5e-5, 1e-4, 3e-4)), (None, None, (1e-3,)),
+    ("1e-4,2e-4", 768, [1e-4, 2e-4]),
+])  # fmt: skip
+def test_rates(lr, width, rates):
+    assert finetune.rates_of(Settings(task="sst2", model="m", data="d", lr=lr), width) == rates
+
+
+# ---- a teacher
+
+
+def test_objective_is_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    settings = Settings(task="x", model="m", data="d", temperature=3.0, alpha_task=0.2, alpha_ce=0.7, alpha_mse=0.4)
+    for shape in ((5, 3), (5, 2, 7)):
+        s, soft, mean = (torch.randn(shape, generator=generator).double() for _ in range(3))
+        y = torch.randint(shape[-1], shape[:-1], generator=generator)
+        log_q, log_p = (torch.log_softmax(z / 3.0, -1) for z in (s, soft))
+        kl = 9.0 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        ce = -torch.log_softmax(s, -1).gather(-1, y[..., None]).mean()
+        expected = 0.2 * ce + 0.7 * kl + 0.4 * ((s - mean) ** 2).mean()
+        found = objective(settings, False, s.float(), y, soft.float(), mean.float())
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert objective(settings, False, s.float(), y).item() == pytest.approx(ce.item(), rel=1e-5)
+    s, y, mean = torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 4.0]), torch.tensor([[3.0], [3.0]])
+    assert objective(settings, True, s, y, mean, mean).item() == pytest.approx(0.2 * 2.5 + (0.7 + 0.4) * 2.5)
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    rng = np.random.default_rng(0)
+    views = [[rng.normal(size=(2, n)).astype(np.float32) * 3 for n in (4, 9)] for _ in range(3)]
+    soft, mean = agreed(views, 2.0)
+    for i in range(2):
+        p = np.mean([np.exp(v[i] / 2) / np.exp(v[i] / 2).sum(-1, keepdims=True) for v in views], 0)
+        q = np.exp(soft[i] / 2) / np.exp(soft[i] / 2).sum(-1, keepdims=True)
+        np.testing.assert_allclose(q, p, atol=1e-6)
+        np.testing.assert_allclose(mean[i], np.mean([v[i] for v in views], 0), atol=1e-6)
+    assert agreed(views[:1], 2.0) == (views[0], views[0])
+
+
+def test_a_student_follows_its_teachers(tiny, glue, sst2, tmp_path, capsys):
+    """With the task's own loss switched off, whatever the student learns it learns from the teacher."""
+    teacher = str(sst2[1] / "sst2")
+    summary = tuned(tiny, glue, tmp_path / "one", teacher=f"{sst2[1]},{teacher}", alpha_task=0.0, epochs=2.0)
+    assert summary["tasks"]["sst2"]["score"] > 90
+    assert capsys.readouterr().out.count("the teacher's dev score is") == 2
+    on_logits = dict(alpha_task=0.0, alpha_ce=0.0, alpha_mse=1.0)
+    summary = tuned(tiny, glue, tmp_path / "two", teacher=teacher, **on_logits, epochs=2.0)
+    assert summary["tasks"]["sst2"]["score"] > 90
+
+
+def test_bilstm_on_the_teachers_words(tiny, glue, sst2, tmp_path):
+    summary = tuned(tiny, glue, tmp_path / "out", model="bilstm", teacher=str(sst2[1]), epochs=2.0)
+    assert summary["tasks"]["sst2"]["score"] > 85
+    from minidistil import bilstm
+
+    model, labels = bilstm.load(tmp_path / "out" / "sst2")
+    assert labels == ("negative", "positive")
+    assert model.words.weight.shape == weights.load_model(tiny / "teacher").encoder.embeddings.words.weight.shape
+
+
+# ---- interruption
+
+
+def interrupted_at(n, monkeypatch):
+    """Sends this process SIGTERM before its n-th batch of training."""
+    count, padded = 0, finetune.padded
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        if count == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return padded(*args)
+
+    monkeypatch.setattr(finetune, "padded", counted)
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 12])  # in the first epoch, at its end, in the second seed
+def test_resumed_is_uninterrupted(n, tiny, glue, tmp_path, monkeypatch, capsys):
+    few = dict(examples=24, epochs=2.0, seeds=2)
+    expected = tuned(tiny, glue, tmp_path / "a", **few)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        interrupted_at(n, patch)
+        tuned(tiny, glue, tmp_path / "b", **few)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert re.search(r"go on with: python finetune.py --task sst2 --resume", capsys.readouterr().out)
+    found = tuned(tiny, glue, tmp_path / "b", **few, resume=True)
+    assert found["tasks"] == expected["tasks"]
+    a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_more_seeds_later(tiny, glue, tmp_path):
+    few = dict(examples=24, epochs=1.0)
+    tuned(tiny, glue, tmp_path / "out", **few)
+    summary = tuned(tiny, glue, tmp_path / "out", **few, seeds=3, resume=True)
+    assert summary["tasks"]["sst2"]["seeds"] == 3
+
+
+# ---- SQuAD
+
+
+def test_squad(tiny, tmp_path):
+    words, rng = (tiny / "teacher" / "vocab.txt").read_text().split()[5:], random.Random(0)
+    articles = []
+    for a in range(60):
+        context = rng.sample(words, 12)
+        place = rng.randrange(11)
+        start = len(" ".join(context[:place])) + (place > 0)
+        qa = {"id": str(a), "question": context[place], "answers": [{"text": context[place], "answer_start": start}]}
+        articles.append({"title": f"t{a}", "paragraphs": [{"context": " ".join(context), "qas": [qa]}]})
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "1.1", "data": articles}))
+    weights.save_model(tmp_path / "model", long_model(tiny))
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_bytes((tiny / "teacher" / name).read_bytes())
+    few = dict(model=str(tmp_path / "model"), data=str(path), seq_len=96)
+    figures = tuned(tiny, None, tmp_path / "out", "squad", **few, epochs=2.0)["tasks"]["squad"]
+    assert figures["score"] == figures["f1"] and 0 <= figures["em"] <= figures["f1"]
+    second = tuned(tiny, None, tmp_path / "second", "squad", **few, teacher=str(tmp_path / "out"), epochs=1.0)
+    assert set(second["tasks"]["squad"]) >= {"em", "f1"}
+
+
+def long_model(tiny):
+    from minidistil.model import Config, MaskedLM
+
+    config = weights.load_model(tiny / "teacher").config
+    return MaskedLM(Config(**{**vars(config), "positions": 96}), seed=0)
+
+
+# ---- what a user can get wrong
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(task="sst3"), "--task sst3 is not known: choose from cola"),
+    (dict(data="nowhere"), "nowhere"),
+    (dict(data="nowhere", task="all"), "nowhere holds no task of GLUE"),
+    (dict(lr="fast"), "--lr fast: give one learning rate"),
+    (dict(lr="-1"), "--lr -1: give one learning rate"),
+    (dict(epochs=0.0), "--epochs is 0.0: it must be greater than 0"),
+    (dict(alpha_ce=-1.0), "--alpha-ce is -1.0: it must not be negative"),
+    (dict(warmup=2.0), "--warmup is 2.0"),
+    (dict(seq_len=4), "--seq-len is 4"),
+    (dict(seq_len=64, task="sst2", words="x"), "--words is for --model bilstm"),
+    (dict(model="bilstm"), "--model bilstm needs word vectors"),
+    (dict(model="bilstm", words="TEACHER", task="squad"), "--model bilstm classifies sentences"),
+    (dict(teacher="TEACHER"), "is not a fine-tuned model"),
+    (dict(task="rte", teacher="SST2"), "was not fine-tuned for rte"),
+    (dict(teacher="SST2", alpha_task=0.0, alpha_ce=0.0), "every weight of the objective is 0"),
+    (dict(resume=True, out=None), "--resume needs to know which run"),
+    (dict(resume=True), "nothing to resume"),
+    (dict(device="tpu"), "--device tpu"),
+])  # fmt: skip
+def test_wrong_settings(wrong, words, tiny, glue, sst2, tmp_path):
+    places = {"TEACHER": str(tiny / "teacher"), "SST2": str(sst2[1] / "sst2")}
+    wrong = {name: places.get(value, value) if isinstance(value, str) else value for name, value in wrong.items()}
+    with pytest.raises(UserError) as error:
+        tuned(tiny, glue, **{"out": tmp_path / "out", **wrong})
+    assert words in str(error.value) and "\n" not in str(error.value) and ": " in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_longer_than_the_model(tiny, glue, tmp_path):
+    path = glue.parent / "long" / "SST-2"
+    path.mkdir(parents=True)
+    for name in ("train", "dev"):
+        (path / f"{name}.tsv").write_text("sentence\tlabel\n" + "a " * 80 + "\t0\n")
+    with pytest.raises(UserError, match="has 32 positions: use --seq-len 32 or less"):
+        tuned(tiny, path.parent, tmp_path / "out")
+
+
+def test_another_run_is_not_written_over(tiny, glue, sst2):
+    with pytest.raises(UserError, match="is not empty: add --resume to go on, or choose another --out"):
+        tuned(tiny, glue, sst2[1])
+    with pytest.raises(UserError, match=r"begun with other settings \(batch 8 -> 9\)"):
+        tuned(tiny, glue, sst2[1], batch=9, resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_its_examples(tiny, glue, tmp_path):
+    with pytest.raises(UserError, match=r"sst2 lr 1e\+30 seed 0, update \d+: the loss is .*lower --lr"):
+        tuned(tiny, glue, tmp_path / "out", lr="1e30", examples=40)
+
+
+def test_a_damaged_checkpoint_is_refused(tiny, glue, tmp_path, monkeypatch):
+    few = dict(examples=24, epochs=1.0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted_at(2, patch)
+        tuned(tiny, glue, tmp_path / "out", **few)
+    path = checkpoint.path_of(tmp_path / "out")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        tuned(tiny, glue, tmp_path / "out", **few, resume=True)
