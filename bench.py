@@ -5,7 +5,10 @@
     python bench.py step          updates of distillation on this CPU, against the original script's way of doing them
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
     python bench.py demo          does the teacher help? the demo against the same student without it, three seeds
-    python bench.py all           all of them
+    python bench.py ablation      what does each part of the recipe add? the demo with one left out, three seeds
+    python bench.py infer         latency, throughput and size of teacher, student and int8 student, and transformers'
+    python bench.py retention --teacher DIR --student DIR --data GLUE    what a student keeps of GLUE
+    python bench.py all           all of them but retention, which needs two models
     python bench.py --readme      the README's tables, from results/*.json
 
 Prints a table, writes results/CASE.json and ends with one JSON line: {"device", "versions", "results": [...]}.
@@ -19,7 +22,6 @@ import pathlib
 import platform
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,10 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benches.ablation import ablation_table, bench_ablation, train_variants
+from benches.infer import bench_infer, draw_infer, infer_table
+from benches.process import last_line
+from benches.retention import bench_retention, draw_retention, retention_table
 from kernels.cases import CASES as KERNEL_CASES
 from minidistil import files, weights
 from minidistil.cli import UserError, given, run, setting
@@ -46,10 +52,17 @@ ROOT = pathlib.Path(__file__).resolve().parent
 @dataclasses.dataclass
 class Settings:
     case: str = setting(dataclasses.MISSING, "what to measure (default: loss)", nargs="?",
-                        choices=(*KERNEL_CASES, "step", "tokenizer", "demo", "all"))  # fmt: skip
+                        choices=(*KERNEL_CASES, "step", "tokenizer", "infer", "demo", "ablation", "retention",
+                                 "all"))  # fmt: skip
     device: str = setting("auto", "of the kernels' cases: auto, cpu, cuda, cuda:1 ...")
     tiny: bool = setting(False, "seconds instead of minutes: shows that it runs, not how fast")
     rounds: int = setting(None, "times that each provider is measured, in turn (default: 3; of kernels 21)")
+    teacher: str = setting(None, "of retention: folder; of infer: a fine-tuned folder (default: BERT-base's shape)")
+    student: str = setting(None, "of retention: folders, with commas; of infer: a fine-tuned folder")
+    data: str = setting(None, "of retention and infer: the GLUE folder; IMDb may lie in it as aclImdb")
+    task: str = setting("all", "of retention: tasks, with commas")
+    finetune: str = setting(None, 'of retention: more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
+    train: str = setting(None, "of ablation: settings of train.py, in quotes (default: the demo)")
     profile: bool = setting(False, "also write a trace of each provider of a kernel's case, for chrome://tracing")
     out: str = setting("results", "folder for the JSON files")
     readme: bool = setting(False, "measure nothing: print the README's tables from the JSON files")
@@ -92,12 +105,6 @@ def ours(folder, shape, kd_rows):
     first, *_, last = (r for r in records if "loss" in r)
     took = [r["step"] / r["tokens_per_second"] for r in (first, last)]
     return summary | {"tokens_per_second": (last["step"] - first["step"]) / (took[1] - took[0])}
-
-
-def last_line(done):
-    if done.returncode:
-        raise UserError(f"{done.stderr.strip()}: see the command alone: {' '.join(done.args)}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def original(folder, shape):
@@ -241,26 +248,12 @@ VARIANTS = {
 
 def bench_demo(settings):
     """`python train.py` and its baselines: same student, same data, same number of updates."""
-    tiny = ["--steps", "2", "--eval-tokens", "512"] if settings.tiny else []
-    runs = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(settings.rounds or 3):
-            for variant, flags in VARIANTS.items():
-                out = ["--out", f"{folder}/{variant}-{seed}".replace(" ", "-"), "--seed", str(seed)]
-                command = [sys.executable, str(ROOT / "train.py"), *flags, *tiny, *out]
-                runs[variant].append(last_line(subprocess.run(command, capture_output=True, text=True)))
+        folder = pathlib.Path(folder)
+        results = train_variants(VARIANTS, settings.rounds or 3, folder, settings.tiny)
         pathlib.Path(settings.out).mkdir(parents=True, exist_ok=True)
-        shutil.copy(f"{folder}/distilled-0/curve.svg", pathlib.Path(settings.out) / "demo.svg")
-    results = [{"case": "demo", "provider": "teacher", **runs["distilled"][0]["teacher"]}]
-    for variant, summaries in runs.items():
-        result = {"case": "demo", "provider": variant, "parameters": summaries[0]["student"]["parameters"]}
-        for figure in ("top1", "mlm_loss", "kl", "agreement"):
-            values = [summary["student"][figure] for summary in summaries]
-            result[figure] = [round(statistics.mean(values), 4), round(statistics.pstdev(values), 4)]
-        result["seconds"] = max(summary["seconds"] for summary in summaries)
-        result["seeds"], result["steps"] = settings.rounds or 3, summaries[0]["steps"]
-        results.append(result)
-    return results
+        shutil.copy(folder / "curve.svg", pathlib.Path(settings.out) / "demo.svg")
+    return [{"case": "demo", **result} for result in results]
 
 
 # ---- kernels: eager, torch.compile, ours, and Liger where it is installed
@@ -364,11 +357,10 @@ def kernel_table(results):
 
 
 def show(results):
-    if results[0]["case"] == "demo":
-        print(demo_table(results))
-        return
-    if results[0]["case"] in KERNEL_CASES:
-        print(kernel_table(results))
+    case = results[0]["case"]
+    tables = {"demo": demo_table, "infer": infer_table, "ablation": ablation_table, "retention": retention_table}
+    if case in tables or case in KERNEL_CASES:
+        print(tables.get(case, kernel_table)(results))
         return
     print(f"{'case':<10} {'provider':<32} {'tokens/s':>12} {'[p20, p80]':>22} {'speed-up':>9} {'peak MiB':>9}")
     for r in results:
@@ -432,12 +424,14 @@ def main(argv):
         print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
         return
     cases = {name: functools.partial(bench_kernel, case) for name, case in KERNEL_CASES.items()}
-    cases |= {"step": bench_step, "tokenizer": bench_tokenizer, "demo": bench_demo}
-    chosen = cases if settings.case == "all" else [settings.case or "loss"]
+    cases |= {"step": bench_step, "tokenizer": bench_tokenizer, "infer": bench_infer, "demo": bench_demo}
+    cases |= {"ablation": bench_ablation, "retention": bench_retention}
+    chosen = list(cases)[:-1] if settings.case == "all" else [settings.case or "loss"]
     found, ran_on = [], []
     for case in chosen:
-        # the step and the tokenizer are measured on the CPU; the demo runs where train.py would
-        device = "cpu" if case in ("step", "tokenizer") else "auto" if case == "demo" else settings.device
+        # these are measured on the CPU; those run our scripts where they would run
+        on_cpu, anywhere = ("step", "tokenizer", "infer"), ("demo", "ablation", "retention")
+        device = "cpu" if case in on_cpu else "auto" if case in anywhere else settings.device
         report = {"device": device_name(choose_device(device)), "versions": versions()}
         results = cases[case](settings)
         show(results)
@@ -445,6 +439,10 @@ def main(argv):
         ran_on += [report["device"]] if report["device"] not in ran_on else []
         if case in KERNEL_CASES:
             draw_kernel(pathlib.Path(settings.out) / f"{case}.svg", results)
+        if case == "infer":
+            draw_infer(pathlib.Path(settings.out) / "infer.svg", results)
+        if case == "retention":
+            draw_retention(pathlib.Path(settings.out) / "retention.svg", results)
         files.write_json(pathlib.Path(settings.out) / f"{case}.json", {**report, "results": results})
     print(json.dumps({"device": ", ".join(ran_on), "versions": versions(), "results": found}, separators=(",", ":")))
 

@@ -19,39 +19,6 @@ from minidistil.heads import Classifier
 FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
 
 
-@pytest.fixture(scope="module")
-def glue(tiny, tmp_path_factory):
-    """SST-2 in which one of two words decides, STS-B in which shared words do, and RTE; in the tiny model's words."""
-    folder = tmp_path_factory.mktemp("glue")
-    rng, words = random.Random(0), (tiny / "teacher" / "vocab.txt").read_text().split()[5:]
-    good, bad, *rest = words
-
-    def text(n):
-        return rng.sample(rest, n)
-
-    def write(task, header, train, dev):
-        (folder / task).mkdir()
-        for name, rows in (("train", train), ("dev", dev)):
-            lines = ["\t".join(map(str, row)) for row in [header, *rows]]
-            (folder / task / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-
-    def sentiment(label):
-        sentence = text(rng.randint(2, 8))
-        sentence.insert(rng.randrange(len(sentence)), good if label else bad)
-        return " ".join(sentence), label
-
-    def similarity(score):
-        one = text(5)
-        return " ".join(one), " ".join(one[:score] + text(5 - score)), float(score)
-
-    write("SST-2", ("sentence", "label"), [sentiment(i % 2) for i in range(400)], [sentiment(i % 2) for i in range(60)])
-    pairs = [[similarity(rng.randrange(6)) for _ in range(n)] for n in (160, 40)]
-    write("STS-B", ("sentence1", "sentence2", "score"), *pairs)
-    rte = [[(i, a, b, "entailment" if s > 2 else "not_entailment") for i, (a, b, s) in enumerate(p)] for p in pairs]
-    write("RTE", ("index", "sentence1", "sentence2", "label"), *rte)
-    return folder
-
-
 def tuned(tiny, glue, out, task="sst2", **settings):
     values = {"task": task, "model": str(tiny / "teacher"), "data": str(glue), "out": out and str(out)}
     values |= {**FAST, **settings}

@@ -1,0 +1,1 @@
+"""Cases of bench.py that have a file of their own."""

@@ -1,0 +1,232 @@
+"""How long does an answer take on this CPU? Teacher, student, and the student in int8; ours and transformers'.
+
+The measure is that of DistilBERT's authors (Sanh et al. 2019, table 3): one pass over STS-B's dev set, 1,500 pairs of
+sentences, one at a time; beside it, the same pairs in batches of 32, sorted by length. All providers are given the same
+tensors, so that tokenisation is not timed, and take turns.
+
+Legend:  n pairs   B batch   T tokens of its longest   K labels, 1 for a regression
+"""
+
+import json
+import math
+import pathlib
+import re
+import tempfile
+import time
+import warnings
+
+import numpy as np
+import torch
+
+from data.docstrings import harvest, python_files
+from minidistil import tasks, weights
+from minidistil.batches import encode_pair, padded, predict
+from minidistil.cli import UserError
+from minidistil.datasets import open_task
+from minidistil.heads import Classifier
+from minidistil.measure import spread
+from minidistil.model import BERT_BASE, Config
+from minidistil.plot import bar_chart
+from minidistil.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"
+TINY = Config(layers=4, heads=2, width=64, mlp_width=128)
+INT8 = "student int8"
+BATCH = 32
+TURN = 150  # single examples until it is the next provider's turn; its first, on cold caches, must not make the p99
+CHECKED = 2 * BATCH  # examples whose logits are compared
+WRONG = 1e-4  # largest error of an fp32 logit that is still timed
+
+
+# ---- models
+
+
+def open_models(settings, work):
+    """Returns (folders, models), of "teacher" and "student" each; one not given is made in `work`, of random weights.
+
+    Raises UserError for a model that does not classify sentences.
+    """
+    folders, models = {}, {}
+    config = TINY if settings.tiny else BERT_BASE
+    for seed, name in enumerate(("teacher", "student")):
+        folders[name] = getattr(settings, name) or work / name
+        if not getattr(settings, name):
+            weights.save_model(folders[name], Classifier(config, 1, seed), id2label={"0": "score"})
+        models[name], _ = weights.load_finetuned(folders[name])
+        if not isinstance(models[name], Classifier):
+            raise UserError(f"{folders[name]} does not classify sentences: fine-tune one on a task of GLUE")
+        config = models[name].config.student(max(1, models[name].config.layers // 2))
+    return folders, models
+
+
+def quantised(model):
+    """Returns a copy whose linear layers have int8 weights and quantise their input as it comes; the rest is fp32."""
+    with warnings.catch_warnings():
+        # PyTorch has it up to 2.13 at least, and announces that it will move to torchao, which is one more package
+        warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+
+
+def of_transformers(folder):
+    """Returns transformers' model of a folder, called as ours is; its attention is its default, sdpa."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def logits(ids, mask, types):
+        types = {"token_type_ids": types} if model.config.model_type == "bert" else {}
+        return model(ids, attention_mask=mask, **types).logits
+
+    return logits
+
+
+def providers_of(folders, models, work):
+    """Returns {name: (ids, mask, types) -> logits} of what is here, and bytes on disk of each of our models."""
+    functions = dict(models)
+    sizes = {name: sum(path.stat().st_size for path in weights.weight_files(folders[name])) for name in models}
+    if torch.backends.quantized.engine == "none":
+        print("no int8: this PyTorch has no engine for it on this processor")
+    else:
+        functions[INT8] = quantised(models["student"])
+        torch.save(functions[INT8].state_dict(), work / "int8.pt")
+        sizes[INT8] = (work / "int8.pt").stat().st_size
+    try:
+        functions |= {f"transformers, {name}": of_transformers(folder) for name, folder in folders.items()}
+    except ImportError:
+        print("transformers is not installed: pip install -r requirements-dev.txt")
+    return functions, sizes
+
+
+def original(provider):
+    """Returns which of our fp32 models a provider computes."""
+    return "teacher" if "teacher" in provider else "student"
+
+
+# ---- examples
+
+
+def pairs_of(settings):
+    """Returns (what they are, pairs of texts): STS-B's dev set, or as many from what is installed, without --data."""
+    n = 40 if settings.tiny else 1500
+    if settings.data:
+        return "STS-B dev", [(e.first, e.second) for e in tasks.load("stsb", settings.data)[1]["dev"]][:n]
+    texts = harvest(python_files()[:: 200 if settings.tiny else 8])
+    sentences = [re.split(r"(?<=[.!?])\s|\n\n", text, maxsplit=1)[0] for text in texts]
+    return "docstrings", list(zip(sentences[: 2 * n : 2], sentences[1 : 2 * n : 2], strict=False))
+
+
+def accuracies(settings, models, T):
+    """Returns {name: percent on SST-2's dev set} of models made of a student that was fine-tuned for it, else {}."""
+    if not settings.student or not settings.data or not (pathlib.Path(settings.data) / "SST-2").is_dir():
+        return {}
+    config = json.loads((pathlib.Path(settings.student) / "config.json").read_text(encoding="utf-8"))
+    if config.get("finetuning_task") != "sst2":
+        return {}
+    tokenizer = Tokenizer.load(settings.student)
+    task = open_task("sst2", settings.data, tokenizer, T, limit=1)  # its training set is not looked at
+    logits = {name: predict(model, task.dev[0], tokenizer.pad_id, CPU) for name, model in models.items()}
+    return {name: task.figures([rows])["accuracy"] for name, rows in logits.items()}
+
+
+# ---- measuring
+
+
+@torch.inference_mode()
+def largest_errors(functions, singles, batches):
+    """Returns {name: largest difference of a logit from that of our fp32 model}, which has the examples one at a time.
+
+    A provider has them so and in padded batches. Raises UserError where one in fp32 computes something else.
+    """
+    truth = {name: torch.cat([functions[name](*x) for x in singles]) for name in ("teacher", "student")}  # (n, K)
+    errors = {}
+    for name, function in functions.items():
+        logits = torch.stack([torch.cat([function(*x) for x in inputs]) for inputs in (singles, batches)])  # (2, n, K)
+        errors[name] = (logits - truth[original(name)]).abs().max().item()
+        if not errors[name] <= (math.inf if name == INT8 else WRONG):
+            raise UserError(f"{name} is wrong by {errors[name]:.1e}: no time is reported for a wrong result")
+    return errors
+
+
+@torch.inference_mode()
+def timed(functions, inputs, rounds, turn):
+    """Seconds of each call, {name: (rounds, inputs)}; after `turn` inputs it is the next function's turn."""
+    seconds = {name: np.zeros((rounds, len(inputs))) for name in functions}
+    for r in range(rounds):
+        for start in range(0, len(inputs), turn):
+            for name, function in functions.items():
+                for i, x in enumerate(inputs[start : start + turn], start):
+                    began = time.perf_counter()
+                    function(*x)
+                    seconds[name][r, i] = time.perf_counter() - began
+    return seconds
+
+
+def bench_infer(settings):
+    """Returns one result a provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] of examples."""
+    rounds = settings.rounds or (1 if settings.tiny else 3)
+    what, pairs = pairs_of(settings)
+    tokenizer = Tokenizer.load(settings.teacher or settings.student or DEMO)
+    with tempfile.TemporaryDirectory() as work:
+        folders, models = open_models(settings, pathlib.Path(work))
+        functions, sizes = providers_of(folders, models, pathlib.Path(work))
+    words, T = (min(getattr(m.config, limit) for m in models.values()) for limit in ("vocab_size", "positions"))
+    if len(tokenizer.vocab) > words:
+        raise UserError(f"{len(tokenizer.vocab)} words are too many for a model of {words}: give two that share them")
+    T = min(T, 128)
+    items = [encode_pair(tokenizer, *pair, T) for pair in pairs]
+    singles = [(torch.tensor([ids]), None, torch.tensor([types])) for ids, types in items]
+
+    def batches(chosen):
+        return [padded(items, chosen[i : i + BATCH], tokenizer.pad_id, CPU) for i in range(0, len(chosen), BATCH)]
+
+    errors = largest_errors(functions, singles[:CHECKED], batches(range(len(items))[:CHECKED]))
+    accuracy = accuracies(settings, {name: functions[name] for name in ("student", INT8) if name in functions}, T)
+    alone = timed(functions, singles, rounds, TURN)
+    together = timed(functions, batches(np.argsort([len(ids) for ids, _ in items], kind="stable")), rounds, 1)
+    tokens, results = sum(len(ids) for ids, _ in items) / len(items), []
+    for name in functions:
+        of = original(name)
+        ms = 1e3 * np.median(np.percentile(alone[name], (50, 90, 99), axis=1), axis=1)
+        results.append({
+            "case": "infer", "provider": name, "weights": "fine-tuned" if getattr(settings, of) else "random",
+            "pairs": what, "examples": len(items), "tokens": round(tokens, 1),
+            "parameters": sum(p.numel() for p in models[of].parameters()), "bytes": sizes.get(name, sizes[of]),
+            "seconds": [round(x, 3) for x in spread(alone[name].sum(1).tolist())],
+            "ms": [round(x, 3) for x in ms.tolist()],
+            "examples_per_second": [round(x, 1) for x in spread((len(items) / together[name].sum(1)).tolist())],
+            "max_error": float(f"{errors[name]:.1e}"),
+        })  # fmt: skip
+        if name in accuracy:
+            results[-1]["accuracy"] = round(accuracy[name], 2)
+    return results
+
+
+# ---- showing
+
+
+def infer_table(results):
+    """Markdown: medians over rounds, and how much faster than our teacher one example at a time."""
+    first, scored = results[0], any("accuracy" in r for r in results)
+    head = (
+        f"| | parameters | on disk, MB | {first['examples']:,} pairs one at a time, s | speed-up | p50, p90, p99, ms "
+        f"| examples/s in batches of {BATCH} | largest difference |"
+    )
+    lines = [head + " SST-2 accuracy |" * scored, "|---" * (8 + scored) + "|"]
+    for r in results:
+        seconds, rate = r["seconds"][1], r["examples_per_second"][1]
+        cells = [r["provider"], f"{r['parameters'] / 1e6:.1f}M", f"{r['bytes'] / 1e6:,.0f}", f"{seconds:,.1f}"]
+        cells += [f"{first['seconds'][1] / seconds:.2f}x", ", ".join(f"{ms:,.1f}" for ms in r["ms"]), f"{rate:,.1f}"]
+        cells += [f"{r['max_error']:.0e}"] + [f"{r['accuracy']:.1f}%" if "accuracy" in r else ""] * scored
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_infer(path, results):
+    """Bars of the seconds of a pass; the axis ends at the slowest provider's."""
+    slowest = max(r["seconds"][1] for r in results)
+    bars = [(f"{r['provider']}: {r['seconds'][1]:,.1f} s", r["seconds"][1] / slowest) for r in results]
+    title = f"{results[0]['examples']:,} pairs ({results[0]['pairs']}) one at a time: time, as a share of the slowest's"
+    bar_chart(path, title, bars)
