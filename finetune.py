@@ -391,6 +391,7 @@ def finetune(settings, argv=()):
 
             # ---- run after run
             runs = state["runs"].setdefault(name, [])
+            files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings)) is not None:
                 lr, seed = todo
                 key = f"{name} lr {lr:g} seed {seed}"
@@ -399,7 +400,6 @@ def finetune(settings, argv=()):
                     settings, model, work, soft, mean, lr, seed, tokenizer, device, dtype, stop, out, key, identity
                 )
                 if done is None:
-                    files.write_json(out / "scores.json", state)
                     command = ["python", "finetune.py", *(a for a in argv if a != "--resume"), "--resume"]
                     command += [] if settings.out else ["--out", str(out)]
                     print(f"saved within {key}; go on with: {shlex.join(command)}", flush=True)
@@ -409,6 +409,7 @@ def finetune(settings, argv=()):
                     keep(out / name, model.cpu().eval(), work, tokenizer, config)
                 runs.append({"lr": lr, "seed": seed, **done})
                 files.write_json(out / "scores.json", state)
+                checkpoint.path_of(out).unlink(missing_ok=True)
 
     # ---- what it comes to
     summaries = {name: summary_of(state["runs"][name]) for name in names}

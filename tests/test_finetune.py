@@ -15,6 +15,7 @@ from finetune import Settings, agreed, next_run, objective, summary_of
 from minidistil import checkpoint, weights
 from minidistil.cli import UserError
 from minidistil.heads import Classifier
+from minidistil.schedule import lr_at
 
 FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
 
@@ -190,6 +191,19 @@ def test_resumed_is_uninterrupted(n, tiny, glue, tmp_path, monkeypatch, capsys):
     assert found["tasks"] == expected["tasks"]
     a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
+
+
+def test_killed_without_warning(tiny, glue, tmp_path, monkeypatch):
+    """A checkpoint that was saved on the way is gone on from; when all is done, none is left."""
+    few = dict(examples=24, epochs=2.0)
+    expected = tuned(tiny, glue, tmp_path / "a", **few)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(finetune, "lr_at", lambda update, *rest: lr_at(update, *rest) + (0 / 0 if update == 4 else 0))
+        tuned(tiny, glue, tmp_path / "b", **few, save_every=0.0)
+    assert checkpoint.load(tmp_path / "b")[0]["update"] == 4
+    assert tuned(tiny, glue, tmp_path / "b", **few, resume=True)["tasks"] == expected["tasks"]
+    a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b and not checkpoint.path_of(tmp_path / "b").exists()
 
 
 def test_more_seeds_later(tiny, glue, tmp_path):
