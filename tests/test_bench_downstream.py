@@ -96,7 +96,7 @@ def test_ablation_leaves_out_one_part_at_a_time(monkeypatch):
 
 def test_ablation_runs_train(tiny, monkeypatch):
     monkeypatch.setattr(ablation, "ABLATIONS", {k: ablation.ABLATIONS[k] for k in ("all three losses", "no KL")})
-    flags = f"--teacher {tiny / 'teacher'} --data {tiny / 'corpus'} --seq-len 32 --batch 4 --accum 1 --steps 3 --lr 1e-2"
+    flags = f"--teacher {tiny / 'teacher'} --data {tiny / 'corpus'} --seq-len 32 --batch 4 --steps 3 --accum 1 --lr .01"
     results = ablation.bench_ablation(settings(train=flags, rounds=1))
     teacher, whole, without = results
     assert whole["steps"] == without["steps"] == 3 and whole["top1"][1] == 0
