@@ -39,15 +39,14 @@ def bench_retention(settings):
         command += ["--data", settings.data, "--seeds", settings.rounds or 3, "--out", out]
         command += shlex.split(settings.finetune or "") + (["--resume"] if (out / "scores.json").is_file() else [])
         out.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".log"), "a") as log:
-            running[name] = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=log, text=True,
-                                             env=environment)  # fmt: skip
+        print(f"{name}: see {out}.log", flush=True)
+        with open(f"{out}.log", "w") as log:
+            running[name] = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
     results = []
     for name, process in running.items():
-        stdout, _ = process.communicate()
-        log = pathlib.Path("runs") / "retention" / f"{name}.log"
-        done = subprocess.CompletedProcess(process.args, process.returncode, stdout, log.read_text())
-        summary = last_line(done)
+        code, said = process.wait(), pathlib.Path(f"runs/retention/{name}.log").read_text()
+        # where it failed, its last line says why
+        summary = last_line(subprocess.CompletedProcess(process.args, code, said, "".join(said.splitlines()[-1:])))
         scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
         config, _ = weights.read_config(models[name])
         results.append({
