@@ -3,6 +3,7 @@
     python train.py                                              the demo: two minutes on two CPU cores
     python train.py --teacher bert-base-uncased --accum 64       any BERT, by folder or by name
     python train.py --teacher none --student-config FILE --data DIR    masked-LM training without a teacher
+    torchrun --nproc-per-node 8 train.py ...                     any of these in several processes, as one
 
 Every run leaves in --out a folder that transformers loads (`AutoModelForMaskedLM`, `AutoTokenizer`), run.json,
 metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON object:
@@ -16,8 +17,10 @@ Legend:  B sequences in a micro-batch   T tokens per sequence   C width   G sequ
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shlex
+import signal
 import time
 
 import numpy as np
@@ -32,6 +35,7 @@ from minidistil.machine import choose_device, choose_dtype, duration, precision,
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import MaskedLM, num_params
+from minidistil.ranks import Ranks
 from minidistil.schedule import lr_at
 from minidistil.stop import Stop
 from minidistil.tokenizer import Tokenizer
@@ -87,8 +91,11 @@ class Settings:
 DEMO = dict(steps=850, batch=8, accum=1, seq_len=128, lr=1.2e-3, mask_smoothing=0.0, kd_rows="masked", eval_every=170)
 
 # settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
-# (epochs enters as steps; the dtype that was chosen is in the checkpoint)
-FREE_ON_RESUME = set("out resume epochs dtype eval_every eval_data eval_tokens save_every time_limit".split())
+# (epochs enters as steps; batch, accum and the number of ranks as their product; the chosen dtype is in the checkpoint)
+FREE_ON_RESUME = {
+    "out", "resume", "epochs", "batch", "accum", "dtype", "eval_every", "eval_data", "eval_tokens", "save_every",
+    "time_limit",
+}  # fmt: skip
 
 
 # ---- small pieces
@@ -205,7 +212,7 @@ def set_dropout(model, p):
             module.dropout = p
 
 
-def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences):
+def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G):
     """Refuses combinations that would fail, or mislead, later."""
     shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
     for who, config in shapes:
@@ -221,7 +228,6 @@ def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_cor
             f"student and teacher are {student.config.width} and {teacher.config.width} wide: their hidden states "
             "have no cosine: add --alpha-cos 0"
         )
-    G = settings.batch * settings.accum
     if sequences.per_epoch < G:
         raise UserError(
             f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {settings.seq_len}, "
@@ -245,29 +251,33 @@ def train(settings, argv=()):
     """
     check(settings)
     stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
-    out = checkpoint.choose_out(settings.out, stem, settings.resume, f"checkpoint/{checkpoint.NAME}")
-    device = choose_device(settings.device)
+    ranks = Ranks()
+    device = choose_device(ranks.device(settings.device))
+    ranks.join(device)
+    witness = f"checkpoint/{checkpoint.NAME}"
+    out = ranks.same(lambda: checkpoint.choose_out(settings.out, stem, settings.resume, witness))
     keep_freed_memory()
 
     # ---- teacher and vocabulary
     teacher = teacher_folder = init = None
     if settings.teacher != "none":
-        teacher_folder = hub.resolve(settings.teacher)
+        teacher_folder = ranks.after_the_first(lambda: hub.resolve(settings.teacher))
         teacher = weights.load_model(teacher_folder).eval().requires_grad_(False)
     if settings.student_init not in (None, "teacher", "random"):
-        init = hub.resolve(settings.student_init)
+        init = ranks.after_the_first(lambda: hub.resolve(settings.student_init))
     tokenizer_folder = teacher_folder or init or settings.data or hub.resolve("demo")
     tokenizer = Tokenizer.load(tokenizer_folder)
     if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
 
-    # ---- data: update u takes sequences u * G ... (u + 1) * G - 1
-    corpus = open_corpus(settings, tokenizer, tokenizer_folder)
+    # ---- data: update u takes sequences u * G ... (u + 1) * G - 1, each rank its share of them
+    corpus = ranks.after_the_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
     eval_corpus = corpus
     if settings.eval_data:
         eval_corpus = Corpus(settings.eval_data)
         eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
-    T, B, G = settings.seq_len, settings.batch, settings.batch * settings.accum
+    T, B, share = settings.seq_len, settings.batch, settings.batch * settings.accum
+    G = share * ranks.size
     sequences = Sequences(
         corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
     )
@@ -276,8 +286,9 @@ def train(settings, argv=()):
     # ---- student, objective, optimiser
     objective = objective_of(settings)
     student = build_student(settings, teacher, init)
-    check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences)
+    check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
     student.to(device)
+    forward = ranks.wrap(student, device)
     if teacher:
         teacher.to(device)
     # no weight decay, as published, and so no parameter groups
@@ -287,6 +298,7 @@ def train(settings, argv=()):
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_ON_RESUME},
         "steps": total,
+        "sequences in an update": G,
         "data": corpus.meta["sha256"]["train.bin"],
         "teacher": teacher and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
     }
@@ -302,25 +314,27 @@ def train(settings, argv=()):
             raise UserError(f"{out} was begun with other settings ({different}): repeat them, or choose a new --out")
         checkpoint.restore(tensors, student, optimizer, saved["adam_steps"])
         update, seconds_before, dtype, scale = (saved[k] for k in ("update", "seconds", "dtype", "scale"))
-    dtype = dtype or choose_dtype(settings.dtype, device)
+    dtype = dtype or ranks.same(lambda: choose_dtype(settings.dtype, device))
     autocast, scaler = precision(dtype, device)
     scaler.load_state_dict(scale or scaler.state_dict())
 
-    # ---- held-out set: fixed blocks, fixed uniform masks
-    val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
-    held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
+    # ---- held-out set: fixed blocks, fixed uniform masks; rank 0 alone evaluates, and writes
     eval_every = settings.eval_every or max(1, total // 10)
-
-    out.mkdir(parents=True, exist_ok=True)
-    metrics_path = out / "metrics.jsonl"
-    history = [m for m in read_metrics(metrics_path) if m["step"] <= update] if settings.resume else []
-    files.write_text(metrics_path, "".join(json.dumps(m) + "\n" for m in history))  # what came after is done again
+    if ranks.first:
+        val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
+        held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
+        out.mkdir(parents=True, exist_ok=True)
+        metrics_path = out / "metrics.jsonl"
+        history = [m for m in read_metrics(metrics_path) if m["step"] <= update] if settings.resume else []
+        files.write_text(metrics_path, "".join(json.dumps(m) + "\n" for m in history))  # what came after is done again
+    else:
+        metrics_path, history = os.devnull, []
     metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
     teacher_text = f"teacher {num_params(teacher.config):,} parameters, " if teacher else ""
-    print(
+    several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
+    ranks.say(
         f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens of text; "
-        f"{total} updates of {settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}",
-        flush=True,
+        f"{total} updates of {several}{settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}"
     )
     first_update = update
     began = time.monotonic()
@@ -335,15 +349,19 @@ def train(settings, argv=()):
 
     def evaluate():
         nonlocal aside
+        if not ranks.first:
+            return None
         start = time.monotonic()
         figures = held_out.figures(student)
         aside += time.monotonic() - start
         log({"step": update, "held_out": figures})
-        print(f"held-out, student after {update}: {shown(figures)}", flush=True)
+        ranks.say(f"held-out, student after {update}: {shown(figures)}")
         return figures
 
     def save():
         nonlocal aside
+        if not ranks.first:
+            return
         start = time.monotonic()
         info = {"update": update, "seconds": seconds(), "dtype": dtype, "scale": scaler.state_dict()}
         checkpoint.save(out, student, optimizer, {**info, "identity": identity})
@@ -353,63 +371,70 @@ def train(settings, argv=()):
         return (update - first_update) * G * T / max(time.monotonic() - began - aside, 1e-9)
 
     # ---- the loop
-    if held_out.teacher_figures:
-        print(f"held-out, teacher: {shown(held_out.teacher_figures)}", flush=True)
+    if ranks.first and held_out.teacher_figures:
+        ranks.say(f"held-out, teacher: {shown(held_out.teacher_figures)}")
     if not settings.resume:
         save()
     figures = history[-1].get("held_out") if history else evaluate()
+    command = ["python", "train.py", *(a for a in argv if a != "--resume"), "--resume"]
+    command = shlex.join(command + ([] if settings.out else ["--out", str(out)]))
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     seconds_before, aside = seconds(), 0.0
     began = last_line = last_save = time.monotonic()
-    with Stop() as stop, metrics:
-        while update < total and time.monotonic() - began < limit:
-            torch.manual_seed(int(mix(settings.seed, 6, update)[0] >> np.uint64(1)))  # dropout's only source
+    with Stop() as stop, metrics, ranks.together(f"go on from the last checkpoint with: {command}"):
+        over = False
+        while update < total and not over:
+            # dropout's only source; on rank 0 as in a run of one process
+            torch.manual_seed(int(mix(settings.seed, 6, update + (ranks.rank << 40))[0] >> np.uint64(1)))
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            ids, labels = sequences.take(update * G, G)  # (G, T)
-            counts = Counts(tokens=ids.size, masked=int((labels != IGNORE).sum()))
+            ids, labels = sequences.take(update * G + ranks.rank * share, share)  # (share, T)
+            (masked,) = ranks.sum((labels != IGNORE).sum().item())
+            counts = Counts(tokens=G * T, masked=int(masked))
             shares = []  # of the update's loss, kl, ce, cos, mse: (5,) a micro-batch
             for i in range(settings.accum):
                 rows = slice(i * B, (i + 1) * B)
                 x, y = (torch.from_numpy(a[rows]).to(device) for a in (ids, labels))  # (B, T)
-                with autocast():
+                with autocast(), ranks.alone(forward, last=i == settings.accum - 1):
                     h_t = None
                     if objective.needs_teacher:
                         with torch.no_grad():
                             h_t = teacher(x)  # (B, T, C)
-                    h_s = student(x)  # (B, T, C)
+                    h_s = forward(x)  # (B, T, C)
                     loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t)
-                scaler.scale(loss).backward()
+                    scaler.scale(loss * ranks.size).backward()
                 shares.append(torch.cat([loss.detach().float()[None], parts]))
-                if stop.signal is not None:
+                if stop.signal is not None and ranks.size == 1:
                     break
                 if time.monotonic() - last_line > 10:  # updates may take minutes: show life inside them
                     last_line = time.monotonic()
-                    print(f"  update {update + 1}/{total}: micro-batch {i + 1}/{settings.accum}", flush=True)
-            if stop.signal is not None:
+                    ranks.say(f"  update {update + 1}/{total}: micro-batch {i + 1}/{settings.accum}")
+            if stop.signal is not None and ranks.size == 1:
                 break  # what was begun is not counted: resume does it again, to the same bits
 
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
             shares = torch.stack(shares).cpu()  # the update's one wait for the device
-            if not shares[:, 0].isfinite().all() or not (norm.isfinite() or scaler.is_enabled()):
-                raise UserError(not_finite(update, shares[:, 0], norm, settings, out))
+            # ranks end together: at the same losses, the first signal to one of them, and the clock of rank 0
+            ends = [stop.signal or 0, ranks.first and time.monotonic() - began > limit]
+            loss, kl, ce, cos, mse, signals, late = ranks.sum(*shares.sum(0).tolist(), *ends)
+            if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
+                raise UserError(not_finite(update, shares[:, 0], norm, share, ranks, settings, out))
             scaler.step(optimizer)  # with fp16, an overflow skips the step and lowers the scale
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             update += 1
+            over = bool(signals or late)
 
-            loss, kl, ce, cos, mse = shares.sum(0).tolist()
             record = {"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
             log({"step": update, **record, "grad_norm": norm.item(), "tokens_per_second": round(speed(), 1)})
             if time.monotonic() - last_line > 2 or update in (first_update + 1, total):
                 last_line = time.monotonic()
                 left = duration((total - update) * G * T / speed())
-                print(
+                ranks.say(
                     f"update {update:>6}/{total}  {shown(record)}  {speed():,.0f} tokens/s  {left} left  "
-                    f"{peak_rss_mib():,.0f} MiB",
-                    flush=True,
+                    f"{peak_rss_mib():,.0f} MiB"
                 )
             if update % eval_every == 0 or update == total:
                 figures = evaluate()
@@ -419,13 +444,14 @@ def train(settings, argv=()):
 
         if update > first_update or stop.signal is not None:
             save()
-        if stop.signal is not None:
-            command = ["python", "train.py", *(a for a in argv if a != "--resume"), "--resume"]
-            command += [] if settings.out else ["--out", str(out)]
-            print(f"saved after update {update} of {total}; go on with: {shlex.join(command)}", flush=True)
-            raise SystemExit(128 + stop.signal)
-        if "held_out" not in history[-1]:  # the time limit came between evaluations
+        if stop.signal is not None or (over and signals):
+            ranks.say(f"saved after update {update} of {total}; go on with: {command}")
+            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+        if ranks.first and "held_out" not in history[-1]:  # the time limit came between evaluations
             figures = evaluate()
+    ranks.leave()
+    if not ranks.first:
+        return None
 
     # ---- what the run leaves
     tokens_per_second = round(speed(), 1)
@@ -457,11 +483,11 @@ def shown(figures):
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value)
 
 
-def not_finite(update, losses, norm, settings, out):
+def not_finite(update, losses, norm, share, ranks, settings, out):
     """Says which update and which sequences gave a loss or gradient that is not a number, and what is safe."""
-    G, bad = settings.batch * settings.accum, (~losses.isfinite()).nonzero().flatten().tolist()
+    G, bad = share * ranks.size, (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
-        first = update * G + bad[0] * settings.batch
+        first = update * G + ranks.rank * share + bad[0] * settings.batch
         last = first + settings.batch - 1
         what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {last})"
     else:
@@ -476,7 +502,8 @@ def main(argv):
     values = given(Settings, argv, __doc__)
     demo = DEMO if values.get("teacher", "demo") == "demo" else {}
     summary = train(Settings(**{**demo, **values}), argv)
-    print(json.dumps(summary, separators=(",", ":")))
+    if summary:  # rank 0 has it
+        print(json.dumps(summary, separators=(",", ":")))
 
 
 if __name__ == "__main__":

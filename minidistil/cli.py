@@ -17,6 +17,10 @@ class UserError(Exception):
     """Something the user can mend; the message reads `what is wrong: how to mend it`."""
 
 
+class RankLost(UserError):
+    """Another process of the run has ended: worth a line on whichever is left, where else rank 0 alone speaks."""
+
+
 def setting(default, help, **argparse_options):
     """Returns a dataclass field with its help text; extra options (`choices`, `nargs`, `metavar`) go to argparse."""
     return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
@@ -94,12 +98,17 @@ def run(main, argv=None):
             message = OUT_OF_MEMORY
         else:
             message = " ".join(str(error).split())
-        print(f"{program}: error: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
+            print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:  # PyTorch's ways of saying that memory has run out, on either device
-        if "--debug" in argv or not (type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)):
+    except RuntimeError as error:
+        # PyTorch's ways of saying that memory has run out, on either device, and that rank 0 has ended with a message
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+        alone = os.environ.get("RANK", "0") != "0" and "onnection" in str(error)
+        if "--debug" in argv or not (out_of_memory or alone):
             raise
-        print(f"{program}: error: {OUT_OF_MEMORY}", file=sys.stderr)
+        if out_of_memory:
+            print(f"{program}: error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -82,11 +82,11 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
 
 
 def test_saving_does_not_count_as_training(tiny, tmp_path, monkeypatch):
-    """Two saves of a second each, five updates of milliseconds: tokens/s is that of the updates."""
+    """Two saves of two seconds each, five updates of milliseconds: tokens/s is that of the updates."""
     save = train.checkpoint.save
-    monkeypatch.setattr(train.checkpoint, "save", lambda *a: (time.sleep(1), save(*a)))
+    monkeypatch.setattr(train.checkpoint, "save", lambda *a: (time.sleep(2), save(*a)))
     summary = train.train(settings(tiny, tmp_path / "out"))
-    assert summary["seconds"] > 2 and summary["tokens_per_second"] > summary["tokens"] / 1.0
+    assert summary["seconds"] > 4 and summary["tokens_per_second"] > summary["tokens"] / 4
 
 
 # ---- it learns
