@@ -104,12 +104,13 @@ def shallow(tiny, folder):
 def test_distillation_beats_training_without_a_teacher(tiny, tmp_path):
     """A teacher that knows the text teaches its half-sized student more than the text alone does."""
     start = shallow(tiny, tmp_path / "start")
-    common = dict(lr=1e-2, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1)
+    # all that is held out, and enough updates: rounding differs from one number of threads to another
+    common = dict(lr=1e-2, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1, eval_tokens=8192)
     teacher = train.train(
         settings(tiny, tmp_path / "teacher", teacher="none", student_init=start, steps=500, **common)
     )
     assert teacher["student"]["top1"] > 0.12 and teacher["teacher"] is None
-    common |= dict(teacher=str(tmp_path / "teacher"), steps=60)
+    common |= dict(teacher=str(tmp_path / "teacher"), steps=120)
     student = train.train(settings(tiny, tmp_path / "student", **common))
     alone = train.train(
         settings(tiny, tmp_path / "alone", student_init="random", alpha_ce=0.0, alpha_cos=0.0, **common)
@@ -407,7 +408,7 @@ def test_an_existing_run_is_never_written_over(tiny, uninterrupted):
     before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="--resume"):
         train.train(settings(tiny, whole))
-    with pytest.raises(UserError, match="other settings.*batch 4 -> 8"):
+    with pytest.raises(UserError, match="other settings.*sequences in an update 12 -> 24"):
         train.train(settings(tiny, whole, batch=8, accum=3, steps=12, resume=True))
     assert before == {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
 
