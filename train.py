@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from minidistil import checkpoint, files, hub, weights
+from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.cli import UserError, given, run, setting
 from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
@@ -76,6 +77,7 @@ class Settings:
     # machine
     dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
+    price_per_hour: float = setting(None, "of one device: adds costs to what run.json says of hours")
     seed: int = setting(0, "of data order, masks, dropout and fresh weights")
     # keeping
     resume: bool = setting(False, "go on from the checkpoint in --out, to the same bits as without the interruption")
@@ -93,8 +95,8 @@ DEMO = dict(steps=850, batch=8, accum=1, seq_len=128, lr=1.2e-3, mask_smoothing=
 # settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
 # (epochs enters as steps; batch, accum and the number of ranks as their product; the chosen dtype is in the checkpoint)
 FREE_ON_RESUME = {
-    "out", "resume", "epochs", "batch", "accum", "dtype", "eval_every", "eval_data", "eval_tokens", "save_every",
-    "time_limit",
+    "out", "resume", "epochs", "batch", "accum", "dtype", "price_per_hour", "eval_every", "eval_data",
+    "eval_tokens", "save_every", "time_limit",
 }  # fmt: skip
 
 
@@ -117,9 +119,10 @@ def check(settings):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse", "mask_smoothing", "eval_every", "save_every"):
+    not_negative = "alpha_ce alpha_mlm alpha_cos alpha_mse mask_smoothing eval_every save_every price_per_hour"
+    for name in not_negative.split():
         value = getattr(settings, name)
-        if not (value >= 0 and math.isfinite(value)):
+        if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
     if not 0 <= settings.warmup <= 1:
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
@@ -336,6 +339,8 @@ def train(settings, argv=()):
         f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens of text; "
         f"{total} updates of {several}{settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}"
     )
+    flops = training_flops_per_token(objective, teacher and teacher.config, student.config, T)
+    peak = peak_tflops(device, dtype)
     first_update = update
     began = time.monotonic()
     aside = 0.0  # seconds of evaluating and saving
@@ -366,6 +371,10 @@ def train(settings, argv=()):
         info = {"update": update, "seconds": seconds(), "dtype": dtype, "scale": scaler.state_dict()}
         checkpoint.save(out, student, optimizer, {**info, "identity": identity})
         aside += time.monotonic() - start
+
+    def rate():  # for a line of progress
+        tflops = speed() * flops / 1e12 / ranks.size
+        return f"{speed():,.0f} tokens/s  {tflops:.2f} TFLOP/s" + (f" ({tflops / peak:.0%} of peak)" if peak else "")
 
     def speed():  # tokens/s of training in this process, evaluating and saving apart
         return (update - first_update) * G * T / max(time.monotonic() - began - aside, 1e-9)
@@ -428,13 +437,13 @@ def train(settings, argv=()):
             over = bool(signals or late)
 
             record = {"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
-            log({"step": update, **record, "grad_norm": norm.item(), "tokens_per_second": round(speed(), 1)})
+            speeds = {"tokens_per_second": round(speed(), 1), "tflops_per_second": round(speed() * flops / 1e12, 3)}
+            log({"step": update, **record, "grad_norm": norm.item(), **speeds})
             if time.monotonic() - last_line > 2 or update in (first_update + 1, total):
                 last_line = time.monotonic()
                 left = duration((total - update) * G * T / speed())
                 ranks.say(
-                    f"update {update:>6}/{total}  {shown(record)}  {speed():,.0f} tokens/s  {left} left  "
-                    f"{peak_rss_mib():,.0f} MiB"
+                    f"update {update:>6}/{total}  {shown(record)}  {rate()}  {left} left  {peak_rss_mib():,.0f} MiB"
                 )
             if update % eval_every == 0 or update == total:
                 figures = evaluate()
@@ -466,6 +475,12 @@ def train(settings, argv=()):
         "teacher": {"parameters": num_params(teacher.config), **held_out.teacher_figures} if teacher else None,
         "student": {"parameters": num_params(student.config), **figures},
     }
+    accounts = account(total * G * T, tokens_per_second, flops, peak, ranks.size, settings.price_per_hour)
+    ranks.say(
+        f"{flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {total} updates take "
+        f"{accounts['device_hours']:,.2f} device-hours, the published recipe's 12.6 billion tokens "
+        f"{accounts['published_device_hours']:,.0f}"
+    )
     student.cpu().eval()
     weights.save_model(out, student)
     tokenizer.max_length = student.config.positions
@@ -473,7 +488,7 @@ def train(settings, argv=()):
     draw_curve(out / "curve.svg", history, held_out.teacher_figures)
     files.write_json(out / "run.json", {
         "settings": dataclasses.asdict(settings), "dtype": dtype, "identity": identity, "versions": versions(),
-        "data": corpus.meta, "summary": summary,
+        "data": corpus.meta, "summary": summary, "accounting": accounts,
     })  # fmt: skip
     return summary
 

@@ -162,7 +162,7 @@ def call(arguments):
 def comparable(folder):
     """A run's metrics without its clock."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+    return [{k: v for k, v in r.items() if not k.endswith("per_second")} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,13 @@ def test_last_line_is_the_promised_object(uninterrupted):
     assert list(summary["teacher"]) == ["parameters", "mlm_loss", "top1"]
     assert list(summary["student"]) == ["parameters", "mlm_loss", "top1", "kl", "agreement"]
     assert summary["steps"] == 12 and summary["tokens"] == 12 * 4 * 3 * 32
-    assert json.loads((whole / "run.json").read_text())["summary"] == summary
+    run = json.loads((whole / "run.json").read_text())
+    assert run["summary"] == summary
+    # 12 updates of 384 tokens at that speed, and what is said of them beforehand
+    accounts = run["accounting"]
+    assert accounts["device_hours"] == pytest.approx(summary["tokens"] / summary["tokens_per_second"] / 3600, abs=1e-4)
+    assert f"MFLOP a token; at {summary['tokens_per_second']:,.0f} tokens/s the 12 updates take" in stdout
+    assert accounts["tflops_per_second"] > 0 and accounts["cost"] is None
     expected = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
                 "tokenizer.json", "run.json", "metrics.jsonl", "curve.svg", "checkpoint"}  # fmt: skip
     assert {p.name for p in whole.iterdir()} == expected
