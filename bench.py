@@ -20,31 +20,23 @@ import json
 import os
 import pathlib
 import platform
-import random
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 
 import torch
-import torch.nn.functional as F
 
 from benches.ablation import ablation_table, bench_ablation, train_variants
 from benches.infer import bench_infer, draw_infer, infer_table
-from benches.process import last_line
 from benches.retention import bench_retention, draw_retention, retention_table
+from benches.step import bench_step, draw_step
 from kernels.cases import CASES as KERNEL_CASES
-from minidistil import files, weights
+from minidistil import files
 from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.machine import choose_device, versions
 from minidistil.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
-from minidistil.memory import peak_rss_mib
-from minidistil.metrics import read_metrics
-from minidistil.model import Config, MaskedLM
 from minidistil.plot import bar_chart
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
@@ -66,122 +58,6 @@ class Settings:
     profile: bool = setting(False, "also write a trace of each provider of a kernel's case, for chrome://tracing")
     out: str = setting("results", "folder for the JSON files")
     readme: bool = setting(False, "measure nothing: print the README's tables from the JSON files")
-
-
-# ---- step: one update of the published recipe, scaled to a CPU
-
-# 4 x 256 teacher, half of it as the student, the real vocabulary's size, 8 sequences of 128 tokens, 5 micro-batches
-STEP = dict(
-    layers=4, width=256, heads=4, mlp_width=1024, vocab_size=30522, T=128, batch=8, accum=5, updates=12, padding=6
-)  # fmt: skip
-TINY_STEP = STEP | dict(width=32, heads=2, mlp_width=64, vocab_size=500, T=32, batch=2, updates=2, padding=2)
-
-
-def make_world(folder, shape, words=400_000, seed=0):
-    """Writes a random teacher and a corpus of random words, as frequent as words are (Zipf), that it can read."""
-    from data.prepare import prepare
-
-    rng = random.Random(seed)
-    vocab = [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(shape["vocab_size"] - 5))]
-    shape = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
-    weights.save_model(folder / "teacher", MaskedLM(Config(positions=128, **shape), seed=seed))
-    Tokenizer(vocab, max_length=128).save(folder / "teacher", "bert")
-    frequencies = [1 / (i + 10) for i in range(len(vocab) - 5)]
-    drawn = rng.choices(vocab[5:], frequencies, k=words)
-    (folder / "text.txt").write_text("\n".join(" ".join(drawn[i : i + 200]) for i in range(0, words, 200)))
-    prepare([str(folder / "text.txt")], folder / "teacher", folder / "corpus", val_share=0.05, progress=False)
-
-
-def ours(folder, shape, kd_rows):
-    """Runs train.py itself; returns its own tokens/s from the second update on, and peak memory."""
-    command = [sys.executable, ROOT / "train.py", "--teacher", folder / "teacher", "--data", folder / "corpus"]
-    command += ["--seq-len", shape["T"], "--batch", shape["batch"], "--accum", shape["accum"]]
-    command += ["--steps", shape["updates"] + 1, "--kd-rows", kd_rows]
-    command += ["--eval-tokens", 1024, "--eval-every", 1000, "--save-every", 1000, "--device", "cpu"]
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        summary = last_line(subprocess.run([*map(str, command), "--out", out], capture_output=True, text=True))
-        records = read_metrics(pathlib.Path(out) / "metrics.jsonl")
-    # the rate after k updates is k over the time they took: the first warms up, as in `original`
-    first, *_, last = (r for r in records if "loss" in r)
-    took = [r["step"] / r["tokens_per_second"] for r in (first, last)]
-    return summary | {"tokens_per_second": (last["step"] - first["step"]) / (took[1] - took[0])}
-
-
-def original(folder, shape):
-    """The same update the way the original script writes it, in plain PyTorch; returns tokens/s and peak memory.
-
-    After huggingface/transformers-research-projects, distillation/distiller.py: padded batches with an attention mask,
-    logits of every position from both models, rows taken out by masked_select, KLDivLoss + CrossEntropyLoss +
-    CosineEmbeddingLoss, a mean per micro-batch, several host reads a step, AdamW without fusion, fp32.
-    """
-    folder = pathlib.Path(folder)
-    tokenizer = Tokenizer.load(folder / "teacher")
-    corpus = Corpus(folder / "corpus")
-    sequences = Sequences(corpus.train, shape["T"], tokenizer, 0, corpus.counts, 0.7, shuffle=True)
-    teacher = weights.load_model(folder / "teacher").eval()
-    student = weights.student_from_teacher(teacher, weights.student_layers(teacher.config.layers)).train()
-    optimizer = torch.optim.AdamW(student.parameters(), 5e-4, (0.9, 0.98), eps=1e-6, fused=False, foreach=False)
-    G, tau, n, start = shape["batch"] * shape["accum"], 2.0, 0, time.perf_counter()
-    for update in range(shape["updates"] + 1):
-        if update == 1:  # the first warms up
-            start = time.perf_counter()
-        ids, labels = map(torch.from_numpy, sequences.take(update * G, G))
-        for x, y in zip(ids.split(shape["batch"]), labels.split(shape["batch"]), strict=True):
-            # grouped by size, its batches are all but full: 122 to 128 of 128 tokens
-            lengths = torch.randint(shape["T"] - shape["padding"], shape["T"] + 1, (len(x),))
-            mask = torch.arange(shape["T"])[None] < lengths[:, None]  # (B, T)
-            y = y.masked_fill(~mask, IGNORE)
-            h_s = student(x, mask)
-            s = student.logits(h_s)  # (B, T, V)
-            with torch.no_grad():
-                h_t = teacher(x, mask)
-                t = teacher.logits(h_t)
-            rows = mask[..., None].expand_as(s)
-            s_rows, t_rows = (torch.masked_select(z, rows).view(-1, s.size(-1)) for z in (s, t))  # (N, V)
-            kl = torch.nn.KLDivLoss(reduction="batchmean")(
-                F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)
-            ) * tau**2
-            ce = torch.nn.CrossEntropyLoss(ignore_index=IGNORE)(s.view(-1, s.size(-1)), y.flatten())
-            wide = mask[..., None].expand_as(h_s)
-            c_s, c_t = (torch.masked_select(h, wide).view(-1, h.size(-1)) for h in (h_s, h_t))
-            cos = torch.nn.CosineEmbeddingLoss()(c_s, c_t, c_s.new_ones(len(c_s)))
-            loss = 5.0 * kl + 2.0 * ce + cos
-            logged = [x.item() for x in (loss, kl, ce, cos)]
-            (loss / shape["accum"]).backward()
-            n += int(mask.sum()) if update else 0
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    seconds = time.perf_counter() - start
-    return {"tokens_per_second": n / seconds, "peak_rss_mib": peak_rss_mib(), "loss": logged[0]}
-
-
-def bench_step(settings):
-    shape = TINY_STEP if settings.tiny else STEP
-    providers = {"original's way": [], "ours, all rows": [], "ours, masked rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        make_world(folder, shape, 40_000 if settings.tiny else 400_000)
-        # in a process of its own, as ours is, so that its peak memory is its own
-        program = "import bench, json, sys; print(json.dumps(bench.original(*map(json.loads, sys.argv[1:]))))"
-        command = [sys.executable, "-c", program, json.dumps(str(folder)), json.dumps(shape)]
-        for _ in range(settings.rounds or 3):
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            providers["original's way"].append(last_line(done))
-            providers["ours, all rows"].append(ours(folder, shape, "all"))
-            providers["ours, masked rows"].append(ours(folder, shape, "masked"))
-    results = []
-    for provider, measured in providers.items():
-        speeds = [m["tokens_per_second"] for m in measured]
-        results.append({
-            "case": "step", "provider": provider, "shape": shape,
-            "tokens_per_second": [round(x, 1) for x in spread(speeds)],
-            "peak_mib": max(m["peak_rss_mib"] for m in measured),
-        })  # fmt: skip
-    base = results[0]["tokens_per_second"][1]
-    for result in results:
-        result["speed_up"] = round(result["tokens_per_second"][1] / base, 2)
-    return results
 
 
 # ---- tokenizer: one thread, English
@@ -439,10 +315,9 @@ def main(argv):
         ran_on += [report["device"]] if report["device"] not in ran_on else []
         if case in KERNEL_CASES:
             draw_kernel(pathlib.Path(settings.out) / f"{case}.svg", results)
-        if case == "infer":
-            draw_infer(pathlib.Path(settings.out) / "infer.svg", results)
-        if case == "retention":
-            draw_retention(pathlib.Path(settings.out) / "retention.svg", results)
+        drawings = {"step": draw_step, "infer": draw_infer, "retention": draw_retention}
+        if case in drawings:
+            drawings[case](pathlib.Path(settings.out) / f"{case}.svg", results)
         files.write_json(pathlib.Path(settings.out) / f"{case}.json", {**report, "results": results})
     print(json.dumps({"device": ", ".join(ran_on), "versions": versions(), "results": found}, separators=(",", ":")))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+from benches import step
 from minidistil import weights
 from minidistil.cli import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
@@ -35,6 +36,12 @@ def test_step(tmp_path):
         low, middle, high = r["tokens_per_second"]
         assert 0 < low <= middle <= high and r["peak_mib"] > 100 and r["speed_up"] > 0
     assert bench.speed_table(results).count("\n") == 4
+    for r in results[1:]:
+        assert list(r["phases"]) == list(step.PHASES) and all(ms > 0 for ms in r["phases"].values())
+        # the phases of an update are most of it, and no more than all of it: 2 x 2 x 32 tokens of five micro-batches
+        whole = 1000 * 5 * 2 * 32 / r["tokens_per_second"][1]
+        assert 0.3 * whole < sum(r["phases"].values()) < 3 * whole
+    assert (tmp_path / "step.svg").read_text().count("<rect") == 1 + 2 * len(step.PHASES)
 
 
 def test_tokenizer(tmp_path):
@@ -45,9 +52,9 @@ def test_tokenizer(tmp_path):
 
 def test_the_original_has_the_same_loss(tmp_path):
     """Where its padding hides nothing and its micro-batch is the update, the baseline's loss is our objective's."""
-    shape = bench.TINY_STEP | dict(accum=1, updates=0)
-    bench.make_world(tmp_path, shape, 20_000)
-    logged = bench.original(tmp_path, shape | {"padding": 0})["loss"]
+    shape = step.TINY_STEP | dict(accum=1, updates=0)
+    step.make_world(tmp_path, shape, 20_000)
+    logged = step.original(tmp_path, shape | {"padding": 0})["loss"]
     teacher = weights.load_model(tmp_path / "teacher").eval().requires_grad_(False)
     student = weights.student_from_teacher(teacher, [0, 3]).eval()
     corpus = Corpus(tmp_path / "corpus")
