@@ -29,7 +29,7 @@ import torch
 from minidistil import checkpoint, files, hub, weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, Corpus, Sequences, mix
+from minidistil.data import IGNORE, Ahead, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
@@ -285,6 +285,7 @@ def train(settings, argv=()):
         corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
     )
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
+    take = Ahead(lambda update: sequences.take(update * G + ranks.rank * share, share), device)
 
     # ---- student, objective, optimiser
     objective = objective_of(settings)
@@ -398,13 +399,13 @@ def train(settings, argv=()):
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            ids, labels = sequences.take(update * G + ranks.rank * share, share)  # (share, T)
+            ids, labels = take(update)  # (share, T)
             (masked,) = ranks.sum((labels != IGNORE).sum().item())
             counts = Counts(tokens=G * T, masked=int(masked))
             shares = []  # of the update's loss, kl, ce, cos, mse: (5,) a micro-batch
             for i in range(settings.accum):
                 rows = slice(i * B, (i + 1) * B)
-                x, y = (torch.from_numpy(a[rows]).to(device) for a in (ids, labels))  # (B, T)
+                x, y = (tensor[rows].to(device, non_blocking=True) for tensor in (ids, labels))  # (B, T)
                 with autocast(), ranks.alone(forward, last=i == settings.accum - 1):
                     h_t = None
                     if objective.needs_teacher:
