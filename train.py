@@ -386,7 +386,7 @@ def train(settings, argv=()):
     if not settings.resume:
         save()
     figures = history[-1].get("held_out") if history else evaluate()
-    command = ["python", "train.py", *(a for a in argv if a != "--resume"), "--resume"]
+    command = [*ranks.launcher, "train.py", *(a for a in argv if a != "--resume"), "--resume"]
     command = shlex.join(command + ([] if settings.out else ["--out", str(out)]))
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     seconds_before, aside = seconds(), 0.0
@@ -406,14 +406,15 @@ def train(settings, argv=()):
             for i in range(settings.accum):
                 rows = slice(i * B, (i + 1) * B)
                 x, y = (tensor[rows].to(device, non_blocking=True) for tensor in (ids, labels))  # (B, T)
-                with autocast(), ranks.alone(forward, last=i == settings.accum - 1):
-                    h_t = None
-                    if objective.needs_teacher:
-                        with torch.no_grad():
-                            h_t = teacher(x)  # (B, T, C)
-                    h_s = forward(x)  # (B, T, C)
-                    loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t)
-                    scaler.scale(loss * ranks.size).backward()
+                with ranks.alone(forward, last=i == settings.accum - 1):
+                    with autocast():
+                        h_t = None
+                        if objective.needs_teacher:
+                            with torch.no_grad():
+                                h_t = teacher(x)  # (B, T, C)
+                        h_s = forward(x)  # (B, T, C)
+                        loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t)
+                    scaler.scale(loss * ranks.size).backward()  # ranks' gradients are averaged: see Ranks.wrap
                 shares.append(torch.cat([loss.detach().float()[None], parts]))
                 if stop.signal is not None and ranks.size == 1:
                     break

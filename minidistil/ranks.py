@@ -22,6 +22,8 @@ class Ranks:
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of them on this machine
+        self.launcher = ["python"] if self.size == 1 else ["torchrun", "--nproc-per-node", here]
 
     def device(self, name):
         """The device's name for this process: with several on a machine, each has a GPU of its own."""
