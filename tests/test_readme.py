@@ -124,8 +124,8 @@ def bert(tmp_path_factory):
 COMMAND = "train.py --teacher bert-base-uncased --accum 64"
 
 
-def two_updates(clone, **environment):
-    """Starts the command, waits for two updates, interrupts it as a person would; returns its stdout."""
+def interrupted(clone, updates, **environment):
+    """Starts the command, waits for some updates, interrupts it as a person would; returns its stdout."""
     earlier = set(clone.glob("runs/*"))
     process = subprocess.Popen(
         [sys.executable, *COMMAND.split()], cwd=clone, env={**os.environ, **environment},
@@ -135,7 +135,7 @@ def two_updates(clone, **environment):
     for line in process.stdout:
         lines.append(line)
         logs = [run / "metrics.jsonl" for run in set(clone.glob("runs/*")) - earlier]
-        if any(log.exists() and log.read_text().count('"loss"') >= 2 for log in logs):
+        if any(log.exists() and log.read_text().count('"loss"') >= updates for log in logs):
             process.send_signal(signal.SIGINT)
             break
     lines += process.stdout.readlines()
@@ -150,7 +150,7 @@ def test_teacher_by_name_from_the_cache(clone, bert, tmp_path):
     shutil.copytree(bert, snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
-    output = two_updates(clone, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    output = interrupted(clone, 2, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     assert "for the published result prepare Wikipedia + books: python data/prepare.py wikipedia:" in output
     assert "updates of 64 x 5 x 512 = 163,840 tokens" in output
     assert re.search(r"tokens/s .* left .* MiB", output)
@@ -161,7 +161,7 @@ def test_teacher_by_name_from_a_server(clone, bert, tmp_path):
     pytest.importorskip("huggingface_hub")
     with hub_server({"bert-base-uncased": bert, "google-bert/bert-base-uncased": bert}) as (endpoint, requests):
         online = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
-        output = two_updates(clone, **online)
+        output = interrupted(clone, 1, **online)
         assert any("model.safetensors" in request for request in requests)
     assert "updates of 64 x 5 x 512 = 163,840 tokens" in output
 
