@@ -441,7 +441,11 @@ def keep(folder, model, work, tokenizer, config):
 
 
 def main(argv):
-    summary = finetune(Settings(**given(Settings, argv, __doc__)), argv)
+    values = given(Settings, argv, __doc__)
+    for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse"):
+        if name in values and "teacher" not in values:
+            raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
+    summary = finetune(Settings(**values), argv)
     print(json.dumps(summary, separators=(",", ":")))
 
 

@@ -276,6 +276,12 @@ def test_wrong_settings(wrong, words, tiny, glue, sst2, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["--temperature", "--alpha-task", "--alpha-ce", "--alpha-mse"])
+def test_settings_of_a_teacher_need_one(flag):
+    with pytest.raises(UserError, match=f"{flag} is for a teacher: name one with --teacher"):
+        finetune.main(["--task", "sst2", "--model", "m", "--data", "d", flag, "1"])
+
+
 def test_examples_longer_than_the_model(tiny, glue, tmp_path):
     path = glue.parent / "long" / "SST-2"
     path.mkdir(parents=True)
