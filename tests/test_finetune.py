@@ -314,3 +314,13 @@ def test_a_damaged_checkpoint_is_refused(tiny, glue, tmp_path, monkeypatch):
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
         tuned(tiny, glue, tmp_path / "out", **few, resume=True)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_cuda_learns_too(tiny, glue, tmp_path, dtype):
+    assert tuned(tiny, glue, tmp_path / "out", device="cuda", dtype=dtype)["tasks"]["sst2"]["score"] > 90
