@@ -414,7 +414,7 @@ def train(settings, argv=()):
                                 h_t = teacher(x)  # (B, T, C)
                         h_s = forward(x)  # (B, T, C)
                         loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t)
-                    scaler.scale(loss * ranks.size).backward()  # ranks' gradients are averaged: see Ranks.wrap
+                    scaler.scale(loss * ranks.size).backward()  # see Ranks.wrap
                 shares.append(torch.cat([loss.detach().float()[None], parts]))
                 if stop.signal is not None and ranks.size == 1:
                     break

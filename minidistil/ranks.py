@@ -72,7 +72,7 @@ class Ranks:
         return made if self.first else make()
 
     def wrap(self, model, device):
-        """The model whose backward pass adds up the gradients of all ranks, less its division by their number."""
+        """The model whose backward pass averages gradients over all ranks: a loss times `size` gives their sum."""
         if self.size == 1:
             return model
         devices = [device] if device.type == "cuda" else None
