@@ -28,8 +28,9 @@ import torch
 
 from minidistil import checkpoint, files, hub, weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
+from minidistil.ahead import Ahead
 from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, Ahead, Corpus, Sequences, mix
+from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.machine import choose_device, choose_dtype, duration, precision, versions

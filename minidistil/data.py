@@ -12,13 +12,11 @@ drawn without replacement with weight count^-smoothing (rare words first); of th
 token, 10 % stay.
 """
 
-import concurrent.futures
 import hashlib
 import json
 import pathlib
 
 import numpy as np
-import torch
 
 from minidistil import files
 from minidistil.cli import UserError
@@ -175,26 +173,3 @@ class Sequences:
         ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
         replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
         return np.where(replace, random_ids, ids), labels
-
-
-class Ahead:
-    """make(u) for u one after the other; for a GPU a thread makes the next meanwhile, so that it never waits for data.
-
-    `make` returns numpy arrays; they become tensors, pinned for a GPU, so that copying them there waits for nothing. On
-    a CPU the thread would only take time from the model.
-    """
-
-    def __init__(self, make, device):
-        self.make, self.cuda = make, device.type == "cuda"
-        self.pool, self.coming = concurrent.futures.ThreadPoolExecutor(1) if self.cuda else None, {}
-
-    def __call__(self, u):
-        if self.pool is None:
-            return self._tensors(u)
-        now = self.coming.pop(u, None) or self.pool.submit(self._tensors, u)
-        self.coming = {u + 1: self.pool.submit(self._tensors, u + 1)}
-        return now.result()
-
-    def _tensors(self, u):
-        tensors = [torch.from_numpy(array) for array in self.make(u)]
-        return [tensor.pin_memory() for tensor in tensors] if self.cuda else tensors
