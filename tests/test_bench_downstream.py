@@ -1,6 +1,5 @@
 """`bench.py retention` and `bench.py ablation`: what they run, and what they make of it."""
 
-import json
 import pathlib
 import shutil
 import types
@@ -33,11 +32,6 @@ def test_retention_runs_finetune_on_each_model(tiny, glue, tmp_path, monkeypatch
     assert table[0] == "| | sst2 | rte | mean | kept |" and len({line.count("|") for line in table}) == 1
     retention.draw_retention(tmp_path / "kept.svg", results)
     assert (tmp_path / "kept.svg").read_text().count("half: ") == 3
-    # what was done is not done again
-    before = (tmp_path / "runs" / "retention" / "half" / "scores.json").stat().st_mtime_ns
-    assert retention.bench_retention(given)[1]["scores"] == results[1]["scores"]
-    state = json.loads((tmp_path / "runs" / "retention" / "half" / "scores.json").read_text())
-    assert before and len(state["runs"]["sst2"]) == 2
 
 
 def test_retention_says_why_a_run_failed(tiny, glue, tmp_path, monkeypatch):
@@ -95,9 +89,8 @@ def test_ablation_leaves_out_one_part_at_a_time(monkeypatch):
 
 
 def test_ablation_runs_train(tiny, monkeypatch):
-    monkeypatch.setattr(ablation, "ABLATIONS", {k: ablation.ABLATIONS[k] for k in ("all three losses", "no KL")})
+    monkeypatch.setattr(ablation, "ABLATIONS", {"all three losses": ([], 0.0)})
     flags = f"--teacher {tiny / 'teacher'} --data {tiny / 'corpus'} --seq-len 32 --batch 4 --steps 3 --accum 1 --lr .01"
     results = ablation.bench_ablation(settings(train=flags, rounds=1))
-    teacher, whole, without = results
-    assert whole["steps"] == without["steps"] == 3 and whole["top1"][1] == 0
-    assert whole["kl"] != without["kl"] and 0 < teacher["top1"] < 1
+    teacher, whole = results
+    assert whole["steps"] == 3 and whole["top1"][1] == 0 and whole["kl"][0] > 0 and whole["change"] == 0
