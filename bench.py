@@ -290,7 +290,8 @@ def speed_table(results):
 
 def readme_tables(folder):
     """The tables of README.md, in its order; a result that has not been measured is an error."""
-    tables = {"demo": demo_table, "step": speed_table, "loss": kernel_table, "tokenizer": speed_table}
+    tables = {"demo": demo_table, "retention": retention_table, "step": speed_table, "loss": kernel_table}
+    tables |= {"tokenizer": speed_table, "infer": infer_table}
     return [table(json.loads((folder / f"{case}.json").read_text())["results"]) for case, table in tables.items()]
 
 

@@ -105,7 +105,7 @@ def test_distillation_beats_training_without_a_teacher(tiny, tmp_path):
     """A teacher that knows the text teaches its half-sized student more than the text alone does."""
     start = shallow(tiny, tmp_path / "start")
     # all that is held out, and enough updates: rounding differs from one number of threads to another
-    common = dict(lr=1e-2, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1, eval_tokens=8192)
+    common = dict(lr=1e-2, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1, eval_tokens=8192, eval_every=1000)
     teacher = train.train(
         settings(tiny, tmp_path / "teacher", teacher="none", student_init=start, steps=500, **common)
     )
