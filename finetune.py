@@ -375,7 +375,8 @@ def finetune(settings, argv=()):
             T = max(len(ids) for ids, _ in [*items, *(item for split in work.dev for item in split)])
             if settings.model != "bilstm" and T > config.positions:
                 raise UserError(f"{folder} has {config.positions} positions: use --seq-len {config.positions} or less")
-            if state["data"].setdefault(name, digest(work.train)) != digest(work.train):
+            data = digest(work.train)
+            if state["data"].setdefault(name, data) != data:
                 raise UserError(f"{out} was begun with other data for {name}: give the same --data, or a new --out")
             mean_length = sum(len(ids) for ids, _ in items) / len(items)
             sizes = " + ".join(f"{len(split):,}" for split in work.dev)

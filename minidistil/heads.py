@@ -23,7 +23,7 @@ class Classifier(nn.Module):
 
     def __init__(self, config, outputs, seed=None):
         super().__init__()
-        self.config, self.outputs = config, outputs
+        self.config = config
         self.encoder = Encoder(config)
         self.pool = nn.Linear(config.width, config.width)
         self.classify = nn.Linear(config.width, outputs)
@@ -41,7 +41,7 @@ class SpanReader(nn.Module):
 
     def __init__(self, config, outputs=2, seed=None):
         super().__init__()
-        self.config, self.outputs = config, outputs
+        self.config = config
         self.encoder = Encoder(config)
         self.answer = nn.Linear(config.width, outputs)
         self.dropout = 0.0 if config.token_types else 0.1  # DistilBERT's own

@@ -44,7 +44,6 @@ class Window:
     ends: list
     best: list  # n bools: this window, no other, shows the token with most context around it
     span: tuple  # (start, end) of the first answer in ids, end included; (0, 0), which is [CLS], where it does not fit
-    question: int  # index, as the caller counts
 
 
 # ---- the files
@@ -120,11 +119,11 @@ def load(data):
 # ---- from a question to windows, and from logits to an answer
 
 
-def windows(question, tokenizer, length=384, stride=128, longest_question=64, index=0):
+def windows(question, tokenizer, length=384, stride=128, longest_question=64):
     """Returns the Windows of a question: `length` tokens at most, the context walks on by `stride` tokens.
 
-    A question is cut at `longest_question` tokens; `index` is what Window.question shall say. The span is the shortest
-    that covers the answer. Raises UserError where a window has no room or the context has no tokens.
+    A question is cut at `longest_question` tokens. The span is the shortest that covers the answer. Raises UserError
+    where a window has no room or the context has no tokens.
     """
     if length < longest_question + 4 or stride < 1:
         raise UserError(
@@ -159,7 +158,6 @@ def windows(question, tokenizer, length=384, stride=128, longest_question=64, in
             ends=ends[begin:end],
             best=(best[begin:end] == w).tolist(),
             span=(first + start - begin, first + last - begin) if begin <= start <= last < end else (0, 0),
-            question=index,
         )
         for w, (begin, end) in enumerate(parts)
     ]

@@ -13,9 +13,12 @@ import torch
 import finetune
 from finetune import Settings, agreed, next_run, objective, summary_of
 from minidistil import checkpoint, weights
+from minidistil.batches import predict
 from minidistil.cli import UserError
+from minidistil.datasets import open_task
 from minidistil.heads import Classifier
 from minidistil.schedule import lr_at
+from minidistil.tokenizer import Tokenizer
 
 FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
 
@@ -57,6 +60,15 @@ def test_what_is_kept_scores_what_was_reported(sst2, glue):
     right = [said["label"] == ("negative", "positive")[int(label)]
              for said, (_, label) in zip(pipeline([s for s, _ in rows]), rows, strict=True)]  # fmt: skip
     assert 100 * np.mean(right) == pytest.approx(summary["tasks"]["sst2"]["score"], abs=0.01)
+
+
+def test_the_best_run_is_kept(tiny, glue, tmp_path):
+    """Not the first, and not the last: the middle of three learning rates is the only one that learns."""
+    figures = tuned(tiny, glue, tmp_path / "out", lr="1e-9,3e-3,2e-9", examples=160, epochs=2.0)["tasks"]["sst2"]
+    model, _ = weights.load_finetuned(tmp_path / "out" / "sst2")
+    work = open_task("sst2", glue, Tokenizer.load(tmp_path / "out" / "sst2"))
+    kept = work.figures([predict(model, work.dev[0], 0, "cpu")])["score"]
+    assert figures["lr"] == 3e-3 and kept == pytest.approx(figures["score"], abs=0.01) and kept > 70
 
 
 def test_same_seed_same_bits(tiny, glue, tmp_path):
