@@ -14,6 +14,7 @@ token, 10 % stay.
 
 import hashlib
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -34,8 +35,32 @@ def meta_digest(meta):
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+class TokenFile:
+    """A file of token ids, read a slice at a time: `len(tokens)`, `tokens[start:stop]` (an array).
+
+    Not memory-mapped: every page that a random block touches would count as this process's memory until the system
+    wants it back, ten gigabytes of them for a file of that size. Threads may share it.
+    """
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype = path, np.dtype(dtype)
+        self.file = open(path, "rb", buffering=0)
+        self.size = path.stat().st_size // self.dtype.itemsize
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(self.size)
+        wanted = max(0, stop - start) * self.dtype.itemsize
+        data = os.pread(self.file.fileno(), wanted, start * self.dtype.itemsize)
+        if len(data) != wanted:
+            raise UserError(f"{self.path} became shorter while it was read: prepare the corpus again")
+        return np.frombuffer(data, self.dtype)
+
+
 class Corpus:
-    """A folder that `data/prepare.py` wrote: `train` and `val` memory-mapped tokens, `counts` (V,) int64, `meta`.
+    """A folder that `data/prepare.py` wrote: `train` and `val` TokenFiles, `counts` (V,) int64, `meta`.
 
     Every byte is checked against meta.json's hashes first (about a second per 2 GB), so that a damaged file is an
     error now, not a bad model later. Raises UserError.
@@ -60,15 +85,9 @@ class Corpus:
                 raise UserError(f"{self.folder / name} is missing: {again}")
             if files.sha256(self.folder / name) != digest:
                 raise UserError(f"{self.folder / name} is damaged (its SHA-256 differs from meta.json's): {again}")
-        self.train, self.val = (self._map(name) for name in ("train.bin", "val.bin"))
-        self.counts = np.load(self.folder / "counts.npy")
-
-    def _map(self, name):
-        path = self.folder / name
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        if path.stat().st_size == 0:  # an empty file cannot be mapped
-            return np.empty(0, dtype)
-        return np.memmap(path, dtype, mode="r")
+        self.train, self.val = (TokenFile(self.folder / name, dtype) for name in ("train.bin", "val.bin"))
+        self.counts = np.load(self.folder / "counts.npy")
 
     def check_tokenizer(self, tokenizer, owner):
         """Raises UserError where the corpus was tokenised with another vocabulary than that of `owner`."""

@@ -1,13 +1,15 @@
 """Order, masks and token files: pure functions, published shares, and damage that shows."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from minidistil.cli import UserError
-from minidistil.data import IGNORE, Corpus, Sequences, mix, permuted, uniform
+from minidistil.data import IGNORE, Corpus, Sequences, TokenFile, mix, permuted, uniform
+from minidistil.memory import status_kib
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 V = 500
@@ -156,10 +158,31 @@ def test_corpus_reads_what_prepare_wrote(tiny):
     tokenizer = Tokenizer.load(tiny / "teacher")
     corpus.check_tokenizer(tokenizer, "teacher")
     assert len(corpus.train) == corpus.meta["tokens"]["train"] > 1000 < corpus.counts.sum() + 1
-    assert np.array_equal(np.bincount(corpus.train, minlength=len(tokenizer.vocab)), corpus.counts)
+    assert np.array_equal(np.bincount(corpus.train[:], minlength=len(tokenizer.vocab)), corpus.counts)
     other = Tokenizer([*tokenizer.vocab[:-1], "zzz"])
     with pytest.raises(UserError, match="another vocabulary"):
         corpus.check_tokenizer(other, "other")
+
+
+def test_reading_takes_no_memory(tmp_path):
+    """Blocks from all over a file of 256 MB: a memory map would end with most of it resident."""
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.truncate(256 << 20)  # zeros, which take no room on disk
+    tokens = TokenFile(tmp_path / "train.bin", "<u2")
+    assert len(tokens) == 128 << 20
+    before = status_kib("VmRSS")
+    for start in range(0, len(tokens), 2048):  # a token of every page of 4 kB
+        assert len(tokens[start : start + 510]) == 510
+    assert status_kib("VmRSS") - before < 32 << 10
+
+
+def test_a_file_that_became_shorter(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    tokens = TokenFile(tmp_path / "train.bin", "<u2")
+    assert tokens[7:9].tolist() == [7, 8] and tokens[98:].tolist() == [98, 99] and tokens[9:7].size == 0
+    os.truncate(tmp_path / "train.bin", 20)
+    with pytest.raises(UserError, match="became shorter"):
+        tokens[50:60]
 
 
 def test_600_mutations_all_show(tiny, tmp_path):
