@@ -2,7 +2,8 @@
 
     python bench.py               the loss on logits, forward and backward; `linear` with the vocabulary projection,
                                   `layernorm` dropout + residual + LayerNorm: on a GPU where there is one
-    python bench.py step          updates of distillation on this CPU, against the original script's way of doing them
+    python bench.py step          updates of distillation, against the original script's way of doing them
+    python bench.py prepare       2 GB of text into tokens: workers, memory, the same bytes after a kill
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
     python bench.py demo          does the teacher help? the demo against the same student without it, three seeds
     python bench.py ablation      what does each part of the recipe add? the demo with one left out, three seeds
@@ -28,6 +29,7 @@ import torch
 
 from benches.ablation import ablation_table, bench_ablation, train_variants
 from benches.infer import bench_infer, draw_infer, infer_table
+from benches.prepare import bench_prepare, prepare_table
 from benches.retention import bench_retention, draw_retention, retention_table
 from benches.step import bench_step, draw_step
 from kernels.cases import CASES as KERNEL_CASES
@@ -44,9 +46,9 @@ ROOT = pathlib.Path(__file__).resolve().parent
 @dataclasses.dataclass
 class Settings:
     case: str = setting(dataclasses.MISSING, "what to measure (default: loss)", nargs="?",
-                        choices=(*KERNEL_CASES, "step", "tokenizer", "infer", "demo", "ablation", "retention",
-                                 "all"))  # fmt: skip
-    device: str = setting("auto", "of the kernels' cases: auto, cpu, cuda, cuda:1 ...")
+                        choices=(*KERNEL_CASES, "step", "prepare", "tokenizer", "infer", "demo", "ablation",
+                                 "retention", "all"))  # fmt: skip
+    device: str = setting("auto", "of the kernels' cases and step: auto, cpu, cuda, cuda:1 ...")
     tiny: bool = setting(False, "seconds instead of minutes: shows that it runs, not how fast")
     rounds: int = setting(None, "times that each provider is measured, in turn (default: 3; of kernels 21)")
     teacher: str = setting(None, "of retention: folder; of infer: a fine-tuned folder (default: BERT-base's shape)")
@@ -235,6 +237,7 @@ def kernel_table(results):
 def show(results):
     case = results[0]["case"]
     tables = {"demo": demo_table, "infer": infer_table, "ablation": ablation_table, "retention": retention_table}
+    tables["prepare"] = prepare_table
     if case in tables or case in KERNEL_CASES:
         print(tables.get(case, kernel_table)(results))
         return
@@ -291,7 +294,7 @@ def speed_table(results):
 def readme_tables(folder):
     """The tables of README.md, in its order; a result that has not been measured is an error."""
     tables = {"demo": demo_table, "retention": retention_table, "step": speed_table, "loss": kernel_table}
-    tables |= {"tokenizer": speed_table, "infer": infer_table}
+    tables |= {"prepare": prepare_table, "tokenizer": speed_table, "infer": infer_table}
     return [table(json.loads((folder / f"{case}.json").read_text())["results"]) for case, table in tables.items()]
 
 
@@ -301,13 +304,13 @@ def main(argv):
         print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
         return
     cases = {name: functools.partial(bench_kernel, case) for name, case in KERNEL_CASES.items()}
-    cases |= {"step": bench_step, "tokenizer": bench_tokenizer, "infer": bench_infer, "demo": bench_demo}
-    cases |= {"ablation": bench_ablation, "retention": bench_retention}
+    cases |= {"step": bench_step, "prepare": bench_prepare, "tokenizer": bench_tokenizer, "infer": bench_infer}
+    cases |= {"demo": bench_demo, "ablation": bench_ablation, "retention": bench_retention}
     chosen = list(cases)[:-1] if settings.case == "all" else [settings.case or "loss"]
     found, ran_on = [], []
     for case in chosen:
         # these are measured on the CPU; those run our scripts where they would run
-        on_cpu, anywhere = ("step", "tokenizer", "infer"), ("demo", "ablation", "retention")
+        on_cpu, anywhere = ("prepare", "tokenizer", "infer"), ("demo", "ablation", "retention")
         device = "cpu" if case in on_cpu else "auto" if case in anywhere else settings.device
         report = {"device": device_name(choose_device(device)), "versions": versions()}
         results = cases[case](settings)

@@ -32,6 +32,7 @@ from minidistil.ahead import Ahead
 from minidistil.cli import UserError, given, run, setting
 from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
+from minidistil.fit import MOST_TOKENS, largest_that_fits, rehearse
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
 from minidistil.memory import keep_freed_memory, peak_rss_mib
@@ -57,6 +58,7 @@ class Settings:
     epochs: float = setting(3.0, "passes over the corpus")
     batch: int = setting(5, "sequences in a micro-batch")
     accum: int = setting(50, "micro-batches in an update")
+    micro_batch: str = setting(None, "sequences at once: splits batch * accum anew; auto: as many as a GPU holds")
     seq_len: int = setting(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = setting(5e-4, "peak learning rate")
@@ -78,6 +80,7 @@ class Settings:
     # machine
     dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
+    compile: bool = setting(False, "compile the models first: takes a minute, for long runs")
     price_per_hour: float = setting(None, "of one device: adds costs to what run.json says of hours")
     seed: int = setting(0, "of data order, masks, dropout and fresh weights")
     # keeping
@@ -96,8 +99,8 @@ DEMO = dict(steps=850, batch=8, accum=1, seq_len=128, lr=1.2e-3, mask_smoothing=
 # settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
 # (epochs enters as steps; batch, accum and the number of ranks as their product; the chosen dtype is in the checkpoint)
 FREE_ON_RESUME = {
-    "out", "resume", "epochs", "batch", "accum", "dtype", "price_per_hour", "eval_every", "eval_data",
-    "eval_tokens", "save_every", "time_limit",
+    "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "eval_every",
+    "eval_data", "eval_tokens", "save_every", "time_limit",
 }  # fmt: skip
 
 
@@ -129,6 +132,13 @@ def check(settings):
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.dropout is not None and not 0 <= settings.dropout < 1:
         raise UserError(f"--dropout is {settings.dropout}: it is a probability, 0 or more and below 1")
+    if settings.micro_batch not in (None, "auto"):
+        size = int(settings.micro_batch) if settings.micro_batch.isdecimal() else 0
+        if size < 1 or settings.batch * settings.accum % size:
+            raise UserError(
+                f"--micro-batch {settings.micro_batch}: give auto, or a number that divides batch * accum = "
+                f"{settings.batch * settings.accum}"
+            )
     if settings.seq_len < 8:
         raise UserError(f"--seq-len is {settings.seq_len}: a sequence needs at least 8 tokens")
     if settings.student_config and settings.student_init not in (None, "random"):
@@ -244,6 +254,11 @@ def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_cor
         )
 
 
+def searches(device):
+    """Whether --micro-batch auto searches here: a CPU would swap rather than refuse, and larger ones gain it 3 %."""
+    return device.type == "cuda"
+
+
 # ---- the run
 
 
@@ -280,7 +295,7 @@ def train(settings, argv=()):
     if settings.eval_data:
         eval_corpus = Corpus(settings.eval_data)
         eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
-    T, B, share = settings.seq_len, settings.batch, settings.batch * settings.accum
+    T, share = settings.seq_len, settings.batch * settings.accum  # a rank's share of an update
     G = share * ranks.size
     sequences = Sequences(
         corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
@@ -293,7 +308,6 @@ def train(settings, argv=()):
     student = build_student(settings, teacher, init)
     check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
     student.to(device)
-    forward = ranks.wrap(student, device)
     if teacher:
         teacher.to(device)
     # no weight decay, as published, and so no parameter groups
@@ -323,6 +337,39 @@ def train(settings, argv=()):
     autocast, scaler = precision(dtype, device)
     scaler.load_state_dict(scale or scaler.state_dict())
 
+    # ---- micro-batches: A of B sequences are a rank's share of an update
+    teach, forward = teacher, student  # as they are, compiled, or wrapped
+
+    def learn(x, y, masked, counts):
+        """Adds the gradient of a micro-batch to what is there; returns its share of (loss, kl, ce, cos, mse), (5,)."""
+        x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))  # (B, T)
+        with autocast():
+            h_t = None
+            if objective.needs_teacher:
+                with torch.no_grad():
+                    h_t = teach(x)  # (B, T, C)
+            h_s = forward(x)  # (B, T, C)
+            loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t, masked)
+        scaler.scale(loss * ranks.size).backward()  # see Ranks.wrap
+        return torch.cat([loss.detach().float()[None], parts])
+
+    def attempt(size):
+        x, y = (tensor[:size] for tensor in take(update))
+        masked = size * sequences.masked_per_sequence
+        rehearse(student, learn, (x, y, masked, Counts(size * T, masked)), device)
+
+    B = settings.batch
+    if settings.micro_batch not in (None, "auto"):
+        B = int(settings.micro_batch)
+    elif settings.micro_batch and searches(device):
+        B = ranks.least(largest_that_fits(share, MOST_TOKENS // T, attempt))
+    if settings.compile:  # for training's one shape; evaluation, whose shape is another, uses the models as they are
+        teach, forward = (model and torch.compile(model, dynamic=False) for model in (teacher, student))
+        ranks.say("compiling: this takes a minute")
+        attempt(B)  # before the clock starts
+    forward = ranks.wrap(forward, device)
+    A = share // B
+
     # ---- held-out set: fixed blocks, fixed uniform masks; rank 0 alone evaluates, and writes
     eval_every = settings.eval_every or max(1, total // 10)
     if ranks.first:
@@ -339,7 +386,7 @@ def train(settings, argv=()):
     several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
     ranks.say(
         f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens of text; "
-        f"{total} updates of {several}{settings.accum} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}"
+        f"{total} updates of {several}{A} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}"
     )
     flops = training_flops_per_token(objective, teacher and teacher.config, student.config, T)
     peak = peak_tflops(device, dtype)
@@ -404,24 +451,16 @@ def train(settings, argv=()):
             (masked,) = ranks.sum((labels != IGNORE).sum().item())
             counts = Counts(tokens=G * T, masked=int(masked))
             shares = []  # of the update's loss, kl, ce, cos, mse: (5,) a micro-batch
-            for i in range(settings.accum):
-                rows = slice(i * B, (i + 1) * B)
-                x, y = (tensor[rows].to(device, non_blocking=True) for tensor in (ids, labels))  # (B, T)
-                with ranks.alone(forward, last=i == settings.accum - 1):
-                    with autocast():
-                        h_t = None
-                        if objective.needs_teacher:
-                            with torch.no_grad():
-                                h_t = teacher(x)  # (B, T, C)
-                        h_s = forward(x)  # (B, T, C)
-                        loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t)
-                    scaler.scale(loss * ranks.size).backward()  # see Ranks.wrap
-                shares.append(torch.cat([loss.detach().float()[None], parts]))
+            for i in range(A):
+                part = slice(i * B, (i + 1) * B)
+                x, y = ids[part], labels[part]  # (B, T)
+                with ranks.alone(forward, last=i == A - 1):
+                    shares.append(learn(x, y, int((y != IGNORE).sum()), counts))
                 if stop.signal is not None and ranks.size == 1:
                     break
                 if time.monotonic() - last_line > 10:  # updates may take minutes: show life inside them
                     last_line = time.monotonic()
-                    ranks.say(f"  update {update + 1}/{total}: micro-batch {i + 1}/{settings.accum}")
+                    ranks.say(f"  update {update + 1}/{total}: micro-batch {i + 1}/{A}")
             if stop.signal is not None and ranks.size == 1:
                 break  # what was begun is not counted: resume does it again, to the same bits
 
@@ -432,7 +471,7 @@ def train(settings, argv=()):
             ends = [stop.signal or 0, ranks.first and time.monotonic() - began > limit]
             loss, kl, ce, cos, mse, signals, late = ranks.sum(*shares.sum(0).tolist(), *ends)
             if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
-                raise UserError(not_finite(update, shares[:, 0], norm, share, ranks, settings, out))
+                raise UserError(not_finite(update, shares[:, 0], norm, B, share, ranks, out))
             scaler.step(optimizer)  # with fp16, an overflow skips the step and lowers the scale
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -501,12 +540,12 @@ def shown(figures):
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value)
 
 
-def not_finite(update, losses, norm, share, ranks, settings, out):
+def not_finite(update, losses, norm, B, share, ranks, out):
     """Says which update and which sequences gave a loss or gradient that is not a number, and what is safe."""
     G, bad = share * ranks.size, (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
-        first = update * G + ranks.rank * share + bad[0] * settings.batch
-        last = first + settings.batch - 1
+        first = update * G + ranks.rank * share + bad[0] * B
+        last = first + B - 1
         what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {last})"
     else:
         what = f"the gradient's norm is {norm.item()} (sequences {update * G} to {(update + 1) * G - 1})"

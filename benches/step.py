@@ -1,9 +1,11 @@
-"""One update of the published recipe, scaled to a CPU: the original script's way against ours, and where ours goes.
+"""One update of the published recipe: the original script's way against ours, and where ours goes.
 
-The shapes are those at which the original script was measured: a 4 x 256 teacher, half of it as the student, the real
-vocabulary's size, 8 sequences of 128 tokens in each of 5 micro-batches.
+On a GPU: BERT-base's shape as the teacher, 6 of its layers as the student, T = 128 and 512, bf16. On a CPU the shapes
+at which the original script was measured there: a 4 x 256 teacher, half of it as the student, the real vocabulary's
+size, 8 sequences of 128 tokens in each of 5 micro-batches, fp32. Weights are random: they cost what trained ones do.
 """
 
+import contextlib
 import json
 import pathlib
 import random
@@ -17,7 +19,11 @@ import torch.nn.functional as F
 
 from benches.process import ROOT, last_line
 from minidistil import weights
+from minidistil.accounting import account, peak_tflops, training_flops_per_token
+from minidistil.ahead import Ahead
 from minidistil.data import IGNORE, Corpus, Sequences
+from minidistil.losses import Objective
+from minidistil.machine import choose_device, precision
 from minidistil.measure import spread
 from minidistil.memory import peak_rss_mib
 from minidistil.metrics import read_metrics
@@ -29,6 +35,17 @@ STEP = dict(
     layers=4, width=256, heads=4, mlp_width=1024, vocab_size=30522, T=128, batch=8, accum=5, updates=12, padding=6
 )  # fmt: skip
 TINY_STEP = STEP | dict(width=32, heads=2, mlp_width=64, vocab_size=500, T=32, batch=2, updates=2, padding=2)
+BERT_STEP = STEP | dict(layers=12, width=768, heads=12, mlp_width=3072)  # 122,880 tokens an update, as published
+GPU_STEPS = [BERT_STEP | dict(T=128, batch=20, accum=48), BERT_STEP | dict(T=512, batch=5, accum=48)]
+
+# settings of train.py, and whether our kernels are on; elsewhere than on a GPU there are no kernels to turn off
+OURS = {"ours, all rows": (dict(kd_rows="all"), True), "ours, masked rows": (dict(kd_rows="masked"), True)}
+OURS_ON_GPU = {
+    "ours, all rows, no kernels": (dict(kd_rows="all"), False),
+    "ours, masked rows, no kernels": (dict(kd_rows="masked"), False),
+    "ours, all rows, compiled": (dict(kd_rows="all", compile=True), True),
+    "ours, masked rows, compiled": (dict(kd_rows="masked", compile=True), True),
+}
 
 
 def make_world(folder, shape, words=400_000, seed=0):
@@ -38,42 +55,58 @@ def make_world(folder, shape, words=400_000, seed=0):
     rng = random.Random(seed)
     vocab = [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(shape["vocab_size"] - 5))]
     shape = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
-    weights.save_model(folder / "teacher", MaskedLM(Config(positions=128, **shape), seed=seed))
-    Tokenizer(vocab, max_length=128).save(folder / "teacher", "bert")
+    weights.save_model(folder / "teacher", MaskedLM(Config(**shape), seed=seed))
+    Tokenizer(vocab, max_length=512).save(folder / "teacher", "bert")
     frequencies = [1 / (i + 10) for i in range(len(vocab) - 5)]
     drawn = rng.choices(vocab[5:], frequencies, k=words)
     (folder / "text.txt").write_text("\n".join(" ".join(drawn[i : i + 200]) for i in range(0, words, 200)))
     prepare([str(folder / "text.txt")], folder / "teacher", folder / "corpus", val_share=0.05, progress=False)
 
 
-def ours(folder, shape, kd_rows):
-    """Runs train.py itself; returns its own tokens/s from the second update on, and peak memory."""
-    command = [sys.executable, ROOT / "train.py", "--teacher", folder / "teacher", "--data", folder / "corpus"]
-    command += ["--seq-len", shape["T"], "--batch", shape["batch"], "--accum", shape["accum"]]
-    command += ["--steps", shape["updates"] + 1, "--kd-rows", kd_rows]
-    command += ["--eval-tokens", 1024, "--eval-every", 1000, "--save-every", 1000, "--device", "cpu"]
+def train_here(folder, shape, device, flags, out):
+    """Runs train.py's `train` in this process, on a GPU with as large micro-batches as fit; returns its summary."""
+    import train
+
+    with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout belongs to the caller
+        return train.train(train.Settings(
+            teacher=f"{folder}/teacher", data=f"{folder}/corpus", seq_len=shape["T"], batch=shape["batch"],
+            accum=shape["accum"], micro_batch="auto", steps=shape["updates"] + 1, eval_tokens=1024, eval_every=1000,
+            save_every=1000.0, device=device, out=out, **flags,
+        ))  # fmt: skip
+
+
+def ours(folder, shape, device, flags, kernels=True):
+    """Returns train.py's own tokens/s from the second update on, and peak memory."""
+    if not kernels:
+        from kernels import layer_norm, linear_distill_kl
+
+        layer_norm.on_triton = linear_distill_kl.on_triton = lambda x: False
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        summary = last_line(subprocess.run([*map(str, command), "--out", out], capture_output=True, text=True))
+        summary = train_here(folder, shape, device, flags, out)
         records = read_metrics(pathlib.Path(out) / "metrics.jsonl")
     # the rate after k updates is k over the time they took: the first warms up, as in `original`
     first, *_, last = (r for r in records if "loss" in r)
     took = [r["step"] / r["tokens_per_second"] for r in (first, last)]
-    return summary | {"tokens_per_second": (last["step"] - first["step"]) / (took[1] - took[0])}
+    peak = summary["peak_gpu_mib"] or summary["peak_rss_mib"]
+    return {"tokens_per_second": (last["step"] - first["step"]) / (took[1] - took[0]), "peak_mib": peak}
 
 
-def original(folder, shape):
+def original(folder, shape, device):
     """The same update the way the original script writes it, in plain PyTorch; returns tokens/s and peak memory.
 
     After huggingface/transformers-research-projects, distillation/distiller.py: padded batches with an attention mask,
     logits of every position from both models, rows taken out by masked_select, KLDivLoss + CrossEntropyLoss +
-    CosineEmbeddingLoss, a mean per micro-batch, several host reads a step, AdamW without fusion, fp32.
+    CosineEmbeddingLoss, a mean per micro-batch, several host reads a step, AdamW without fusion; autocast to bf16 on a
+    GPU, fp32 on a CPU.
     """
-    folder = pathlib.Path(folder)
+    folder, device = pathlib.Path(folder), torch.device(device)
+    autocast, _ = precision("bf16" if device.type == "cuda" else "fp32", device)
     tokenizer = Tokenizer.load(folder / "teacher")
     corpus = Corpus(folder / "corpus")
     sequences = Sequences(corpus.train, shape["T"], tokenizer, 0, corpus.counts, 0.7, shuffle=True)
     teacher = weights.load_model(folder / "teacher").eval()
-    student = weights.student_from_teacher(teacher, weights.student_layers(teacher.config.layers)).train()
+    student = weights.student_from_teacher(teacher, weights.student_layers(teacher.config.layers)).train().to(device)
+    teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 5e-4, (0.9, 0.98), eps=1e-6, fused=False, foreach=False)
     G, tau, n, start = shape["batch"] * shape["accum"], 2.0, 0, time.perf_counter()
     for update in range(shape["updates"] + 1):
@@ -85,21 +118,23 @@ def original(folder, shape):
             lengths = torch.randint(shape["T"] - shape["padding"], shape["T"] + 1, (len(x),))
             mask = torch.arange(shape["T"])[None] < lengths[:, None]  # (B, T)
             y = y.masked_fill(~mask, IGNORE)
-            h_s = student(x, mask)
-            s = student.logits(h_s)  # (B, T, V)
-            with torch.no_grad():
-                h_t = teacher(x, mask)
-                t = teacher.logits(h_t)
-            rows = mask[..., None].expand_as(s)
-            s_rows, t_rows = (torch.masked_select(z, rows).view(-1, s.size(-1)) for z in (s, t))  # (N, V)
-            kl = torch.nn.KLDivLoss(reduction="batchmean")(
-                F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)
-            ) * tau**2
-            ce = torch.nn.CrossEntropyLoss(ignore_index=IGNORE)(s.view(-1, s.size(-1)), y.flatten())
-            wide = mask[..., None].expand_as(h_s)
-            c_s, c_t = (torch.masked_select(h, wide).view(-1, h.size(-1)) for h in (h_s, h_t))
-            cos = torch.nn.CosineEmbeddingLoss()(c_s, c_t, c_s.new_ones(len(c_s)))
-            loss = 5.0 * kl + 2.0 * ce + cos
+            x, y, mask = x.to(device), y.to(device), mask.to(device)
+            with autocast():
+                h_s = student(x, mask)
+                s = student.logits(h_s)  # (B, T, V)
+                with torch.no_grad():
+                    h_t = teacher(x, mask)
+                    t = teacher.logits(h_t)
+                rows = mask[..., None].expand_as(s)
+                s_rows, t_rows = (torch.masked_select(z, rows).view(-1, s.size(-1)) for z in (s, t))  # (N, V)
+                kl = torch.nn.KLDivLoss(reduction="batchmean")(
+                    F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)
+                ) * tau**2
+                ce = torch.nn.CrossEntropyLoss(ignore_index=IGNORE)(s.view(-1, s.size(-1)), y.flatten())
+                wide = mask[..., None].expand_as(h_s)
+                c_s, c_t = (torch.masked_select(h, wide).view(-1, h.size(-1)) for h in (h_s, h_t))
+                cos = torch.nn.CosineEmbeddingLoss()(c_s, c_t, c_s.new_ones(len(c_s)))
+                loss = 5.0 * kl + 2.0 * ce + cos
             logged = [x.item() for x in (loss, kl, ce, cos)]
             (loss / shape["accum"]).backward()
             n += int(mask.sum()) if update else 0
@@ -107,7 +142,8 @@ def original(folder, shape):
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    return {"tokens_per_second": n / seconds, "peak_rss_mib": peak_rss_mib(), "loss": logged[0]}
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
+    return {"tokens_per_second": n / seconds, "peak_mib": round(peak, 1), "loss": logged[0]}
 
 
 # ---- where an update of ours goes
@@ -116,30 +152,27 @@ PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimiser")
 
 
 class Stopwatch:
-    """Seconds of train.py's phases, by a watch around each function that is one; the first update is not counted.
+    """Seconds of train.py's phases, by a watch around each function that is one, in all updates but the first.
 
-    The loss computes its gradient with its value, so that `backward` is that of the student's body. On a GPU the
-    device is waited for around each phase: the sum is then more than an update that is not watched takes.
+    The loss computes its gradient with its value, so that `backward` is that of the student's body; `data` is what the
+    loop waits for it. On a GPU the device is waited for around each phase: the sum is then more than an update that is
+    not watched takes.
     """
 
-    def __init__(self):
-        self.seconds, self.inside, self.updates = dict.fromkeys(PHASES, 0.0), False, 0
+    def __init__(self, updates):
+        self.seconds, self.left = dict.fromkeys(PHASES, 0.0), updates
+        self.updates = updates - 1  # that count
 
     def watch(self, owner, name, phase):
         """Replaces a function or method by one that counts its time; `phase` may be chosen by the first argument."""
         function = getattr(owner, name)
 
         def watched(*args, **options):
-            key = phase if isinstance(phase, str) else phase(args[0])
-            if key == "data":  # an update begins here; evaluations, which come between updates, do not count
-                self.inside, self.updates = self.updates > 0, self.updates + 1
-            if not self.inside:
-                return function(*args, **options)
             start = self.now()
             result = function(*args, **options)
-            self.seconds[key] += self.now() - start
-            if owner is torch.optim.AdamW:
-                self.inside = False
+            if 0 < self.left <= self.updates:  # what comes before the second update, and evaluation, do not count
+                self.seconds[phase if isinstance(phase, str) else phase(args[0])] += self.now() - start
+            self.left -= owner is torch.optim.AdamW
             return result
 
         setattr(owner, name, watched)
@@ -150,24 +183,20 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def phases(folder, shape, kd_rows):
+def phases(folder, shape, device, flags):
     """Runs train.py's `train` in this process; returns milliseconds an update of each phase."""
     import train
 
-    watch = Stopwatch()
-    watch.watch(Sequences, "take", lambda sequences: "data" if sequences.shuffle else "held-out")
+    watch = Stopwatch(shape["updates"] + 1)
+    watch.watch(Ahead, "__call__", "data")
     watch.watch(MaskedLM, "forward", lambda model: "student forward" if model.training else "teacher")
     watch.watch(train, "distillation_loss", "loss")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(torch.nn.utils, "clip_grad_norm_", "optimiser")
     watch.watch(torch.optim.AdamW, "step", "optimiser")
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        train.train(train.Settings(
-            teacher=f"{folder}/teacher", data=f"{folder}/corpus", seq_len=shape["T"], batch=shape["batch"],
-            accum=shape["accum"], steps=shape["updates"] + 1, kd_rows=kd_rows, eval_tokens=1024, eval_every=1000,
-            save_every=1000.0, device="cpu", out=out,
-        ))  # fmt: skip
-    return {phase: 1000 * seconds / (watch.updates - 1) for phase, seconds in watch.seconds.items()}
+        train_here(folder, shape, device, flags, out)
+    return {phase: 1000 * seconds / watch.updates for phase, seconds in watch.seconds.items()}
 
 
 def draw_step(path, results):
@@ -190,27 +219,47 @@ def alone(function, *arguments):
     return last_line(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
 
 
-def bench_step(settings):
+def step_results(shape, device, rounds, words):
     """Tokens/s and peak memory of each provider, in turn; then the phases of ours, in runs of their own."""
-    shape, rows = TINY_STEP if settings.tiny else STEP, {"ours, all rows": "all", "ours, masked rows": "masked"}
-    measured = {"original's way": [], **{provider: [] for provider in rows}}
+    providers = OURS | (OURS_ON_GPU if device.type == "cuda" else {})
+    measured, took = {"original's way": [], **{provider: [] for provider in providers}}, {}
     with tempfile.TemporaryDirectory() as folder:
-        make_world(pathlib.Path(folder), shape, 40_000 if settings.tiny else 400_000)
-        for _ in range(settings.rounds or 3):
-            measured["original's way"].append(alone("original", folder, shape))
-            for provider, kd_rows in rows.items():
-                measured[provider].append(ours(pathlib.Path(folder), shape, kd_rows))
-        took = {provider: alone("phases", folder, shape, kd_rows) for provider, kd_rows in rows.items()}
-    results = []
+        make_world(pathlib.Path(folder), shape, words)
+        for _ in range(rounds):
+            measured["original's way"].append(alone("original", folder, shape, str(device)))
+            for provider, (flags, kernels) in providers.items():
+                measured[provider].append(alone("ours", folder, shape, str(device), flags, kernels))
+        for provider in OURS:
+            took[provider] = alone("phases", folder, shape, str(device), OURS[provider][0])
+    teacher = Config(**{k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")})
+    student = teacher.student(teacher.layers // 2)
+    peak, results = peak_tflops(device, "bf16"), []
     for provider, runs in measured.items():
+        speeds = spread([m["tokens_per_second"] for m in runs])
+        rows = providers[provider][0]["kd_rows"] if provider in providers else "all"
+        flops = training_flops_per_token(Objective(kd_rows=rows), teacher, student, shape["T"])
+        figures = account(0, speeds[1], flops, peak, 1)
         results.append({
-            "case": "step", "provider": provider, "shape": shape,
-            "tokens_per_second": [round(x, 1) for x in spread([m["tokens_per_second"] for m in runs])],
-            "peak_mib": max(m["peak_rss_mib"] for m in runs),
+            "case": "step", "provider": provider, "shape": shape, "tokens_per_second": [round(x, 1) for x in speeds],
+            "peak_mib": max(m["peak_mib"] for m in runs),
+            **{k: figures[k] for k in ("tflops_per_second", "utilisation", "published_device_hours")},
         })  # fmt: skip
         if provider in took:
             results[-1]["phases"] = {phase: round(ms, 1) for phase, ms in took[provider].items()}
-    base = results[0]["tokens_per_second"][1]
     for result in results:
-        result["speed_up"] = round(result["tokens_per_second"][1] / base, 2)
+        result["speed_up"] = round(result["tokens_per_second"][1] / results[0]["tokens_per_second"][1], 2)
+    return results
+
+
+def bench_step(settings):
+    """On a GPU at both lengths, on a CPU at the shapes of the original's measurement."""
+    device, tiny = choose_device(settings.device), settings.tiny
+    shapes = [TINY_STEP] if tiny else GPU_STEPS if device.type == "cuda" else [STEP]
+    rounds = settings.rounds or (1 if device.type == "cuda" else 3)
+    words, results = 40_000 if tiny else 400_000 if device.type == "cpu" else 2_000_000, []
+    for shape in shapes:
+        of_shape = step_results(shape, device, rounds, words)
+        for result in of_shape:
+            result["provider"] += f", T = {shape['T']}" if len(shapes) > 1 else ""
+        results += of_shape
     return results

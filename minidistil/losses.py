@@ -57,11 +57,12 @@ class Counts:
 # ---- the whole objective
 
 
-def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t=None):
+def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t=None, masked=None):
     """One micro-batch's share of the update's loss.
 
-    labels (B, T) int64; h_s, h_t (B, T, C) last hidden states of the `MaskedLM`s `student` and `teacher`. The shares of
-    all micro-batches add up to L. Returns (loss, parts): parts is fp32 (4,), this micro-batch's share of the means
+    labels (B, T) int64, of which `masked` are not IGNORE (counted where it is None, which makes the host wait for a
+    GPU); h_s, h_t (B, T, C) last hidden states of the `MaskedLM`s `student` and `teacher`. The shares of all
+    micro-batches add up to L. Returns (loss, parts): parts is fp32 (4,), this micro-batch's share of the means
     (kl, ce, cos, mse), unweighted.
     """
     h_s_rows, row_labels = h_s.flatten(0, 1), labels.flatten()
@@ -71,7 +72,8 @@ def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t
         cos = (1 - F.cosine_similarity(h_s_rows.float(), h_t_rows.float(), dim=-1)).sum() / counts.tokens
     if objective.kd_rows == "masked" or not objective.on_logits:
         # no other row is scored, so no other row meets the vocabulary
-        chosen = (row_labels != IGNORE).nonzero().squeeze(1)
+        here = row_labels != IGNORE
+        chosen = torch.nonzero_static(here, size=int(here.sum()) if masked is None else masked).squeeze(1)
         row_labels, h_s_rows = row_labels[chosen], h_s_rows[chosen]
         h_t_rows = None if h_t_rows is None else h_t_rows[chosen]
     on_teacher = (None, None, None)

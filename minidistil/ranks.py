@@ -55,6 +55,14 @@ class Ranks:
         dist.all_reduce(numbers)
         return numbers.tolist()
 
+    def least(self, number):
+        """The smallest of all ranks' integers."""
+        if self.size == 1:
+            return number
+        numbers = [None] * self.size
+        dist.all_gather_object(numbers, number)
+        return min(numbers)
+
     def same(self, make):
         """What `make()` gives on rank 0, on every rank."""
         if self.size == 1:

@@ -7,8 +7,10 @@ import torch
 
 import bench
 import train
-from benches import step
+from benches import prepare, step
+from data import docstrings
 from minidistil import weights
+from minidistil.ahead import Ahead
 from minidistil.cli import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Counts, Objective, distillation_loss
@@ -27,7 +29,7 @@ def run(case, out, capsys):
 def test_step(tmp_path, capsys, monkeypatch):
     # in this process, which is quicker; what the stopwatch replaces is put back afterwards
     monkeypatch.setattr(step, "alone", lambda function, *arguments: getattr(step, function)(*arguments))
-    for owner, name in ((Sequences, "take"), (MaskedLM, "forward"), (train, "distillation_loss"),
+    for owner, name in ((Ahead, "__call__"), (MaskedLM, "forward"), (train, "distillation_loss"),
                         (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_"),
                         (torch.optim.AdamW, "step")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -36,6 +38,7 @@ def test_step(tmp_path, capsys, monkeypatch):
     for r in results:
         low, middle, high = r["tokens_per_second"]
         assert 0 < low <= middle <= high and r["peak_mib"] > 100 and r["speed_up"] > 0
+        assert r["published_device_hours"] == pytest.approx(12.6e9 / middle / 3600, rel=1e-3)
     assert bench.speed_table(results).count("\n") == 4
     for r in results[1:]:
         assert list(r["phases"]) == list(step.PHASES) and all(ms > 0 for ms in r["phases"].values())
@@ -43,6 +46,34 @@ def test_step(tmp_path, capsys, monkeypatch):
         whole = 1000 * 5 * 2 * 32 / r["tokens_per_second"][1]
         assert 0.3 * whole < sum(r["phases"].values()) < 3 * whole
     assert (tmp_path / "step.svg").read_text().count("<rect") == 1 + 2 * len(step.PHASES)
+
+
+def test_prepare(tmp_path, capsys, monkeypatch):
+    """The same bytes from one worker, from two, and after a kill in the middle; other bytes are not timed."""
+    texts = [f"Returns the {i}th of {i + 1} elements.\n\nSee also: row {i}, column {i % 7}" for i in range(2000)]
+    monkeypatch.setattr(docstrings, "harvest", lambda paths: texts)
+    one, two = run("prepare", tmp_path, capsys)
+    assert one["hashes"] == two["hashes"] and one["shape"]["megabytes"] >= 4
+    assert 0 < one["peak_mib"] < two["peak_mib"] < 500 and one["mb_per_second"] > 0
+    assert bench.prepare_table([one, two]).count("\n") == 3
+    summary = {"seconds": 1.0, "tokens_per_second": 9, "peak_mib": 1.0, "tokens": {"train": 5}}
+    monkeypatch.setattr(prepare, "prepared", lambda text, out, workers, kill_after=None: (
+        None if kill_after else summary | {"hashes": {"train.bin": str(workers)}}
+    ))  # fmt: skip
+    with pytest.raises(UserError, match="other bytes than one worker"):
+        prepare.bench_prepare(bench.Settings(case="prepare", tiny=True))
+
+
+def test_varied_text_keeps_its_documents(tmp_path, monkeypatch):
+    """Repetitions have other words in the same number of documents, none of them empty."""
+    texts = [f"word{i} stands\nbefore word{i + 1}" for i in range(300)]
+    monkeypatch.setattr(docstrings, "harvest", lambda paths: texts)
+    prepare.write_text(tmp_path / "text.txt", 3 * sum(map(len, texts)))
+    lines = (tmp_path / "text.txt").read_text().splitlines()
+    assert len(lines) % 300 == 0 and len(lines) >= 900 and all(len(line.split()) == 4 for line in lines)
+    first, second = lines[:300], lines[300:600]
+    assert 0.02 < sum(a != b for a, b in zip(first, second, strict=True)) / 300 < 0.5
+    assert sorted(" ".join(first).split()) != sorted(" ".join(texts).split())
 
 
 def test_tokenizer(tmp_path, capsys):
@@ -55,7 +86,7 @@ def test_the_original_has_the_same_loss(tmp_path):
     """Where its padding hides nothing and its micro-batch is the update, the baseline's loss is our objective's."""
     shape = step.TINY_STEP | dict(accum=1, updates=0)
     step.make_world(tmp_path, shape, 20_000)
-    logged = step.original(tmp_path, shape | {"padding": 0})["loss"]
+    logged = step.original(tmp_path, shape | {"padding": 0}, "cpu")["loss"]
     teacher = weights.load_model(tmp_path / "teacher").eval().requires_grad_(False)
     student = weights.student_from_teacher(teacher, [0, 3]).eval()
     corpus = Corpus(tmp_path / "corpus")

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from minidistil import checkpoint, weights
@@ -68,17 +69,40 @@ def test_defaults_are_the_published_recipe():
 
 def test_accumulation_does_not_change_the_update(tiny, tmp_path):
     """64 x 1 and 1 x 64: every parameter equal to 1e-6 of its tensor's norm after 5 updates, fp32, without dropout."""
-    for name, batch, accum in (("wide", 64, 1), ("long", 1, 64), ("both", 16, 4)):
-        train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, dropout=0.0))
+    splits = {"wide": (64, 1, None), "long": (1, 64, None), "both": (16, 4, None), "anew": (1, 64, "32")}
+    for name, (batch, accum, at_once) in splits.items():
+        train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, micro_batch=at_once, dropout=0.0))
     wide = weights_of(tmp_path / "wide")
     start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
     assert (wide["distilbert.embeddings.word_embeddings.weight"] - start).norm() > 1e-3 * start.norm()
-    for name in ("long", "both"):
+    for name in ("long", "both", "anew"):
         other = weights_of(tmp_path / name)
         for key in wide:
             if key.endswith("k_lin.bias"):  # shifts a query's scores alike: the true gradient is 0, ours is rounding
                 continue
             assert (wide[key] - other[key]).norm() <= 1e-6 * wide[key].norm(), (name, key)
+
+
+def test_compiled_models_learn_the_same(tiny, tmp_path, monkeypatch):
+    """--compile traces both models whole, once, before the clock starts, and changes nothing but rounding."""
+    traced, compile = [], torch.compile
+    backend = CompileCounterWithBackend("aot_eager")  # all of compiling but generating code
+
+    def quickly(model, **options):
+        traced.append(model.training)
+        return compile(model, backend=backend, fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    shape = dict(dropout=0.0, micro_batch="8", steps=3)
+    train.train(settings(tiny, tmp_path / "eager", **shape))
+    assert not traced
+    train.train(settings(tiny, tmp_path / "compiled", compile=True, **shape))
+    assert traced == [False, True] and backend.frame_count == 2
+    eager, compiled = weights_of(tmp_path / "eager"), weights_of(tmp_path / "compiled")
+    assert eager.keys() == compiled.keys()
+    for key in eager:
+        if not key.endswith("k_lin.bias"):
+            assert (eager[key] - compiled[key]).norm() <= 1e-4 * eager[key].norm(), key
 
 
 def test_saving_does_not_count_as_training(tiny, tmp_path, monkeypatch):

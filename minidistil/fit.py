@@ -1,0 +1,39 @@
+"""The largest micro-batch that a GPU holds, found by trying."""
+
+import torch
+
+from minidistil.cli import UserError
+
+MOST_TOKENS = 2**19  # in a micro-batch: no GPU is faster with more, and element counts stay within 32 bits
+SPARE = 0.05  # share of the GPU's memory that is left for what comes and goes: evaluation, fragments
+
+
+def largest_that_fits(n, most, attempt):
+    """Returns the largest divisor of `n`, at most `most`, for which `attempt(divisor)` does not run out of memory."""
+    for size in (m for m in range(min(n, max(most, 1)), 0, -1) if n % m == 0):
+        try:
+            attempt(size)
+        except torch.OutOfMemoryError:
+            pass  # freed after this clause, in which the exception still holds the tensors that did fit
+        else:
+            return size
+        finally:
+            torch.cuda.empty_cache()
+    raise UserError("not even one sequence fits on this GPU: use a smaller --seq-len or student, or --device cpu")
+
+
+def rehearse(student, learn, micro_batch, device):
+    """Takes the memory of the fullest moment of training, and leaves no trace: gradients are gone afterwards.
+
+    That is the second micro-batch of an update, when a gradient is added to another, beside AdamW's two moments of each
+    weight and, with several ranks, the gradients' buckets. `learn(*micro_batch)` is a forward and a backward pass.
+    """
+    taken = [torch.empty_like(p) for p in student.parameters() for _ in range(3)]
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        taken.append(torch.empty(int(SPARE * memory), dtype=torch.uint8, device=device))
+    try:
+        for _ in range(2):
+            learn(*micro_batch)
+    finally:
+        student.zero_grad(set_to_none=True)

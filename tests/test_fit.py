@@ -1,0 +1,126 @@
+"""The micro-batch that fits: found by trying, and the trial leaves no trace."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_train import same_bits, settings
+
+import train
+from minidistil import fit
+from minidistil.cli import UserError
+from minidistil.model import Config, MaskedLM
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("room, most, expected", [(100, 100, 60), (59, 100, 30), (100, 31, 30), (7, 100, 6), (1, 0, 1)])
+def test_the_largest_divisor_that_has_room(room, most, expected):
+    tried = []
+
+    def attempt(size):
+        tried.append(size)
+        if size > room:
+            raise torch.OutOfMemoryError("full")
+
+    assert fit.largest_that_fits(60, most, attempt) == expected
+    assert tried == sorted(tried, reverse=True) and tried[-1] == expected and all(60 % size == 0 for size in tried)
+
+
+def test_nothing_fits():
+    def attempt(size):
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(UserError, match="not even one sequence"):
+        fit.largest_that_fits(6, 6, attempt)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def attempt(size):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit.largest_that_fits(6, 6, attempt)
+
+
+def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace():
+    """The second pass finds the first one's gradients, as in an update; afterwards there are none, even if it fails."""
+    student = MaskedLM(Config(vocab_size=50, positions=16, layers=1, heads=2, width=8, mlp_width=16), seed=0)
+    before = [p.clone() for p in student.parameters()]
+    found = []
+
+    def learn(ids):
+        found.append(student.encoder.embeddings.words.weight.grad is not None)
+        student.logits(student(ids).flatten(0, 1)).square().sum().backward()
+
+    fit.rehearse(student, learn, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
+    assert found == [False, True]
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
+
+    def overflow(ids):
+        learn(ids)
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fit.rehearse(student, overflow, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeypatch):
+    """The search before the first update changes no bit of the run with the size that it finds."""
+    train.train(settings(tiny, tmp_path / "given", batch=1, accum=8, micro_batch="4"))
+    sizes = []
+
+    def trial(n, most, attempt):
+        for size in (8, 4):
+            attempt(size)
+            sizes.append(size)
+        return 4
+
+    monkeypatch.setattr(train, "largest_that_fits", trial)
+    monkeypatch.setattr(train, "searches", lambda device: True)
+    train.train(settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto"))
+    assert sizes == [8, 4] and same_bits(tmp_path / "given", tmp_path / "found")
+
+
+def test_a_cpu_keeps_the_batch(tiny, tmp_path, capsys):
+    train.train(settings(tiny, tmp_path / "auto", batch=2, accum=3, steps=1, micro_batch="auto", device="cpu"))
+    assert "1 updates of 3 x 2 x 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["3", "0", "-1", "16", "many", "2.0"])
+def test_a_size_that_does_not_divide_the_update(size, tiny, tmp_path):
+    with pytest.raises(UserError, match="--micro-batch .*divides batch . accum = 8"):
+        train.train(settings(tiny, tmp_path / "out", batch=1, accum=8, micro_batch=size))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_auto_on_a_gpu(tiny, tmp_path, capsys):
+    """A whole update of this size fits at once, and is the same update."""
+    base = settings(tiny, tmp_path / "one", batch=2, accum=16, dropout=0.0, device="cuda")
+    given = train.train(base)
+    found = train.train(dataclasses.replace(base, out=str(tmp_path / "auto"), micro_batch="auto"))
+    assert "5 updates of 1 x 32 x 32" in capsys.readouterr().out
+    compiled = dataclasses.replace(base, out=str(tmp_path / "compiled"), micro_batch="auto", compile=True)
+    assert train.train(compiled)["student"]["mlm_loss"] == pytest.approx(given["student"]["mlm_loss"], rel=1e-4)
+    assert found["student"]["mlm_loss"] == pytest.approx(given["student"]["mlm_loss"], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kd_rows", ["all", "masked"])
+def test_no_wait_for_the_gpu_inside_an_update(kd_rows, tiny, tmp_path):
+    """Sixteen micro-batches make the host wait for the device as often as two do."""
+    waits = []
+    for accum in (2, 2, 16):  # the first compiles
+        out = tmp_path / f"{len(waits)}"
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns() as caught:
+                train.train(settings(tiny, out, batch=2, accum=accum, device="cuda", kd_rows=kd_rows, dtype="bf16"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(w.message) for w in caught))
+    assert waits[1] == waits[2] > 0
