@@ -76,7 +76,7 @@ class Settings:
     student_layers: str = setting(None, "how many of the teacher's layers, or which: 6, or 0,2,4 (default: half)")
     student_init: str = setting(None, "teacher, random, or a folder (default: teacher where there is one)")
     student_config: str = setting(None, "config.json of a student of another shape; its weights are random")
-    dropout: float = setting(None, "dropout of the student, attention included (default: what its config says)")
+    dropout: float = setting(None, "dropout of the student in this run, attention included (default: its config's)")
     # machine
     dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -219,8 +219,7 @@ def build_student(settings, teacher, init):
 
 
 def set_dropout(model, p):
-    """Sets every dropout probability of a model, attention included."""
-    model.config = dataclasses.replace(model.config, dropout=p, attention_dropout=p)
+    """Sets every dropout probability of a model, attention included; what it is saved with stays its config's."""
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout = p

@@ -49,14 +49,17 @@ def padded(items, chosen, pad_id, device):
 
 
 @torch.no_grad()
-def predict(model, items, pad_id, device, batch=64):
-    """Returns a model's logits for each item, fp32 numpy arrays: (K,) of a classifier, (2, tokens) of a reader."""
-    training, results = model.training, [None] * len(items)
+def predict(model, items, pad_id, device, tokens=8192):
+    """Returns a model's logits for each item, fp32 numpy arrays: (K,) of a classifier, (2, T) of a reader.
+
+    About `tokens` of them are computed at once, longest items first, so that memory runs out at once or never.
+    """
+    training, results, done = model.training, [None] * len(items), 0
     model.eval()
-    # longest first, so that memory runs out at once or never
     order = np.argsort([-len(ids) for ids, _ in items], kind="stable")
-    for start in range(0, len(items), batch):
-        chosen = order[start : start + batch]
+    while done < len(items):
+        chosen = order[done : done + max(1, tokens // len(items[order[done]][0]))]
+        done += len(chosen)
         logits = model(*padded(items, chosen, pad_id, device)).float().cpu().numpy()
         for row, i in enumerate(chosen):
             results[i] = logits[row] if logits.ndim == 2 else logits[row][:, : len(items[i][0])].copy()

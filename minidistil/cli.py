@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 
-OUT_OF_MEMORY = "out of memory: use a smaller --batch or a shorter --seq-len"
+OUT_OF_MEMORY = "out of memory: use a smaller --batch (or --micro-batch), or a shorter --seq-len"
 
 
 class UserError(Exception):

@@ -76,7 +76,7 @@ def test_predictions_come_in_the_order_of_the_items():
 
     items = [([1] * n, [0] * n) for n in np.random.default_rng(0).integers(1, 50, 300)]
     model = Longest().train()
-    rows = predict(model, items, 0, "cpu", batch=7)
+    rows = predict(model, items, 0, "cpu", tokens=70)
     assert [row.tolist() for row in rows] == [[len(ids), len(ids)] for ids, _ in items]
     assert model.training
 

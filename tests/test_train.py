@@ -73,6 +73,7 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
     for name, (batch, accum, at_once) in splits.items():
         train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, micro_batch=at_once, dropout=0.0))
     wide = weights_of(tmp_path / "wide")
+    assert weights.read_config(tmp_path / "wide")[0].dropout == 0.1  # of the run, not of the model
     start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
     assert (wide["distilbert.embeddings.word_embeddings.weight"] - start).norm() > 1e-3 * start.norm()
     for name in ("long", "both", "anew"):
