@@ -258,6 +258,11 @@ def searches(device):
     return device.type == "cuda"
 
 
+def dropout_seed(seed, update, rank):
+    """Of the one source of an update's dropout: another on each rank, on rank 0 that of a run of one process."""
+    return int(mix(seed, 6, update + (rank << 40))[0] >> np.uint64(1))
+
+
 # ---- the run
 
 
@@ -420,9 +425,16 @@ def train(settings, argv=()):
         checkpoint.save(out, student, optimizer, {**info, "identity": identity})
         aside += time.monotonic() - start
 
-    def rate():  # for a line of progress
-        tflops = speed() * flops / 1e12 / ranks.size
-        return f"{speed():,.0f} tokens/s  {tflops:.2f} TFLOP/s" + (f" ({tflops / peak:.0%} of peak)" if peak else "")
+    def accounts():  # at this speed, for the whole run and for the published one
+        return account(total * G * T, speed(), flops, peak, ranks.size, settings.price_per_hour)
+
+    def rate(figures):  # for a line of progress
+        share = f" ({figures['utilisation']:.0%} of peak)" if peak else ""
+        cost = "" if figures["cost"] is None else f"  {figures['cost']:,.2f} in all"
+        return f"{speed():,.0f} tokens/s  {figures['tflops_per_second']:.2f} TFLOP/s{share}{cost}"
+
+    def peak_mib():  # of the device
+        return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
 
     def speed():  # tokens/s of training in this process, evaluating and saving apart
         return (update - first_update) * G * T / max(time.monotonic() - began - aside, 1e-9)
@@ -441,8 +453,7 @@ def train(settings, argv=()):
     with Stop() as stop, metrics, ranks.together(f"go on from the last checkpoint with: {command}"):
         over = False
         while update < total and not over:
-            # dropout's only source; on rank 0 as in a run of one process
-            torch.manual_seed(int(mix(settings.seed, 6, update + (ranks.rank << 40))[0] >> np.uint64(1)))
+            torch.manual_seed(dropout_seed(settings.seed, update, ranks.rank))
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -478,13 +489,14 @@ def train(settings, argv=()):
             over = bool(signals or late)
 
             record = {"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
-            speeds = {"tokens_per_second": round(speed(), 1), "tflops_per_second": round(speed() * flops / 1e12, 3)}
-            log({"step": update, **record, "grad_norm": norm.item(), **speeds})
+            machine = {k: v for k, v in accounts().items() if not k.startswith("published")}
+            machine |= {"tokens_per_second": round(speed(), 1), "peak_mib": round(peak_mib(), 1)}
+            log({"step": update, **record, "grad_norm": norm.item(), **machine})
             if time.monotonic() - last_line > 2 or update in (first_update + 1, total):
                 last_line = time.monotonic()
                 left = duration((total - update) * G * T / speed())
                 ranks.say(
-                    f"update {update:>6}/{total}  {shown(record)}  {rate()}  {left} left  {peak_rss_mib():,.0f} MiB"
+                    f"update {update:>6}/{total}  {shown(record)}  {rate(machine)}  {left} left  {peak_mib():,.0f} MiB"
                 )
             if update % eval_every == 0 or update == total:
                 figures = evaluate()
@@ -516,11 +528,11 @@ def train(settings, argv=()):
         "teacher": {"parameters": num_params(teacher.config), **held_out.teacher_figures} if teacher else None,
         "student": {"parameters": num_params(student.config), **figures},
     }
-    accounts = account(total * G * T, tokens_per_second, flops, peak, ranks.size, settings.price_per_hour)
+    figures_of_all = accounts()
     ranks.say(
         f"{flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {total} updates take "
-        f"{accounts['device_hours']:,.2f} device-hours, the published recipe's 12.6 billion tokens "
-        f"{accounts['published_device_hours']:,.0f}"
+        f"{figures_of_all['device_hours']:,.2f} device-hours, the published recipe's 12.6 billion tokens "
+        f"{figures_of_all['published_device_hours']:,.0f}"
     )
     student.cpu().eval()
     weights.save_model(out, student)
@@ -529,7 +541,7 @@ def train(settings, argv=()):
     draw_curve(out / "curve.svg", history, held_out.teacher_figures)
     files.write_json(out / "run.json", {
         "settings": dataclasses.asdict(settings), "dtype": dtype, "identity": identity, "versions": versions(),
-        "data": corpus.meta, "summary": summary, "accounting": accounts,
+        "data": corpus.meta, "summary": summary, "accounting": figures_of_all,
     })  # fmt: skip
     return summary
 

@@ -1,5 +1,6 @@
 """Every shipped kernel, compiled for GPUs that are not here: nothing spills, wide loads, few enough instructions."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -19,10 +20,24 @@ BYTES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernels_compile_well(arch):
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """{architecture: the finished process that compiled all kernels for it}, as many at once as there are cores."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, SCRIPT, arch], capture_output=True, text=True, env=environment)
+
+    def compile_for(arch):
+        return subprocess.run([sys.executable, SCRIPT, arch], capture_output=True, text=True, env=environment)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_compile_well(arch, compilations):
+    done = compilations[arch]
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kernels) == 18

@@ -185,9 +185,10 @@ def call(arguments):
 
 
 def comparable(folder):
-    """A run's metrics without its clock."""
+    """A run's metrics without its clock and memory."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [{k: v for k, v in r.items() if not k.endswith("per_second")} for r in records]
+    machine = {"tokens_per_second", "tflops_per_second", "utilisation", "device_hours", "cost", "peak_mib"}
+    return [{k: v for k, v in r.items() if k not in machine} for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +307,22 @@ def test_last_line_is_the_promised_object(uninterrupted):
     import xml.etree.ElementTree
 
     assert len(xml.etree.ElementTree.parse(whole / "curve.svg").getroot()) > 20
+
+
+def test_every_rank_and_update_drops_others():
+    seeds = [train.dropout_seed(seed, update, rank) for seed in (0, 1) for update in range(50) for rank in range(8)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_costs_while_it_runs(tiny, tmp_path, capsys):
+    """Each update's line of metrics.jsonl, and of progress, says what the whole run will take and cost."""
+    train.train(settings(tiny, tmp_path / "out", steps=3, price_per_hour=1e6))
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for r in (r for r in records if "loss" in r):
+        hours = 3 * 8 * 32 / r["tokens_per_second"] / 3600  # 3 updates of 8 sequences of 32 tokens
+        assert r["device_hours"] == pytest.approx(hours, abs=1e-4) and r["cost"] == pytest.approx(1e6 * hours, rel=1e-2)
+        assert r["tflops_per_second"] >= 0 and r["utilisation"] is None and r["peak_mib"] > 100
+    assert f"TFLOP/s  {r['cost']:,.2f} in all  0m00s left" in capsys.readouterr().out
 
 
 def test_resume_of_a_finished_run_changes_nothing(tiny, uninterrupted, tmp_path):
