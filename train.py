@@ -325,7 +325,7 @@ def train(settings, argv=()):
         "data": corpus.meta["sha256"]["train.bin"],
         "teacher": teacher and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
     }
-    update, seconds_before, dtype, scale = 0, 0.0, None, None
+    update, seconds_before, dtype, scale, most = 0, 0.0, None, None, MOST_TOKENS // T
     if settings.resume:
         saved, tensors = checkpoint.load(out)
         before = saved["identity"]
@@ -337,6 +337,7 @@ def train(settings, argv=()):
             raise UserError(f"{out} was begun with other settings ({different}): repeat them, or choose a new --out")
         checkpoint.restore(tensors, student, optimizer, saved["adam_steps"])
         update, seconds_before, dtype, scale = (saved[k] for k in ("update", "seconds", "dtype", "scale"))
+        most = saved["searched"] or most  # a search ends where it did, unless this is a smaller GPU
     dtype = dtype or ranks.same(lambda: choose_dtype(settings.dtype, device))
     autocast, scaler = precision(dtype, device)
     scaler.load_state_dict(scale or scaler.state_dict())
@@ -360,13 +361,13 @@ def train(settings, argv=()):
     def attempt(size):
         x, y = (tensor[:size] for tensor in take(update))
         masked = size * sequences.masked_per_sequence
-        rehearse(student, learn, (x, y, masked, Counts(size * T, masked)), device)
+        rehearse(student, optimizer, learn, (x, y, masked, Counts(size * T, masked)), device)
 
-    B = settings.batch
+    B, searched = settings.batch, None
     if settings.micro_batch not in (None, "auto"):
         B = int(settings.micro_batch)
     elif settings.micro_batch and searches(device):
-        B = ranks.least(largest_that_fits(share, MOST_TOKENS // T, attempt))
+        B = searched = ranks.least(largest_that_fits(share, most, attempt))
     if settings.compile:  # for training's one shape; evaluation, whose shape is another, uses the models as they are
         teach, forward = (model and torch.compile(model, dynamic=False) for model in (teacher, student))
         ranks.say("compiling: this takes a minute")
@@ -422,7 +423,7 @@ def train(settings, argv=()):
             return
         start = time.monotonic()
         info = {"update": update, "seconds": seconds(), "dtype": dtype, "scale": scaler.state_dict()}
-        checkpoint.save(out, student, optimizer, {**info, "identity": identity})
+        checkpoint.save(out, student, optimizer, {**info, "searched": searched, "identity": identity})
         aside += time.monotonic() - start
 
     def accounts():  # at this speed, for the whole run and for the published one

@@ -42,9 +42,7 @@ GPU_STEPS = [BERT_STEP | dict(T=128, batch=20, accum=48), BERT_STEP | dict(T=512
 OURS = {"ours, all rows": (dict(kd_rows="all"), True), "ours, masked rows": (dict(kd_rows="masked"), True)}
 OURS_ON_GPU = {
     "ours, all rows, no kernels": (dict(kd_rows="all"), False),
-    "ours, masked rows, no kernels": (dict(kd_rows="masked"), False),
     "ours, all rows, compiled": (dict(kd_rows="all", compile=True), True),
-    "ours, masked rows, compiled": (dict(kd_rows="masked", compile=True), True),
 }
 
 

@@ -22,13 +22,15 @@ def largest_that_fits(n, most, attempt):
     raise UserError("not even one sequence fits on this GPU: use a smaller --seq-len or student, or --device cpu")
 
 
-def rehearse(student, learn, micro_batch, device):
+def rehearse(student, optimizer, learn, micro_batch, device):
     """Takes the memory of the fullest moment of training, and leaves no trace: gradients are gone afterwards.
 
     That is the second micro-batch of an update, when a gradient is added to another, beside AdamW's two moments of each
-    weight and, with several ranks, the gradients' buckets. `learn(*micro_batch)` is a forward and a backward pass.
+    weight, which it has after its first step, and, with several ranks, the gradients' buckets. `learn(*micro_batch)` is
+    a forward and a backward pass.
     """
-    taken = [torch.empty_like(p) for p in student.parameters() for _ in range(3)]
+    copies = 1 if optimizer.state else 3
+    taken = [torch.empty_like(p) for p in student.parameters() for _ in range(copies)]
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         taken.append(torch.empty(int(SPARE * memory), dtype=torch.uint8, device=device))

@@ -53,7 +53,8 @@ def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace():
         found.append(student.encoder.embeddings.words.weight.grad is not None)
         student.logits(student(ids).flatten(0, 1)).square().sum().backward()
 
-    fit.rehearse(student, learn, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
+    optimizer = torch.optim.AdamW(student.parameters())
+    fit.rehearse(student, optimizer, learn, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
     assert found == [False, True]
     assert all(p.grad is None and torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
 
@@ -62,7 +63,7 @@ def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace():
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
-        fit.rehearse(student, overflow, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
+        fit.rehearse(student, optimizer, overflow, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
     assert all(p.grad is None for p in student.parameters())
 
 
@@ -74,13 +75,18 @@ def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeyp
     def trial(n, most, attempt):
         for size in (8, 4):
             attempt(size)
-            sizes.append(size)
+            sizes.append((size, most))
         return 4
 
     monkeypatch.setattr(train, "largest_that_fits", trial)
     monkeypatch.setattr(train, "searches", lambda device: True)
     train.train(settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto"))
-    assert sizes == [8, 4] and same_bits(tmp_path / "given", tmp_path / "found")
+    assert sizes == [(8, fit.MOST_TOKENS // 32), (4, fit.MOST_TOKENS // 32)]
+    assert same_bits(tmp_path / "given", tmp_path / "found")
+    # a resumed run looks for no more than the first found: on the same device, the same bits
+    again = settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto", resume=True)
+    train.train(again)
+    assert sizes[2:] == [(8, 4), (4, 4)]
 
 
 def test_a_cpu_keeps_the_batch(tiny, tmp_path, capsys):
