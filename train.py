@@ -34,7 +34,7 @@ from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
 from minidistil.fit import MOST_TOKENS, largest_that_fits, rehearse
 from minidistil.losses import Counts, Objective, distillation_loss
-from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
+from minidistil.machine import cast_products, choose_device, choose_dtype, duration, precision, versions
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import MaskedLM, num_params
@@ -342,6 +342,14 @@ def train(settings, argv=()):
     autocast, scaler = precision(dtype, device)
     scaler.load_state_dict(scale or scaler.state_dict())
 
+    # ---- held-out set: fixed blocks, fixed uniform masks, fp32; rank 0 alone evaluates
+    eval_every = settings.eval_every or max(1, total // 10)
+    if ranks.first:
+        val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
+        held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
+    if teacher:  # which has been evaluated
+        cast_products(teacher, dtype)
+
     # ---- micro-batches: A of B sequences are a rank's share of an update
     teach, forward = teacher, student  # as they are, compiled, or wrapped
 
@@ -375,11 +383,8 @@ def train(settings, argv=()):
     forward = ranks.wrap(forward, device)
     A = share // B
 
-    # ---- held-out set: fixed blocks, fixed uniform masks; rank 0 alone evaluates, and writes
-    eval_every = settings.eval_every or max(1, total // 10)
+    # ---- from here on rank 0 writes
     if ranks.first:
-        val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
-        held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
         out.mkdir(parents=True, exist_ok=True)
         metrics_path = out / "metrics.jsonl"
         history = [m for m in read_metrics(metrics_path) if m["step"] <= update] if settings.resume else []

@@ -49,11 +49,24 @@ def choose_dtype(name, device):
     return "bf16" if seconds["bf16"] * 1.5 < seconds["fp32"] else "fp32"
 
 
+HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def precision(dtype, device):
     """Returns (context of a forward pass, loss scaler) for fp32, bf16 or fp16 by name; only fp16 scales its loss."""
-    half = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    half = HALVES[dtype]
     autocast = contextlib.nullcontext if half is None else lambda: torch.autocast(device.type, half)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+
+def cast_products(model, dtype):
+    """Stores the weights of a frozen model's linear layers in fp32, bf16 or fp16 by name.
+
+    Autocast would cast them to the same bits in each forward pass, since it remembers only what takes gradients.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(HALVES[dtype] or torch.float32)
 
 
 def git_revision():

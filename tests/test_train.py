@@ -20,6 +20,7 @@ from minidistil import checkpoint, weights
 from minidistil.cli import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Counts, Objective
+from minidistil.machine import cast_products
 from minidistil.model import Config, MaskedLM
 from minidistil.schedule import lr_at
 from minidistil.tokenizer import Tokenizer
@@ -104,6 +105,19 @@ def test_compiled_models_learn_the_same(tiny, tmp_path, monkeypatch):
     for key in eager:
         if not key.endswith("k_lin.bias"):
             assert (eager[key] - compiled[key]).norm() <= 1e-4 * eager[key].norm(), key
+
+
+def test_a_teacher_cast_once_is_one_that_autocast_casts(tiny):
+    teacher = weights.load_model(tiny / "teacher").eval().requires_grad_(False)
+    ids = torch.randint(5, 200, (2, 32), generator=torch.Generator().manual_seed(0))
+    views = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = teacher(ids)
+            views += [hidden, teacher.head(hidden)]
+        cast_products(teacher, "bf16")
+    assert all(torch.equal(a, b) for a, b in zip(views[:2], views[2:], strict=True))
+    assert teacher.head.dense.weight.dtype == torch.bfloat16 and teacher.decoder[0].dtype == torch.float32
 
 
 def test_saving_does_not_count_as_training(tiny, tmp_path, monkeypatch):
