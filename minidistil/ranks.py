@@ -72,12 +72,18 @@ class Ranks:
         return values[0]
 
     def after_the_first(self, make):
-        """Calls `make` on every rank, on rank 0 first: it may fetch or prepare what the others then find."""
-        if self.first:
-            made = make()
-        if self.size > 1:
+        """Calls `make` on every rank: on rank 0, then on the first of each other machine, then on the rest.
+
+        It may fetch or prepare what the others then find, whether machines share their folders or not.
+        """
+        if self.size == 1:
+            return make()
+        mine = 0 if self.first else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+        for turn in range(3):
+            if turn == mine:
+                made = make()
             dist.barrier()
-        return made if self.first else make()
+        return made
 
     def wrap(self, model, device):
         """The model whose backward pass averages gradients over all ranks: a loss times `size` gives their sum."""

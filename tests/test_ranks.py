@@ -16,6 +16,7 @@ import torch
 import train
 from minidistil import checkpoint
 from minidistil.metrics import read_metrics
+from minidistil.ranks import Ranks
 from minidistil.weights import read_safetensors
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -44,6 +45,17 @@ def parameters(out):
     tensors, metadata = read_safetensors(checkpoint.path_of(out), checksum=True)
     student = {name: tensor.double() for name, tensor in tensors.items() if name.startswith("student.")}
     return student, json.loads(metadata["info"])
+
+
+@pytest.mark.parametrize("rank, local, turns_before", [(0, 0, 0), (8, 0, 1), (9, 1, 2), (1, 1, 2)])
+def test_the_first_of_each_machine_comes_before_its_others(rank, local, turns_before, monkeypatch):
+    """Two machines of eight ranks: what is fetched by one is there when the next look for it."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", 16), ("LOCAL_WORLD_SIZE", 8)):
+        monkeypatch.setenv(name, str(value))
+    events = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
+    assert Ranks().after_the_first(lambda: events.append("made") or "it") == "it"
+    assert events.index("made") == turns_before and events.count("barrier") == 3
 
 
 @pytest.fixture(scope="module")
