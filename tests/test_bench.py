@@ -9,6 +9,7 @@ import bench
 import train
 from benches import prepare, step
 from data import docstrings
+from kernels import layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.ahead import Ahead
 from minidistil.cli import UserError
@@ -46,6 +47,20 @@ def test_step(tmp_path, capsys, monkeypatch):
         whole = 1000 * 5 * 2 * 32 / r["tokens_per_second"][1]
         assert 0.3 * whole < sum(r["phases"].values()) < 3 * whole
     assert (tmp_path / "step.svg").read_text().count("<rect") == 1 + 2 * len(step.PHASES)
+
+
+def test_kernels_can_be_left_out(tmp_path, monkeypatch):
+    """`no kernels` launches none where they would serve: interpreted here, on a GPU there."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module in (layer_norm, linear_distill_kl):
+        monkeypatch.setattr(module, "on_triton", module.on_triton)  # put back afterwards
+    monkeypatch.setattr(layer_norm, "_forward", None)
+    monkeypatch.setattr(linear_distill_kl, "_loss_and_gradient_kernel", None)
+    shape = step.TINY_STEP | dict(accum=1)
+    step.make_world(tmp_path, shape, 20_000)
+    with pytest.raises(TypeError, match="NoneType"):
+        step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"))
+    assert step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"), kernels=False)["tokens_per_second"] > 0
 
 
 def test_prepare(tmp_path, capsys, monkeypatch):
