@@ -81,7 +81,7 @@ class Settings:
     dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
     compile: bool = setting(False, "compile the models first: takes a minute, for long runs")
-    price_per_hour: float = setting(None, "of one device: adds costs to what run.json says of hours")
+    price_per_hour: float = setting(None, "of one device: adds costs to progress, metrics.jsonl and run.json")
     seed: int = setting(0, "of data order, masks, dropout and fresh weights")
     # keeping
     resume: bool = setting(False, "go on from the checkpoint in --out, to the same bits as without the interruption")

@@ -35,7 +35,8 @@ STEP = dict(
     layers=4, width=256, heads=4, mlp_width=1024, vocab_size=30522, T=128, batch=8, accum=5, updates=12, padding=6
 )  # fmt: skip
 TINY_STEP = STEP | dict(width=32, heads=2, mlp_width=64, vocab_size=500, T=32, batch=2, updates=2, padding=2)
-BERT_STEP = STEP | dict(layers=12, width=768, heads=12, mlp_width=3072)  # 122,880 tokens an update, as published
+BERT_STEP = STEP | dict(layers=12, width=768, heads=12, mlp_width=3072)
+# about as many tokens in an update as by default: 122,880 of 128,000
 GPU_STEPS = [BERT_STEP | dict(T=128, batch=20, accum=48), BERT_STEP | dict(T=512, batch=5, accum=48)]
 
 # settings of train.py, and whether our kernels are on; elsewhere than on a GPU there are no kernels to turn off

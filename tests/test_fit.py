@@ -43,7 +43,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         fit.largest_that_fits(6, 6, attempt)
 
 
-def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace():
+def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace(monkeypatch):
     """The second pass finds the first one's gradients, as in an update; afterwards there are none, even if it fails."""
     student = MaskedLM(Config(vocab_size=50, positions=16, layers=1, heads=2, width=8, mlp_width=16), seed=0)
     before = [p.clone() for p in student.parameters()]
@@ -56,6 +56,15 @@ def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace():
     optimizer = torch.optim.AdamW(student.parameters())
     fit.rehearse(student, optimizer, learn, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
     assert found == [False, True]
+    # beside the gradients: AdamW's moments and the buckets before its first step, the buckets alone after it
+    like, made = torch.empty_like, []
+    monkeypatch.setattr(torch, "empty_like", lambda p: made.append(p) or like(p))
+    for steps, copies in ((0, 3), (1, 1)):
+        optimizer.state = {"moments": 0} if steps else {}
+        made.clear()
+        fit.rehearse(student, optimizer, lambda: None, (), CPU)
+        assert len(made) == copies * len(before)
+    monkeypatch.undo()
     assert all(p.grad is None and torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
 
     def overflow(ids):

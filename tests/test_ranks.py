@@ -58,6 +58,15 @@ def test_the_first_of_each_machine_comes_before_its_others(rank, local, turns_be
     assert events.index("made") == turns_before and events.count("barrier") == 3
 
 
+def test_ranks_agree_on_the_smallest(monkeypatch):
+    """GPUs may have room for different micro-batches; an update must be cut alike on all."""
+    assert Ranks().least(7) == 7
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda room, mine: room.__setitem__(
+        slice(None), [9, mine, 8]))  # fmt: skip
+    assert Ranks().least(7) == 7 and Ranks().least(12) == 8
+
+
 @pytest.fixture(scope="module")
 def two(tiny, tmp_path_factory):
     """Two ranks, 2 x 4 sequences each, dropout off: (finished process, its folder)."""
