@@ -1,6 +1,7 @@
 """bench.py runs end to end on small shapes, keeps its contract, and its baseline minimises what the program does."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -47,6 +48,21 @@ def test_step(tmp_path, capsys, monkeypatch):
         whole = 1000 * 5 * 2 * 32 / r["tokens_per_second"][1]
         assert 0.3 * whole < sum(r["phases"].values()) < 3 * whole
     assert (tmp_path / "step.svg").read_text().count("<rect") == 1 + 2 * len(step.PHASES)
+
+
+def test_the_stopwatch_counts_all_updates_but_the_first():
+    class Model:
+        def forward(self):
+            time.sleep(0.01)
+
+    watch = step.Stopwatch(updates=3)
+    watch.watch(Model, "forward", "teacher")
+    counted = []
+    for watch.left in (3, 2, 1, 0):  # the first update, two that count, the evaluation after the last
+        before = watch.seconds["teacher"]
+        Model().forward()
+        counted.append(watch.seconds["teacher"] > before)
+    assert counted == [False, True, True, False] and watch.updates == 2
 
 
 def test_kernels_can_be_left_out(tmp_path, monkeypatch):

@@ -98,8 +98,10 @@ def test_compiled_models_learn_the_same(tiny, tmp_path, monkeypatch):
     shape = dict(dropout=0.0, micro_batch="8", steps=3)
     train.train(settings(tiny, tmp_path / "eager", **shape))
     assert not traced
+    stop, when_it_began = train.Stop, []
+    monkeypatch.setattr(train, "Stop", lambda: when_it_began.append(backend.frame_count) or stop())
     train.train(settings(tiny, tmp_path / "compiled", compile=True, **shape))
-    assert traced == [False, True] and backend.frame_count == 2
+    assert traced == [False, True] and when_it_began == [2] and backend.frame_count == 2
     eager, compiled = weights_of(tmp_path / "eager"), weights_of(tmp_path / "compiled")
     assert eager.keys() == compiled.keys()
     for key in eager:
@@ -118,6 +120,19 @@ def test_a_teacher_cast_once_is_one_that_autocast_casts(tiny):
         cast_products(teacher, "bf16")
     assert all(torch.equal(a, b) for a, b in zip(views[:2], views[2:], strict=True))
     assert teacher.head.dense.weight.dtype == torch.bfloat16 and teacher.decoder[0].dtype == torch.float32
+
+
+def test_the_loss_is_told_how_many_tokens_are_masked(tiny, tmp_path, monkeypatch):
+    """Masked rows are gathered by their number, which the host knows: all of them, in every micro-batch."""
+    loss, told = train.distillation_loss, []
+
+    def listening(objective, counts, labels, *models_and_states):
+        told.append((models_and_states[-1], int((labels != IGNORE).sum())))
+        return loss(objective, counts, labels, *models_and_states)
+
+    monkeypatch.setattr(train, "distillation_loss", listening)
+    train.train(settings(tiny, tmp_path / "out", steps=2, kd_rows="masked"))
+    assert len(told) == 4 and all(said == counted > 0 for said, counted in told)
 
 
 def test_saving_does_not_count_as_training(tiny, tmp_path, monkeypatch):
