@@ -63,15 +63,20 @@ class Embeddings(nn.Module):
         self.types = nn.Embedding(config.token_types, config.width) if config.token_types else None
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.dropout = config.dropout
+        self.tied = False  # whether a decoder shares the words
 
     def forward(self, ids, types=None):
         T = ids.shape[1]
         if T > self.positions.num_embeddings:
             raise ValueError(f"sequence of {T} tokens, but the model has {self.positions.num_embeddings} positions")
-        x = self.words(ids) + self.positions.weight[:T]  # (B, T, C)
+        # the decoder's gradient is a table already, to which a sparse one adds its few rows in place of a second table;
+        # not on a GPU, which would make the host wait for the number of rows
+        sparse = self.tied and not ids.is_cuda and not torch.compiler.is_compiling()
+        x = F.embedding(ids, self.words.weight, sparse=sparse)  # (B, T, C)
         if self.types is not None:
-            # a single-segment input is all type 0, so that its row is added everywhere
+            # before the positions, as in transformers, whose bits ours then are; a single-segment input is all type 0
             x = x + (self.types.weight[0] if types is None else self.types(types))
+        x = x + self.positions.weight[:T]
         x = dropout_add_layer_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps)
         return dropout(x, self.dropout, self.training)
 
@@ -191,6 +196,7 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.head = Head(config)
+        self.encoder.embeddings.tied = True
         initialise(self, config.init_range, seed)
 
     def forward(self, ids, mask=None, types=None):
