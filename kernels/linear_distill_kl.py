@@ -120,44 +120,48 @@ def _loss_and_gradient_rows(a, b, labels, labelled, finite, tau, kl_weight, ce_w
     """Returns the sums (kl, ce, mse) of a few rows, overwrites `a` with their gradient, and spoils `b`.
 
     a = s / tau, b = t / tau or None, both (R, V) fp32 or wider; labels (R,), of which rows `labelled` have one, or all
-    where it is None. PyTorch's softmax is fused; the rest are single passes over a megabyte in cache, into memory that
-    is there already: allocating would cost more than exp.
+    where it is None. Single passes over a few megabytes in cache, into memory that is there already: allocating would
+    cost more than exp.
     """
-    q, p, q_1 = (x[: len(a)] for x in scratch)
+    e, p = (x[: len(a)] for x in scratch)
     kl = ce = mse = a.new_zeros(())
-    torch.softmax(a, -1, out=q)
-    a_max = a.amax(-1, keepdim=True)
-    lse_a = a_max - q.amax(-1, keepdim=True).log()  # the largest q is exp(0) / Z
+    m_a = a.amax(-1, keepdim=True)
+    torch.sub(a, m_a, out=e)
     scored = ce_weight != 0 and (labelled is None or len(labelled) > 0)
     if scored:
         picked = slice(None) if labelled is None else labelled
-        a_1, y = a[picked], labels[picked, None]
-        if tau == 2:  # exp(2 (a - lse_a)), up to a factor the softmax at temperature 1
-            base, q_1 = lse_a[picked], torch.square(q[picked], out=q_1[: len(y)])
-        else:
-            base = a_max[picked]
-            q_1 = torch.sub(a_1, base, out=q_1[: len(y)]).mul_(tau).exp_()
-        Z_1 = q_1.sum(-1, keepdim=True)
-        ce = (Z_1.log() - tau * (a_1.gather(1, y) - base)).sum()
-        share, minus_one = ce_weight / Z_1, torch.full_like(base, -ce_weight)
-    if b is not None:
-        torch.softmax(b, -1, out=p)
-        lse_b = b.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+        y = labels[picked, None]
+        e_y = e[picked].gather(1, y)
+        e_1 = None if tau == 2 else torch.mul(e[picked], tau).exp_()
+    Z_a = e.exp_().sum(-1, keepdim=True)
+    if scored:
+        # exp(s) = exp(s / 2)^2
+        Z_1 = torch.linalg.vector_norm(e[picked], dim=-1, keepdim=True).square_() if tau == 2 else e_1.sum(-1, True)
+        ce = (Z_1.log() - tau * e_y).sum()
+    if b is None:
+        gradient = a.zero_()
+    else:
+        m_b = b.amax(-1, keepdim=True)
+        Z_b = torch.sub(b, m_b, out=p).exp_().sum(-1, keepdim=True)
+        p.mul_(1 / Z_b)
         d = b.sub_(a)
         if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
             d.nan_to_num_(0.0, -FLOOR, FLOOR)
-        kl = torch.dot(p.view(-1), d.view(-1)) + (lse_a - lse_b).sum()
+        kl = torch.dot(p.view(-1), d.view(-1)) + (m_a - m_b + Z_a.log() - Z_b.log()).sum()
+        gradient = torch.mul(e, 1 / Z_a, out=a).sub_(p)
+        if kl_weight * tau != 1:
+            gradient.mul_(kl_weight * tau)
         if mse_weight:
             mse = torch.dot(d.view(-1), d.view(-1)) * tau**2
-    gradient = a.zero_() if b is None else torch.sub(q, p, out=a)
-    if kl_weight * tau != 1:
-        gradient.mul_(kl_weight * tau)
-    if mse_weight:
-        gradient.add_(d, alpha=-2 * mse_weight * tau)
-    if scored and labelled is None:
-        gradient.addcmul_(q_1, share).scatter_add_(1, y, minus_one)
-    elif scored:
-        gradient.index_add_(0, labelled, q_1.mul_(share).scatter_add_(1, y, minus_one))
+            gradient.add_(d, alpha=-2 * mse_weight * tau)
+    if scored:
+        share, minus_one = ce_weight / Z_1, torch.full_like(Z_1, -ce_weight)
+        if labelled is None:
+            e_1 = e.square_() if tau == 2 else e_1
+            gradient.addcmul_(e_1, share).scatter_add_(1, y, minus_one)
+        else:
+            e_1 = e[picked].square_() if tau == 2 else e_1
+            gradient.index_add_(0, labelled, e_1.mul_(share).scatter_add_(1, y, minus_one))
     return torch.stack([kl * tau**2, ce, mse])
 
 
@@ -240,7 +244,7 @@ def _forward(
             models += [(h_t, *_decoder(W_t, b_t, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
         if not kernel:
             biases = [b.to(wide) / tau for _, _, b, _ in models]
-            scratch = [h_s.new_empty(R if h_s.is_cuda else min(R, CACHE_ROWS), V, dtype=wide) for _ in range(3)]
+            scratch = [h_s.new_empty(R if h_s.is_cuda else min(R, CACHE_ROWS), V, dtype=wide) for _ in range(2)]
         for start in range(0, N, R):
             rows = slice(start, min(start + R, N))
             inputs = [(h[rows].to(dtype), W.t(), b, buffer[: rows.stop - start]) for h, W, b, buffer in models]

@@ -98,9 +98,12 @@ def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeyp
     assert sizes[2:] == [(8, 4), (4, 4)]
 
 
-def test_a_cpu_keeps_the_batch(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("tokens, split", [(2560, "1 x 6"), (32 * 5, "2 x 3"), (31, "6 x 1")])
+def test_auto_on_a_cpu_searches_nothing(tokens, split, tiny, tmp_path, capsys, monkeypatch):
+    """The largest micro-batch of at most so many tokens that divides the update, and never less than a sequence."""
+    monkeypatch.setattr(train, "CPU_TOKENS", tokens)
     train.train(settings(tiny, tmp_path / "auto", batch=2, accum=3, steps=1, micro_batch="auto", device="cpu"))
-    assert "1 updates of 3 x 2 x 32" in capsys.readouterr().out
+    assert f"1 updates of {split} x 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["3", "0", "-1", "16", "many", "2.0"])
