@@ -280,12 +280,17 @@ def _backward_kernel(
 
 # ---- CPU: the same closed form, a few rows at a time
 
-CACHE_ROWS = 32  # 32 x 30,522 fp32 = 4 MB: four such stay in cache, and starting a pass costs little beside it
+CACHE_ROWS = 16  # 16 x 30,522 fp32 = 2 MB: four such stay in cache, and starting a pass costs little beside it
+
+
+def _wide(x, out):
+    """A few rows in the dtype of `out`, converted into it if need be: arithmetic on two dtypes is not vectorised."""
+    return x if x.dtype == out.dtype else out[: len(x)].copy_(x)
 
 
 def _centred(x, m, tau, out):
     """x / tau - m for a few rows, in memory that is there already: allocating would cost more than exp."""
-    return torch.add(-m, x, alpha=1 / tau, out=out[: len(x)])
+    return torch.add(-m, _wide(x, out), alpha=1 / tau, out=out[: len(x)])
 
 
 def _forward_rows(s, t, labels, tau):
@@ -296,8 +301,9 @@ def _forward_rows(s, t, labels, tau):
     scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=wide) for _ in range(4)]
     for start in range(0, N, CACHE_ROWS):
         rows = slice(start, start + CACHE_ROWS)
-        m_s, m_t = (x[rows].amax(-1, keepdim=True).to(wide) / tau for x in (s, t))
-        a, b = _centred(s[rows], m_s, tau, scratch[0]), _centred(t[rows], m_t, tau, scratch[1])
+        a, b = _wide(s[rows], scratch[0]), _wide(t[rows], scratch[1])
+        m_s, m_t = a.amax(-1, keepdim=True) / tau, b.amax(-1, keepdim=True) / tau
+        a, b = _centred(a, m_s, tau, scratch[0]), _centred(b, m_t, tau, scratch[1])
         e_s, e_t = torch.exp(a, out=scratch[2][: len(a)]), torch.exp(b, out=scratch[3][: len(a)])
         Z_s, Z_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
         c = b.sub_(a).mul_(e_t).sum(-1, keepdim=True)

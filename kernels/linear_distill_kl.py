@@ -23,7 +23,6 @@ import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
 from kernels.distill_kl import (
-    CACHE_ROWS,
     FLOOR,
     IGNORE,
     LOG2E,
@@ -35,6 +34,7 @@ from kernels.distill_kl import (
 )
 
 CPU_CHUNK_BYTES = 32 << 20  # of one model's logits: large enough for fast matrix products, small enough for the cache
+CPU_ROWS = 32  # at a time in the loss: two blocks of 32 rows are 8 MB, which stays in cache
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
 
 
@@ -244,7 +244,7 @@ def _forward(
             models += [(h_t, *_decoder(W_t, b_t, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
         if not kernel:
             biases = [b.to(wide) / tau for _, _, b, _ in models]
-            scratch = [h_s.new_empty(R if h_s.is_cuda else min(R, CACHE_ROWS), V, dtype=wide) for _ in range(2)]
+            scratch = [h_s.new_empty(R if h_s.is_cuda else min(R, CPU_ROWS), V, dtype=wide) for _ in range(2)]
         for start in range(0, N, R):
             rows = slice(start, min(start + R, N))
             inputs = [(h[rows].to(dtype), W.t(), b, buffer[: rows.stop - start]) for h, W, b, buffer in models]
