@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from data import sources as text_sources
 from data.encode import HASHES, encoder, token_dtype
 from data.workers import cores, ordered_map
-from minidistil import __version__, cli, files
+from minidistil import __version__, cli, files, hub
 from minidistil.cli import UserError, setting
 from minidistil.data import meta_digest
 from minidistil.memory import peak_rss_mib
@@ -47,7 +47,7 @@ class Settings:
     source: str = setting(
         dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
     )
-    vocab: str = setting(None, "vocab.txt, or the folder of a model", required=True)
+    vocab: str = setting(None, "vocab.txt, or a model: folder, name on the Hugging Face Hub, or demo", required=True)
     out: str = setting(None, "folder to write; must not exist", required=True)
     val_share: float = setting(0.01, "share of the documents that is held out")
     workers: int = setting(None, "processes (default: the cores of this computer)")
@@ -225,9 +225,10 @@ def main(argv):
     settings = Settings(**cli.given(Settings, argv, __doc__))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, as Ctrl-C does
     started = time.perf_counter()
-    meta = prepare(
-        settings.source, settings.vocab, settings.out, settings.val_share, settings.workers, settings.field
-    )
+    vocab = pathlib.Path(settings.vocab).expanduser()
+    if not vocab.exists() and vocab.suffix not in (".txt", ".json"):  # which would be a file that is not there
+        vocab = hub.resolve(settings.vocab)
+    meta = prepare(settings.source, vocab, settings.out, settings.val_share, settings.workers, settings.field)
     seconds = time.perf_counter() - started
     summary = {
         "out": settings.out,

@@ -20,11 +20,11 @@ ORGANISATIONS = {"bert-": "google-bert/", "distilbert-": "distilbert/"}
 TIMEOUT = 10  # seconds that a server may take to answer
 
 
-def resolve(name, files=None):
+def resolve(name):
     """Returns the folder (pathlib.Path) of the model called `name`: a path, `demo`, or a Hugging Face name.
 
-    `files` names what is needed where that is not a whole model: `["vocab.txt"]`. The network is asked last.
-    Raises UserError where there is no such model, saying what was looked for and how to go on.
+    The network is asked last. Raises UserError where there is no such model, saying what was looked for and how to go
+    on.
     """
     folder = pathlib.Path(name).expanduser()
     if name == "demo" and not folder.is_dir():
@@ -32,9 +32,8 @@ def resolve(name, files=None):
         if not folder.is_dir():
             raise UserError(f"the demo model is not in {DEMO}: get the whole repository, or name another model")
     if folder.is_dir():
-        missing = [file for file in files or ["config.json"] if not (folder / file).is_file()]
-        if missing:
-            raise UserError(f"the folder {folder} has no {' and no '.join(missing)}: give the folder of a model")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"the folder {folder} has no config.json: give the folder of a model")
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise UserError(f"{name} is neither a folder nor the name of a model: give an existing folder, or `demo`")
@@ -42,11 +41,11 @@ def resolve(name, files=None):
     for known in _names(name):
         place = cache_folder() / f"models--{known.replace('/', '--')}"
         snapshot = _snapshot(place)
-        lack = _lack(snapshot, files) if snapshot else "absent"
+        lack = _lack(snapshot) if snapshot else "absent"
         if not lack:
             return snapshot
         looked.append(f"{place.name}: {lack}")
-    return _download(name, files, f"{cache_folder()} ({', '.join(looked)})")
+    return _download(name, f"{cache_folder()} ({', '.join(looked)})")
 
 
 def _names(name):
@@ -74,13 +73,10 @@ def _snapshot(place):
     return folder if re.fullmatch(r"\w+", commit, re.ASCII) and folder.is_dir() else None
 
 
-def _lack(folder, files):
-    """Returns what a folder lacks of `files`, or of a whole model with its vocabulary: "no vocab.txt"; else ""."""
-    for name in files or ["config.json"]:
-        if not (folder / name).is_file():
-            return f"no {name}"
-    if files:
-        return ""
+def _lack(folder):
+    """Returns what a folder lacks of a whole model with its vocabulary: "no vocab.txt"; else ""."""
+    if not (folder / "config.json").is_file():
+        return "no config.json"
     try:
         weight_files(folder)
     except UserError:
@@ -88,7 +84,7 @@ def _lack(folder, files):
     return "" if any((folder / name).is_file() for name in VOCABULARIES) else f"no {VOCABULARIES[0]}"
 
 
-def _download(name, files, cache):
+def _download(name, cache):
     """Returns the folder of a snapshot fetched into the cache; UserError says why not, and two ways on."""
     hub_name = _names(name)[0]
     failed = f"{name} is not a folder, nor whole in the cache {cache}"
@@ -108,7 +104,7 @@ def _download(name, files, cache):
         folder = huggingface_hub.snapshot_download(
             hub_name,
             cache_dir=cache_folder(),
-            allow_patterns=files or ["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)],
+            allow_patterns=["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)],
             etag_timeout=TIMEOUT,
         )
     except Exception as error:  # the library's errors and those of its HTTP client share no base class
@@ -116,7 +112,7 @@ def _download(name, files, cache):
         reason = "no such model there" if unknown else " ".join(str(error).split()) or type(error).__name__
         source = huggingface_hub.constants.ENDPOINT
         raise UserError(f"{failed}, nor to be had from {source} ({reason}): {ways}") from error
-    lack = _lack(pathlib.Path(folder), files)
+    lack = _lack(pathlib.Path(folder))
     if lack:
         raise UserError(f"{hub_name} has {lack} on the Hub: name another model")
     return pathlib.Path(folder)

@@ -56,9 +56,9 @@ def make_cached(cache, name, commit=COMMIT, **options):
     return snapshot
 
 
-def refused(name, *wanted, files=None):
+def refused(name, *wanted):
     with pytest.raises(UserError) as caught:
-        resolve(name, files)
+        resolve(name)
     message = str(caught.value)
     assert "\n" not in message
     for word in wanted:
@@ -131,17 +131,8 @@ def test_what_is_no_model_is_refused(tmp_path):
         refused(name, name)
 
 
-def test_only_the_files_wanted_are_demanded(tmp_path):
-    folder = tmp_path / "here" / "vocabulary"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("a\n")
-    assert resolve("vocabulary", ["vocab.txt"]) == pathlib.Path("vocabulary")
-    refused("vocabulary", "tokenizer.json", files=["tokenizer.json"])
-    snapshot = make_cached(cache_folder(), "some/model")
-    for file in snapshot.iterdir():
-        if file.name != "vocab.txt":
-            file.unlink()
-    assert resolve("some/model", ["vocab.txt"]) == snapshot
+def test_a_cached_model_without_config_is_refused(tmp_path):
+    (make_cached(cache_folder(), "some/model") / "config.json").unlink()
     refused("some/model", "no config.json")
 
 
@@ -206,10 +197,10 @@ import json, sys, time
 from minidistil import hub
 from minidistil.cli import UserError
 hub.TIMEOUT = 1
-for name, files in json.load(sys.stdin):
+for name in json.load(sys.stdin):
     start = time.monotonic()
     try:
-        folder = hub.resolve(name, files)
+        folder = hub.resolve(name)
         answer = [str(folder), sorted(file.name for file in folder.iterdir())]
     except UserError as error:
         answer = ["UserError", str(error)]
@@ -218,14 +209,13 @@ for name, files in json.load(sys.stdin):
 
 
 def resolve_elsewhere(endpoint, *names):
-    """Returns [folder or "UserError", files or message, seconds, downloader loaded] of each name or (name, files)."""
+    """Returns [folder or "UserError", files or message, seconds, downloader loaded] of each name."""
     pytest.importorskip("huggingface_hub")
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    wanted = [(name, None) if isinstance(name, str) else name for name in names]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
-        input=json.dumps(wanted), env=environment, capture_output=True, text=True, timeout=300,
+        input=json.dumps(names), env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -238,10 +228,9 @@ def test_models_are_downloaded_into_the_cache(tmp_path):
     for name in ("pytorch_model.bin", "tf_model.h5", "README.md"):
         (both / name).write_text("not to be fetched")
     models = {"google-bert/bert-base-uncased": safe, "a/pickled": pickled, "a/bare": bare, "a/both": both}
-    models["a/part"] = safe
     whole = ["config.json", "model.safetensors", "vocab.txt"]
     with hub_server(models) as (endpoint, requests):
-        names = ["bert-base-uncased", "a/pickled", "a/both", "a/bare", ("a/part", ["vocab.txt"]), "a/unknown"]
+        names = ["bert-base-uncased", "a/pickled", "a/both", "a/bare", "a/unknown"]
         first = resolve_elsewhere(endpoint, *names)
         asked = len(requests)
         again = resolve_elsewhere(endpoint, "bert-base-uncased", "google-bert/bert-base-uncased", "a/pickled")
@@ -251,8 +240,7 @@ def test_models_are_downloaded_into_the_cache(tmp_path):
     assert snapshot == cache_folder() / "models--google-bert--bert-base-uncased" / "snapshots" / COMMIT
     assert (snapshot / "model.safetensors").read_bytes() == (safe / "model.safetensors").read_bytes()
     assert first[3][0] == "UserError" and "a/bare has no vocab.txt" in first[3][1]
-    assert first[4][1] == ["vocab.txt"]
-    assert first[5][0] == "UserError" and f"{endpoint} (no such model there)" in first[5][1]
+    assert first[4][0] == "UserError" and f"{endpoint} (no such model there)" in first[4][1]
     assert [answer[0] for answer in again] == [first[0][0], first[0][0], first[1][0]]
     assert not any(answer[3] for answer in again)  # nor the library that would use it
 

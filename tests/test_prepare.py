@@ -125,6 +125,18 @@ def test_same_ids_as_a_naive_writer(tmp_path, vocab, documents):
     assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
 
 
+def test_the_vocabulary_may_be_that_of_a_named_model(tmp_path, documents):
+    source = write_lines(tmp_path / "text.txt", documents)
+    done = run(source, "--vocab", "demo", "--out", tmp_path / "out", "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == (ROOT / "data" / "demo" / "vocab.txt").read_bytes()
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    for name, reason in {"no/model": "forbids a download", "absent.txt": "there is no absent.txt"}.items():
+        done = run(source, "--vocab", name, "--out", tmp_path / "none", cwd=tmp_path, env=offline)
+        assert done.returncode == 1 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert not (tmp_path / "none").exists()
+
+
 def test_the_training_program_reads_it(tmp_path, vocab, documents):
     data = pytest.importorskip("minidistil.data")
     prepare([write_lines(tmp_path / "text.txt", documents)], vocab, tmp_path / "out", SHARE, workers=1)
