@@ -2,7 +2,8 @@
 
 On a GPU: BERT-base's shape as the teacher, 6 of its layers as the student, T = 128 and 512, bf16. On a CPU the shapes
 at which the original script was measured there: a 4 x 256 teacher, half of it as the student, the real vocabulary's
-size, 8 sequences of 128 tokens in each of 5 micro-batches, fp32. Weights are random: they cost what trained ones do.
+size, 8 sequences of 128 tokens in each of 5 micro-batches, fp32. Ours cuts the same update into micro-batches of its
+own choice. Weights are random: they cost what trained ones do.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ def make_world(folder, shape, words=400_000, seed=0):
 
 
 def train_here(folder, shape, device, flags, out):
-    """Runs train.py's `train` in this process, on a GPU with as large micro-batches as fit; returns its summary."""
+    """Runs train.py's `train` in this process, in micro-batches that fit and are fast; returns its summary."""
     import train
 
     with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout belongs to the caller
