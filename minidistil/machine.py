@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import platform
 import subprocess
-import time
 
 import numpy as np
 import torch
@@ -30,23 +29,14 @@ def choose_device(name):
 def choose_dtype(name, device):
     """Returns fp32, bf16 or fp16 by name: what is asked for, or what is fast on this device.
 
-    A CPU may have bf16 instructions and yet multiply fp32 faster (AVX512-BF16 without AMX does), so it is timed:
-    bf16 must win by half again, since its casts cost something too.
+    A CPU's bf16 is fast with AMX; dot products of AVX512-BF16 alone are half as fast as fp32 (LOG.md). It is not timed:
+    a busy computer would change a run's precision.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    x, w = torch.randn(512, 512), torch.randn(2048, 512)
-    seconds = {}
-    for label, a, b in (("fp32", x, w), ("bf16", x.bfloat16(), w.bfloat16())):
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            torch.mm(a, b.t())
-            times.append(time.perf_counter() - start)
-        seconds[label] = min(times)
-    return "bf16" if seconds["bf16"] * 1.5 < seconds["fp32"] else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
 
 
 HALVES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
