@@ -93,8 +93,8 @@ class Settings:
 
 
 # What `python train.py` changes in the published recipe to show it in two minutes on two CPU cores: short sequences,
-# small updates at a higher rate, uniform masks as in the evaluation, KL on masked tokens only; and more of the teacher's
-# hidden states than of the text, of which there is little (LOG.md).
+# small updates at a higher rate, uniform masks as in the evaluation, KL on masked tokens only; and, text being short
+# here, more of the teacher's hidden states than of true words (LOG.md).
 DEMO = dict(
     steps=1000, batch=8, accum=1, seq_len=128, lr=1.2e-3, alpha_mlm=0.5, alpha_cos=10.0, mask_smoothing=0.0,
     kd_rows="masked", eval_every=200,
