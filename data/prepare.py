@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from data import sources as text_sources
 from data.encode import HASHES, encoder, token_dtype
 from data.workers import cores, ordered_map
-from minidistil import __version__, cli, files, hub
+from minidistil import __version__, cli, files
 from minidistil.cli import UserError, setting
 from minidistil.data import meta_digest
 from minidistil.memory import peak_rss_mib
@@ -227,6 +227,8 @@ def main(argv):
     started = time.perf_counter()
     vocab = pathlib.Path(settings.vocab).expanduser()
     if not vocab.exists() and vocab.suffix not in (".txt", ".json"):  # which would be a file that is not there
+        from minidistil import hub  # brings PyTorch, whose memory preparing does without
+
         vocab = hub.resolve(settings.vocab)
     meta = prepare(settings.source, vocab, settings.out, settings.val_share, settings.workers, settings.field)
     seconds = time.perf_counter() - started
