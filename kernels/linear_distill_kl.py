@@ -143,12 +143,12 @@ def _loss_and_gradient_rows(a, b, labels, labelled, finite, tau, kl_weight, ce_w
     else:
         m_b = b.amax(-1, keepdim=True)
         Z_b = torch.sub(b, m_b, out=p).exp_().sum(-1, keepdim=True)
-        p.mul_(1 / Z_b)
+        p.div_(Z_b)
         d = b.sub_(a)
         if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
             d.nan_to_num_(0.0, -FLOOR, FLOOR)
         kl = torch.dot(p.view(-1), d.view(-1)) + (m_a - m_b + Z_a.log() - Z_b.log()).sum()
-        gradient = torch.mul(e, 1 / Z_a, out=a).sub_(p)
+        gradient = torch.div(e, Z_a, out=a).sub_(p)
         if kl_weight * tau != 1:
             gradient.mul_(kl_weight * tau)
         if mse_weight:
