@@ -85,7 +85,7 @@ class Linear:
         if tiny:
             return [dict(N=8, V=1000, C=64, labelled=1.0, dtype="float32")]
         if device.type == "cpu":
-            return [dict(N=512, V=30522, C=768, labelled=1.0, dtype="float32")]
+            return [dict(N=N, V=30522, C=768, labelled=1.0, dtype="float32") for N in (512, 2048)]
         return [dict(N=N, V=30522, C=768, labelled=share, dtype="bfloat16") for N, share in ((4915, 1), (32768, 0.15))]
 
     def inputs(self, shape, device):

@@ -278,71 +278,78 @@ def _backward_kernel(
         tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- CPU: the same closed form, a few rows at a time
+# ---- CPU: the same closed form, a few rows at a time; what is one number a row is computed for all of them at once
 
-CACHE_ROWS = 16  # 16 x 30,522 fp32 = 2 MB: four such stay in cache, and starting a pass costs little beside it
+CACHE_BYTES = 1 << 20  # of a block, 8 rows of 30,522 fp32: the few that a loop works on stay in second-level caches
+
+
+def rows_in_cache(V, dtype):
+    """How many rows of V numbers to work on at once: fewer would cost more in starting passes than they save."""
+    return max(1, CACHE_BYTES // (V * dtype.itemsize))
 
 
 def _wide(x, out):
     """A few rows in the dtype of `out`, converted into it if need be: arithmetic on two dtypes is not vectorised."""
-    return x if x.dtype == out.dtype else out[: len(x)].copy_(x)
+    return x if x.dtype == out.dtype else out.copy_(x)
 
 
-def _centred(x, m, tau, out):
-    """x / tau - m for a few rows, in memory that is there already: allocating would cost more than exp."""
-    return torch.add(-m, _wide(x, out), alpha=1 / tau, out=out[: len(x)])
+def _exponents(x, n, tau, out):
+    """x / tau + n for a few rows, in memory that is there already: allocating would cost more than exp."""
+    return torch.add(n, _wide(x, out), alpha=1 / tau, out=out)
 
 
 def _forward_rows(s, t, labels, tau):
-    """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, the maxima divided by tau."""
+    """Per-row (kl, ce, stats): stats (N, 5) are n_s, n_t, Z_s, Z_t, Z_1, where n = -m / tau."""
     N, V = s.shape
     wide = torch.promote_types(s.dtype, torch.float32)
-    kl, ce, stats = s.new_empty(N, dtype=wide), s.new_zeros(N, dtype=wide), s.new_zeros(N, 5, dtype=wide)
-    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=wide) for _ in range(4)]
-    for start in range(0, N, CACHE_ROWS):
-        rows = slice(start, start + CACHE_ROWS)
-        a, b = _wide(s[rows], scratch[0]), _wide(t[rows], scratch[1])
-        m_s, m_t = a.amax(-1, keepdim=True) / tau, b.amax(-1, keepdim=True) / tau
-        a, b = _centred(a, m_s, tau, scratch[0]), _centred(b, m_t, tau, scratch[1])
-        e_s, e_t = torch.exp(a, out=scratch[2][: len(a)]), torch.exp(b, out=scratch[3][: len(a)])
-        Z_s, Z_t = e_s.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
-        c = b.sub_(a).mul_(e_t).sum(-1, keepdim=True)
-        if not c.isfinite().all():  # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
-            b = _centred(t[rows], m_t, tau, b).clamp_(min=FLOOR)
-            c = b.sub_(a.clamp(min=FLOOR)).mul_(e_t).sum(-1, keepdim=True)
-        kl[rows] = (c / Z_t - Z_t.log() + Z_s.log())[:, 0] * tau**2
-        Z_1 = torch.zeros_like(Z_s)
-        if labels is not None:
-            if tau == 2:  # exp(s) = exp(s / 2)^2
-                Z_1 = torch.linalg.vector_norm(e_s, dim=-1, keepdim=True).square_()
-            else:
-                Z_1 = a.mul_(tau).exp_().sum(-1, keepdim=True)
-            labelled = labels[rows, None] != IGNORE
-            s_y = s[rows].gather(1, labels[rows, None].where(labelled, 0)).to(wide)
-            ce[rows] = (m_s * tau - s_y + Z_1.log()).where(labelled, 0.0)[:, 0]
-        stats[rows] = torch.cat([m_s, m_t, Z_s, Z_t, Z_1], 1)
-    return kl, ce, stats
+    stats, c = s.new_zeros(N, 5, dtype=wide), s.new_empty(N, 1, dtype=wide)
+    columns, R = stats.split(1, 1), rows_in_cache(V, wide)
+    scratch = s.new_empty(3, min(N, R), V, dtype=wide)
+    for s_, t_, n_s, n_t, Z_s, Z_t, Z_1, c_ in zip(*(x.split(R) for x in (s, t, *columns, c)), strict=True):
+        a, b, e = scratch[:, : len(s_)]
+        x = _wide(s_, a)
+        _exponents(x, torch.amax(x, -1, keepdim=True, out=n_s).div_(-tau), tau, a)
+        torch.sum(torch.exp(a, out=e), -1, keepdim=True, out=Z_s)
+        if labels is not None:  # exp(s) = exp(s / tau)^tau
+            torch.linalg.vector_norm(e, tau, dim=-1, keepdim=True, out=Z_1).pow_(tau)
+        x = _wide(t_, b)
+        _exponents(x, torch.amax(x, -1, keepdim=True, out=n_t).div_(-tau), tau, b)
+        torch.sum(torch.exp(b, out=e), -1, keepdim=True, out=Z_t)
+        torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
+    n_s, n_t, Z_s, Z_t, Z_1 = columns
+    for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
+        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
+        a, b = ((x[rows].to(wide) / tau + n[rows]).clamp_(min=FLOOR) for x, n in ((s, n_s), (t, n_t)))
+        c[rows] = (b.exp() * (b - a)).sum(-1, keepdim=True)
+    kl = (c / Z_t - Z_t.log() + Z_s.log())[:, 0] * tau**2
+    if labels is None:
+        return kl, torch.zeros_like(kl), stats
+    labelled = labels != IGNORE
+    s_y = s.gather(1, labels.where(labelled, 0)[:, None]).to(wide)
+    return kl, (Z_1.log() - n_s * tau - s_y)[:, 0].where(labelled, 0.0), stats
 
 
 def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
     """Writes the gradient of `_forward_rows` into ds."""
     N, V = s.shape
-    scratch = [s.new_empty(min(N, CACHE_ROWS), V, dtype=stats.dtype) for _ in range(3)]
-    for start in range(0, N, CACHE_ROWS):
-        rows = slice(start, start + CACHE_ROWS)
-        m_s, m_t, Z_s, Z_t, Z_1 = stats[rows].split(1, 1)
-        weight = tau * g_kl[rows, None]
-        e_s = _centred(s[rows], m_s, tau, scratch[0]).exp_()
-        e_t = _centred(t[rows], m_t, tau, scratch[1]).exp_()
-        g = torch.mul(e_s, weight / Z_s, out=ds[rows] if ds.dtype == e_s.dtype else scratch[2][: len(e_s)])
-        g.addcmul_(e_t, -weight / Z_t)
+    R = rows_in_cache(V, stats.dtype)
+    scratch = s.new_empty(1 + (ds.dtype != stats.dtype), min(N, R), V, dtype=stats.dtype)
+    n_s, n_t, Z_s, Z_t, Z_1 = stats.split(1, 1)
+    weight = tau * g_kl[:, None]
+    y = s.new_full((N, 1), IGNORE, dtype=torch.int64) if labels is None else labels[:, None]
+    g_1, y = g_ce[:, None].where(y != IGNORE, 0.0), y.where(y != IGNORE, 0)
+    per_row = n_s, n_t, weight / Z_s, -weight / Z_t, g_1 / Z_1, y, -g_1
+    for d, s_, t_, n_s, n_t, w_s, w_t, w_1, y, minus in zip(
+        *(x.split(R) for x in (ds, s, t, *per_row)), strict=True
+    ):
+        g, *e_s = scratch[:, : len(d)]
+        e_s = e_s[0] if e_s else d  # in the memory of the result where that is as wide
+        _exponents(s_, n_s, tau, e_s).exp_()
+        _exponents(t_, n_t, tau, g).exp_().mul_(w_t).addcmul_(e_s, w_s)
         if labels is not None:
-            labelled = labels[rows, None] != IGNORE
-            weight = g_ce[rows, None].where(labelled, 0.0)
-            e_1 = e_s.square_() if tau == 2 else _centred(s[rows], m_s * tau, 1.0, scratch[0]).exp_()
-            g.addcmul_(e_1, weight / Z_1).scatter_add_(1, labels[rows, None].where(labelled, 0), -weight)
-        if ds.dtype != g.dtype:
-            ds[rows] = g
+            g = torch.addcmul(g.scatter_add_(1, y, minus), e_s.pow_(tau), w_1, out=e_s)
+        if g is not d:
+            d.copy_(g)
     return ds
 
 

@@ -31,10 +31,10 @@ from kernels.distill_kl import (
     power_of,
     row_losses,
     row_statistics,
+    rows_in_cache,
 )
 
 CPU_CHUNK_BYTES = 32 << 20  # of one model's logits: large enough for fast matrix products, small enough for the cache
-CPU_ROWS = 32  # at a time in the loss: two blocks of 32 rows are 8 MB, which stays in cache
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
 
 
@@ -116,73 +116,62 @@ def launch(itemsize):
 # ---- CPU: the same, a few rows at a time
 
 
-def _loss_and_gradient_rows(a, b, labels, labelled, finite, tau, kl_weight, ce_weight, mse_weight, scratch):
-    """Returns the sums (kl, ce, mse) of a few rows, overwrites `a` with their gradient, and spoils `b`.
+def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
+    """Adds the losses of a chunk to `losses` (1, 3), overwrites `s` with their gradient, and spoils `t`.
 
-    a = s / tau, b = t / tau or None, both (R, V) fp32 or wider; labels (R,), of which rows `labelled` have one, or all
-    where it is None. Single passes over a few megabytes in cache, into memory that is there already: allocating would
-    cost more than exp.
+    s, t (R, V): logits divided by tau and still without the biases (V,), which are too; t None without a teacher.
+    Single passes over a few megabytes in cache, into memory that is there already: allocating would cost more than exp.
     """
-    e, p = (x[: len(a)] for x in scratch)
-    kl = ce = mse = a.new_zeros(())
-    m_a = a.amax(-1, keepdim=True)
-    torch.sub(a, m_a, out=e)
-    scored = ce_weight != 0 and (labelled is None or len(labelled) > 0)
-    if scored:
-        picked = slice(None) if labelled is None else labelled
-        y = labels[picked, None]
-        e_y = e[picked].gather(1, y)
-        e_1 = None if tau == 2 else torch.mul(e[picked], tau).exp_()
-    Z_a = e.exp_().sum(-1, keepdim=True)
-    if scored:
-        # exp(s) = exp(s / 2)^2
-        Z_1 = torch.linalg.vector_norm(e[picked], dim=-1, keepdim=True).square_() if tau == 2 else e_1.sum(-1, True)
-        ce = (Z_1.log() - tau * e_y).sum()
-    if b is None:
-        gradient = a.zero_()
-    else:
-        m_b = b.amax(-1, keepdim=True)
-        Z_b = torch.sub(b, m_b, out=p).exp_().sum(-1, keepdim=True)
-        p.div_(Z_b)
-        d = b.sub_(a)
-        if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
-            d.nan_to_num_(0.0, -FLOOR, FLOOR)
-        kl = torch.dot(p.view(-1), d.view(-1)) + (m_a - m_b + Z_a.log() - Z_b.log()).sum()
-        gradient = torch.div(e, Z_a, out=a).sub_(p)
-        if kl_weight * tau != 1:
-            gradient.mul_(kl_weight * tau)
-        if mse_weight:
-            mse = torch.dot(d.view(-1), d.view(-1)) * tau**2
-            gradient.add_(d, alpha=-2 * mse_weight * tau)
-    if scored:
-        share, minus_one = ce_weight / Z_1, torch.full_like(Z_1, -ce_weight)
-        if labelled is None:
-            e_1 = e.square_() if tau == 2 else e_1
-            gradient.addcmul_(e_1, share).scatter_add_(1, y, minus_one)
-        else:
-            e_1 = e[picked].square_() if tau == 2 else e_1
-            gradient.index_add_(0, labelled, e_1.mul_(share).scatter_add_(1, y, minus_one))
-    return torch.stack([kl * tau**2, ce, mse])
-
-
-def _loss_and_gradient_cpu(logits, biases, labels, tau, weights, losses, scratch):
-    """Adds the losses of a chunk to `losses` (1, 3), and overwrites the student's logits with their gradient.
-
-    logits: of student and teacher, (R, V), divided by tau and still without the biases (V,), which are too.
-    """
-    step, wide = len(scratch[0]), scratch[0].dtype
+    kl_weight, ce_weight, mse_weight = weights
     finite = all(bias.isfinite().all() for bias in biases)  # else words are ruled out, as some do by a bias of -inf
     has_label = labels != IGNORE
-    everywhere = bool(has_label.all())
-    for start in range(0, len(labels), step):
-        rows = slice(start, start + step)
-        a, *b = (x[rows].to(wide).add_(bias) for x, bias in zip(logits, biases, strict=True))
-        labelled = None if everywhere else has_label[rows].nonzero().squeeze(1)
-        losses += _loss_and_gradient_rows(
-            a, b[0] if b else None, labels[rows], labelled, finite, tau, *weights, scratch
-        )  # fmt: skip
-        if a.dtype != logits[0].dtype:
-            logits[0][rows] = a
+    everywhere, scored = bool(has_label.all()), ce_weight != 0 and bool(has_label.any())
+    y = labels.where(has_label, 0)[:, None]
+    s_y = s.gather(1, y).to(biases[0].dtype) + biases[0][y]
+    stats = s_y.new_ones(5, len(labels), 1)
+    m_s, m_t, Z_s, Z_t, Z_1 = stats
+    kl = mse = s_y.new_zeros(())
+    for start in range(0, len(labels), scratch.shape[1]):
+        rows = slice(start, start + scratch.shape[1])
+        a = s[rows].to(s_y.dtype).add_(biases[0])
+        p, e_1 = scratch[:, : len(a)]
+        torch.amax(a, -1, keepdim=True, out=m_s[rows])
+        if t is not None:
+            d = t[rows].to(a.dtype).add_(biases[1])
+            torch.sub(d, torch.amax(d, -1, keepdim=True, out=m_t[rows]), out=p)
+            p.div_(torch.sum(p.exp_(), -1, keepdim=True, out=Z_t[rows]))
+            d.sub_(a)
+            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
+                d.nan_to_num_(0.0, -FLOOR, FLOOR)
+            kl = kl + torch.dot(p.view(-1), d.view(-1))
+            if mse_weight:
+                mse = mse + torch.dot(d.view(-1), d.view(-1))
+        torch.sum(a.sub_(m_s[rows]).exp_(), -1, keepdim=True, out=Z_s[rows])
+        if scored:
+            picked = slice(None) if everywhere else has_label[rows].nonzero()[:, 0]
+            words = y[rows][picked]
+            e_1 = torch.pow(a[picked], tau, out=e_1[: len(words)])  # exp(s) = exp(s / tau)^tau
+            Z_1[rows][picked] = Z = e_1.sum(-1, keepdim=True)
+        if t is None:
+            a.zero_()
+        else:
+            a.div_(Z_s[rows]).sub_(p)
+            if kl_weight * tau != 1:
+                a.mul_(kl_weight * tau)
+            if mse_weight:
+                a.add_(d, alpha=-2 * mse_weight * tau)
+        if scored:
+            minus_one = torch.full_like(Z, -ce_weight)
+            if everywhere:
+                a.addcmul_(e_1, ce_weight / Z).scatter_add_(1, words, minus_one)
+            else:
+                a.index_add_(0, picked, e_1.mul_(ce_weight / Z).scatter_add_(1, words, minus_one))
+        if a.dtype != s.dtype:
+            s[rows] = a
+    if t is not None:
+        kl = kl + (m_s - m_t + Z_s.log() - Z_t.log()).sum()
+    ce = (Z_1.log() - tau * (s_y - m_s)).where(has_label[:, None], 0.0).sum() if scored else torch.zeros_like(kl)
+    losses += torch.stack([kl * tau**2, ce, mse * tau**2])
 
 
 # ---- pieces
@@ -244,7 +233,7 @@ def _forward(
             models += [(h_t, *_decoder(W_t, b_t, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
         if not kernel:
             biases = [b.to(wide) / tau for _, _, b, _ in models]
-            scratch = [h_s.new_empty(R if h_s.is_cuda else min(R, CPU_ROWS), V, dtype=wide) for _ in range(2)]
+            scratch = h_s.new_empty(2, R if h_s.is_cuda else min(R, rows_in_cache(V, wide)), V, dtype=wide)
         for start in range(0, N, R):
             rows = slice(start, min(start + R, N))
             inputs = [(h[rows].to(dtype), W.t(), b, buffer[: rows.stop - start]) for h, W, b, buffer in models]
@@ -259,7 +248,7 @@ def _forward(
             else:
                 # divided by tau for nothing; the bias waits until a few rows are in cache
                 s, *t = (torch.addmm(out, h, W, beta=0, alpha=1 / tau, out=out) for h, W, _, out in inputs)
-                _loss_and_gradient_cpu([s, *t], biases, labels[rows], tau, weights, losses, scratch)
+                _loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
             G = s
             if wants_dh:
                 dh[rows] = torch.mm(G, models[0][1]).to(wide).mul_(unit)

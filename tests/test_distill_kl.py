@@ -133,8 +133,8 @@ def test_strides(layout):
 def test_minus_infinity(tau):
     """Words that the teacher rules out, and words that both do, cost nothing and are no NaN."""
     (s, t, labels, *rest), upstream = problem(5, 1003)
-    t[:, ::7] = -math.inf
-    s[:, ::14] = -math.inf
+    t[::2, ::7] = -math.inf
+    s[::2, ::14] = -math.inf
     labels[:] = 1
     check_against_fp64([s, t, labels, *rest], upstream, tau, FLOOR[torch.float32])
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from same_layers import assert_same_layers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
@@ -69,7 +70,7 @@ def test_defaults_are_the_published_recipe():
 
 
 def test_accumulation_does_not_change_the_update(tiny, tmp_path):
-    """64 x 1 and 1 x 64: every parameter equal to 1e-6 of its tensor's norm after 5 updates, fp32, without dropout."""
+    """64 x 1 and 1 x 64: every layer equal to 1e-6 of its norm after 5 updates, fp32, without dropout."""
     splits = {"wide": (64, 1, None), "long": (1, 64, None), "both": (16, 4, None), "anew": (1, 64, "32")}
     for name, (batch, accum, at_once) in splits.items():
         train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, micro_batch=at_once, dropout=0.0))
@@ -78,11 +79,7 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
     start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
     assert (wide["distilbert.embeddings.word_embeddings.weight"] - start).norm() > 1e-3 * start.norm()
     for name in ("long", "both", "anew"):
-        other = weights_of(tmp_path / name)
-        for key in wide:
-            if key.endswith("k_lin.bias"):  # shifts a query's scores alike: the true gradient is 0, ours is rounding
-                continue
-            assert (wide[key] - other[key]).norm() <= 1e-6 * wide[key].norm(), (name, key)
+        assert_same_layers(wide, weights_of(tmp_path / name))
 
 
 def test_compiled_models_learn_the_same(tiny, tmp_path, monkeypatch):
