@@ -30,9 +30,10 @@ import torch.nn.functional as F
 
 from kernels.distill_kl import distill_kl
 from minidistil import bilstm, checkpoint, files, hub, weights
+from minidistil.augment import altered
 from minidistil.batches import batches, padded, predict
 from minidistil.cli import UserError, given, run, setting
-from minidistil.data import mix
+from minidistil.data import IGNORE, mix
 from minidistil.datasets import digest, open_task
 from minidistil.heads import NOWHERE, Classifier
 from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
@@ -70,6 +71,7 @@ class Settings:
     alpha_task: float = setting(0.5, "with a teacher, weight of the task's own loss")
     alpha_ce: float = setting(0.5, "weight of tau^2 KL to the teacher's distribution (stsb: of the squared difference)")
     alpha_mse: float = setting(0.0, "weight of the squared difference of logits")
+    augment: int = setting(0, "copies of each example, words masked or exchanged, that the teacher alone labels")
     # machine
     dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -92,7 +94,7 @@ def check(settings):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("alpha_task", "alpha_ce", "alpha_mse", "save_every"):
+    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every"):
         if not (getattr(settings, name) >= 0 and math.isfinite(getattr(settings, name))):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must not be negative")
     if not 0 <= settings.warmup <= 1:
@@ -189,13 +191,17 @@ def stacked(arrays, shape, device):
 def objective(settings, regression, logits, targets, soft=None, mean=None):
     """The loss of one batch, its mean over examples (over starts and ends of spans).
 
-    logits (B, K) or (B, 2, T); targets (B,) or (B, 2); soft and mean, of `agreed`, like logits, where there is a
-    teacher: alpha_task * loss + alpha_ce * tau^2 KL(teacher || student) + alpha_mse * squared difference
+    logits (B, K) or (B, 2, T); targets (B,) or (B, 2), NaN (of a regression) or IGNORE where there is no label, and so
+    no loss of the task's own; soft and mean, of `agreed`, like logits, where there is a teacher:
+    alpha_task * loss + alpha_ce * tau^2 KL(teacher || student) + alpha_mse * squared difference
     (Sanh et al. 2019, section 3; Tang et al. 2019).
     """
     logits = logits.float()
     rows, targets = logits.flatten(0, -2), targets.flatten()
-    loss = F.mse_loss(rows[:, 0], targets) if regression else F.cross_entropy(rows, targets)
+    if regression:
+        loss = F.mse_loss(rows[:, 0], targets.where(targets.isfinite(), rows[:, 0].detach()))
+    else:
+        loss = F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="sum") / len(rows)
     if soft is None:
         return loss
     loss = settings.alpha_task * loss
@@ -221,7 +227,7 @@ def build(settings, folder, work, seed):
         model = weights.load_pretrained(folder, work.kind, len(work.labels) or 2, seed)
     if work.regression:  # from the mean, not from 0: hundreds of updates would go into that alone
         *_, bias = model.parameters()
-        torch.nn.init.constant_(bias, work.train[1].mean().item())
+        torch.nn.init.constant_(bias, work.train[1].nanmean().item())
     return model
 
 
@@ -380,7 +386,14 @@ def finetune(settings, argv=()):
                 raise UserError(f"{out} was begun with other data for {name}: give the same --data, or a new --out")
             mean_length = sum(len(ids) for ids, _ in items) / len(items)
             sizes = " + ".join(f"{len(split):,}" for split in work.dev)
-            print(f"{name}: {len(items):,} items of {mean_length:.0f} tokens, dev {sizes}; {dtype} on {device}; {out}")
+            also = f" and {settings.augment} altered copies of each" if settings.augment else ""
+            what = f"{len(items):,} items of {mean_length:.0f} tokens{also}"
+            print(f"{name}: {what}, dev {sizes}; {dtype} on {device}; {out}")
+            if settings.augment:
+                items, targets = items + altered(items, settings.augment, tokenizer), work.train[1]
+                nothing = math.nan if work.regression else IGNORE
+                none = targets.new_full((len(items) - len(targets), *targets.shape[1:]), nothing)
+                work.train = items, torch.cat([targets, none])
             soft = mean = None
             if teachers:
                 views = []
@@ -443,7 +456,7 @@ def keep(folder, model, work, tokenizer, config):
 
 def main(argv):
     values = given(Settings, argv, __doc__)
-    for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse"):
+    for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse", "augment"):
         if name in values and "teacher" not in values:
             raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
     summary = finetune(Settings(**values), argv)

@@ -13,6 +13,8 @@ from minidistil.cli import UserError
 from minidistil.model import num_params
 from minidistil.plot import bar_chart
 
+RUNS = pathlib.Path("runs") / "retention"
+
 # GLUE dev, median of five seeds, and IMDb; MNLI as the mean of nine asks for it (the table's 86.7 is a misprint)
 PUBLISHED = {
     "BERT-base, published": dict(cola=56.3, sst2=92.7, mrpc=88.6, stsb=89.0, qqp=89.6, mnli=84.7, qnli=91.8, rte=69.3,
@@ -22,35 +24,54 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def bench_retention(settings):
-    """Runs finetune.py on --teacher and on each --student, all at once, with the same budget and seeds.
+def fine_tuned(models, settings, more=""):
+    """Runs finetune.py on each of {name: folder}, all at once; returns {name: its summary}.
 
     Runs are kept in runs/retention/NAME: what was interrupted goes on, and more seeds may be added later.
     """
-    if not (settings.teacher and settings.student and settings.data):
-        raise UserError("retention compares models: give --teacher, --student (several with commas) and --data")
-    models = {"teacher": settings.teacher} | {pathlib.Path(s).name: s for s in settings.student.split(",")}
     # the models are independent of each other: each gets a share of the processor's cores
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(models)))}
     running = {}
     for name, folder in models.items():
-        out = pathlib.Path("runs") / "retention" / name
+        out = RUNS / name
         command = [sys.executable, ROOT / "finetune.py", "--task", settings.task, "--model", folder]
         command += ["--data", settings.data, "--seeds", settings.rounds or 3, "--out", out]
-        command += shlex.split(settings.finetune or "") + (["--resume"] if (out / "scores.json").is_file() else [])
+        command += shlex.split(f"{settings.finetune or ''} {more}")
+        command += ["--resume"] if (out / "scores.json").is_file() else []
         out.mkdir(parents=True, exist_ok=True)
         print(f"{name}: see {out}.log", flush=True)
         with open(f"{out}.log", "w") as log:
             running[name] = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
-    results = []
+    summaries = {}
     for name, process in running.items():
-        code, said = process.wait(), pathlib.Path(f"runs/retention/{name}.log").read_text()
+        code, said = process.wait(), pathlib.Path(f"{RUNS / name}.log").read_text()
         # where it failed, its last line says why
-        summary = last_line(subprocess.CompletedProcess(process.args, code, said, "".join(said.splitlines()[-1:])))
+        done = subprocess.CompletedProcess(process.args, code, said, "".join(said.splitlines()[-1:]))
+        summaries[name] = last_line(done)
+    return summaries
+
+
+def bench_retention(settings):
+    """Fine-tunes --teacher and each --student with the same budget and seeds.
+
+    With --taught, then each student once more, as STUDENT-taught: by that teacher (Sanh et al. 2019, section 3).
+    """
+    if not (settings.teacher and settings.student and settings.data):
+        raise UserError("retention compares models: give --teacher, --student (several with commas) and --data")
+    students = {pathlib.Path(folder).name: folder for folder in settings.student.split(",")}
+    models = {"teacher": settings.teacher} | students
+    budgets, summaries = dict.fromkeys(models, settings.finetune or ""), fine_tuned(models, settings)
+    if settings.taught is not None:
+        again = {f"{name}-taught": folder for name, folder in students.items()}
+        budgets |= dict.fromkeys(again, f"{settings.finetune or ''} {settings.taught}".strip())
+        summaries |= fine_tuned(again, settings, f"--teacher {RUNS / 'teacher'} {settings.taught}")
+        models |= again
+    results = []
+    for name, summary in summaries.items():
         scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
         config, _ = weights.read_config(models[name])
         results.append({
-            "case": "retention", "provider": name, "parameters": num_params(config), "settings": settings.finetune,
+            "case": "retention", "provider": name, "parameters": num_params(config), "settings": budgets[name],
             "seeds": settings.rounds or 3, "scores": scores, "tasks": summary["tasks"],
             "macro": round(statistics.mean(scores.values()), 2), "seconds": summary["seconds"],
         })  # fmt: skip

@@ -11,7 +11,8 @@ from minidistil.cli import UserError
 
 
 def settings(**given):
-    names = dict(teacher=None, student=None, data=None, task="sst2,rte", rounds=None, finetune=None, train=None)
+    names = dict(teacher=None, student=None, data=None, task="sst2,rte", rounds=None, finetune=None, taught=None,
+                 train=None)  # fmt: skip
     return types.SimpleNamespace(**names | {"tiny": False} | given)
 
 
@@ -32,6 +33,19 @@ def test_retention_runs_finetune_on_each_model(tiny, glue, tmp_path, monkeypatch
     assert table[0] == "| | sst2 | rte | mean | kept |" and len({line.count("|") for line in table}) == 1
     retention.draw_retention(tmp_path / "kept.svg", results)
     assert (tmp_path / "kept.svg").read_text().count("half: ") == 3
+
+
+def test_students_are_taught_again_by_the_fine_tuned_teacher(tiny, glue, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny / "teacher", tmp_path / "half")
+    few = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --dtype fp32 --seq-len 32"
+    given = settings(teacher=str(tiny / "teacher"), student="half", data=str(glue), rounds=1, finetune=few, task="sst2")
+    results = retention.bench_retention(settings(**{**vars(given), "taught": "--augment 2"}))
+    assert [r["provider"] for r in results] == ["teacher", "half", "half-taught"]
+    assert [r["settings"] for r in results] == [few, few, f"{few} --augment 2"]
+    said = (tmp_path / "runs" / "retention" / "half-taught.log").read_text()
+    assert "16 items of" in said and "2 altered copies of each" in said and "update     6/6" in said
+    assert f"the teacher's dev score is {results[0]['scores']['sst2']:.2f}" in said
 
 
 def test_retention_says_why_a_run_failed(tiny, glue, tmp_path, monkeypatch):

@@ -140,6 +140,25 @@ def test_objective_is_its_formula():
     assert objective(settings, True, s, y, mean, mean).item() == pytest.approx(0.2 * 2.5 + (0.7 + 0.4) * 2.5)
 
 
+def test_an_example_without_a_label_has_no_loss_of_the_tasks_own():
+    """Its share of the mean stays: each example weighs as much as without the others."""
+    generator = torch.Generator().manual_seed(0)
+    settings = Settings(task="x", model="m", data="d", alpha_task=0.2, alpha_ce=0.7)
+    for shape, regression, nothing in (((6, 3), False, -100), ((6, 2, 5), False, -100), ((6, 1), True, float("nan"))):
+        s, soft = (torch.randn(shape, generator=generator).requires_grad_() for _ in range(2))
+        soft = soft.detach()
+        y = torch.randn(6, generator=generator) if regression else torch.randint(shape[-1], shape[:-1])
+        one = [[tensor[i : i + 1] for tensor in (s, y, soft, soft)] for i in range(6)]
+        taught = Settings(task="x", model="m", data="d", alpha_task=0.0, alpha_ce=0.7)
+        alone = objective(taught, regression, s[4:], y[4:], soft[4:], soft[4:])
+        labels = torch.cat([y[:4], torch.full_like(y[4:], nothing)])
+        found = objective(settings, regression, s, labels, soft, soft)
+        expected = (sum(objective(settings, regression, *one[i]) for i in range(4)) + 2 * alone) / 6
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        for a, b in zip(*(torch.autograd.grad(x, s) for x in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_an_ensemble_is_the_mean_of_probabilities():
     rng = np.random.default_rng(0)
     views = [[rng.normal(size=(2, n)).astype(np.float32) * 3 for n in (4, 9)] for _ in range(3)]
@@ -161,6 +180,20 @@ def test_a_student_follows_its_teachers(tiny, glue, sst2, tmp_path, capsys):
     on_logits = dict(alpha_task=0.0, alpha_ce=0.0, alpha_mse=1.0)
     summary = tuned(tiny, glue, tmp_path / "two", teacher=teacher, **on_logits, epochs=2.0)
     assert summary["tasks"]["sst2"]["score"] > 90
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_altered_copies_are_labelled_by_the_teacher(task, tiny, glue, tmp_path, capsys):
+    """A student that sees a sixth of the examples, and five altered copies of each."""
+    tuned(tiny, glue, tmp_path / "teacher", task, epochs=2.0)
+    few = dict(teacher=str(tmp_path / "teacher"), examples=24, epochs=1.0)
+    tuned(tiny, glue, tmp_path / "few", task, **few)
+    tuned(tiny, glue, tmp_path / "many", task, **few, augment=5)
+    said = capsys.readouterr().out
+    assert "24 items of" in said and " and 5 altered copies of each" in said
+    updates = [json.loads((tmp_path / name / "scores.json").read_text())["runs"][task][0]["updates"]
+               for name in ("few", "many")]  # fmt: skip
+    assert updates[1] == 6 * updates[0]
 
 
 def test_bilstm_on_the_teachers_words(tiny, glue, sst2, tmp_path):
@@ -267,6 +300,7 @@ def long_model(tiny):
     (dict(lr="-1"), "--lr -1: give one learning rate"),
     (dict(epochs=0.0), "--epochs is 0.0: it must be greater than 0"),
     (dict(alpha_ce=-1.0), "--alpha-ce is -1.0: it must not be negative"),
+    (dict(augment=-1), "--augment is -1: it must not be negative"),
     (dict(warmup=2.0), "--warmup is 2.0"),
     (dict(seq_len=4), "--seq-len is 4"),
     (dict(seq_len=64, task="sst2", words="x"), "--words is for --model bilstm"),
@@ -288,7 +322,7 @@ def test_wrong_settings(wrong, words, tiny, glue, sst2, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--temperature", "--alpha-task", "--alpha-ce", "--alpha-mse"])
+@pytest.mark.parametrize("flag", ["--temperature", "--alpha-task", "--alpha-ce", "--alpha-mse", "--augment"])
 def test_settings_of_a_teacher_need_one(flag):
     with pytest.raises(UserError, match=f"{flag} is for a teacher: name one with --teacher"):
         finetune.main(["--task", "sst2", "--model", "m", "--data", "d", flag, "1"])
