@@ -56,7 +56,7 @@ class Settings:
     data: str = setting(None, "of retention and infer: the GLUE folder; IMDb may lie in it as aclImdb")
     task: str = setting("all", "of retention: tasks, with commas")
     finetune: str = setting(None, 'of retention: more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
-    taught: str = setting(None, 'of retention: students once more, by the fine-tuned teacher: "", or "--augment 4"')
+    taught: str = setting(None, 'of retention: the first student again, by the fine-tuned teacher: "--augment 4"')
     train: str = setting(None, "of ablation: settings of train.py, in quotes (default: the demo)")
     profile: bool = setting(False, "also write a trace of each provider of a kernel's case, for chrome://tracing")
     out: str = setting("results", "folder for the JSON files")

@@ -54,7 +54,7 @@ def fine_tuned(models, settings, more=""):
 def bench_retention(settings):
     """Fine-tunes --teacher and each --student with the same budget and seeds.
 
-    With --taught, then each student once more, as STUDENT-taught: by that teacher (Sanh et al. 2019, section 3).
+    With --taught, then the first student once more, as STUDENT-taught: by that teacher (Sanh et al. 2019, section 3).
     """
     if not (settings.teacher and settings.student and settings.data):
         raise UserError("retention compares models: give --teacher, --student (several with commas) and --data")
@@ -62,10 +62,10 @@ def bench_retention(settings):
     models = {"teacher": settings.teacher} | students
     budgets, summaries = dict.fromkeys(models, settings.finetune or ""), fine_tuned(models, settings)
     if settings.taught is not None:
-        again = {f"{name}-taught": folder for name, folder in students.items()}
-        budgets |= dict.fromkeys(again, f"{settings.finetune or ''} {settings.taught}".strip())
-        summaries |= fine_tuned(again, settings, f"--teacher {RUNS / 'teacher'} {settings.taught}")
-        models |= again
+        first, folder = next(iter(students.items()))
+        name, more = f"{first}-taught", f"--teacher {RUNS / 'teacher'} {settings.taught}"
+        models[name], budgets[name] = folder, f"{settings.finetune or ''} {settings.taught}".strip()
+        summaries |= fine_tuned({name: folder}, settings, more)
     results = []
     for name, summary in summaries.items():
         scores = {task: figures["score"] for task, figures in summary["tasks"].items()}

@@ -35,7 +35,7 @@ def test_retention_runs_finetune_on_each_model(tiny, glue, tmp_path, monkeypatch
     assert (tmp_path / "kept.svg").read_text().count("half: ") == 3
 
 
-def test_students_are_taught_again_by_the_fine_tuned_teacher(tiny, glue, tmp_path, monkeypatch):
+def test_the_first_student_is_taught_again_by_the_fine_tuned_teacher(tiny, glue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny / "teacher", tmp_path / "half")
     few = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --dtype fp32 --seq-len 32"

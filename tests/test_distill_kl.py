@@ -139,6 +139,20 @@ def test_minus_infinity(tau):
     check_against_fp64([s, t, labels, *rest], upstream, tau, FLOOR[torch.float32])
 
 
+def test_a_word_that_only_the_student_rules_out(path):
+    """Infinite by definition: here much and finite, 2^14 powers of two in the kernel and of e on the CPU."""
+    s, t = torch.zeros(3, 8, device=DEVICE), torch.zeros(3, 8, device=DEVICE)
+    s[1, 2] = -math.inf
+    kl, ce = distill_kl(s.requires_grad_(), t, None, 2.0)
+    log_of_the_floor = 2**14 * (math.log(2) if path == "kernel" else 1.0)
+    assert kl.item() == pytest.approx(4 * (log_of_the_floor / 8 + math.log(7 / 8)), rel=1e-5)
+    (gradient,) = torch.autograd.grad(kl, s)
+    expected = torch.full((8,), 2 * (1 / 7 - 1 / 8), device=DEVICE)
+    expected[2] = -2 / 8
+    torch.testing.assert_close(gradient[1], expected)
+    assert (gradient[::2] == 0).all()
+
+
 def test_a_word_that_only_the_student_rules_out_stays_finite():
     """KL is infinite there; the loss is finite and large, and the gradient pulls with the teacher's probability."""
     (s, t, *_), _ = problem(2, 50)
