@@ -294,8 +294,8 @@ def speed_table(results):
 
 def readme_tables(folder):
     """The tables of README.md, in its order; a result that has not been measured is an error."""
-    tables = {"demo": demo_table, "retention": retention_table, "step": speed_table, "loss": kernel_table}
-    tables |= {"prepare": prepare_table, "tokenizer": speed_table, "infer": infer_table}
+    tables = {"demo": demo_table, "ablation": ablation_table, "retention": retention_table, "step": speed_table}
+    tables |= {"loss": kernel_table, "prepare": prepare_table, "tokenizer": speed_table, "infer": infer_table}
     return [table(json.loads((folder / f"{case}.json").read_text())["results"]) for case, table in tables.items()]
 
 
