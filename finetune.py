@@ -384,6 +384,9 @@ def finetune(settings, argv=()):
             data = digest(work.train)
             if state["data"].setdefault(name, data) != data:
                 raise UserError(f"{out} was begun with other data for {name}: give the same --data, or a new --out")
+            runs = state["runs"].setdefault(name, [])
+            if next_run(runs, rates, settings) is None:
+                continue  # done before the resumption: its teachers are not asked again
             mean_length = sum(len(ids) for ids, _ in items) / len(items)
             sizes = " + ".join(f"{len(split):,}" for split in work.dev)
             also = f" and {settings.augment} altered copies of each" if settings.augment else ""
@@ -404,7 +407,6 @@ def finetune(settings, argv=()):
                 soft, mean = agreed(views, settings.temperature)
 
             # ---- run after run
-            runs = state["runs"].setdefault(name, [])
             files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings)) is not None:
                 lr, seed = todo

@@ -196,6 +196,14 @@ def test_altered_copies_are_labelled_by_the_teacher(task, tiny, glue, tmp_path, 
     assert updates[1] == 6 * updates[0]
 
 
+def test_a_task_that_is_done_asks_no_teacher(tiny, glue, sst2, tmp_path, capsys):
+    few = dict(teacher=str(sst2[1]), examples=16, epochs=1.0)
+    expected = tuned(tiny, glue, tmp_path / "out", **few)
+    assert "the teacher's dev score" in capsys.readouterr().out
+    assert tuned(tiny, glue, tmp_path / "out", **few, resume=True)["tasks"] == expected["tasks"]
+    assert "the teacher's dev score" not in capsys.readouterr().out
+
+
 def test_bilstm_on_the_teachers_words(tiny, glue, sst2, tmp_path):
     summary = tuned(tiny, glue, tmp_path / "out", model="bilstm", teacher=str(sst2[1]), epochs=2.0)
     assert summary["tasks"]["sst2"]["score"] > 85
