@@ -139,7 +139,7 @@ def test_minus_infinity(tau):
     check_against_fp64([s, t, labels, *rest], upstream, tau, FLOOR[torch.float32])
 
 
-def test_a_word_that_only_the_student_rules_out(path):
+def test_a_word_that_only_the_student_rules_out_stays_finite(path):
     """Infinite by definition: here much and finite, 2^14 powers of two in the kernel and of e on the CPU."""
     s, t = torch.zeros(3, 8, device=DEVICE), torch.zeros(3, 8, device=DEVICE)
     s[1, 2] = -math.inf
@@ -151,17 +151,6 @@ def test_a_word_that_only_the_student_rules_out(path):
     expected[2] = -2 / 8
     torch.testing.assert_close(gradient[1], expected)
     assert (gradient[::2] == 0).all()
-
-
-def test_a_word_that_only_the_student_rules_out_stays_finite():
-    """KL is infinite there; the loss is finite and large, and the gradient pulls with the teacher's probability."""
-    (s, t, *_), _ = problem(2, 50)
-    s[:, 3] = -math.inf
-    s.requires_grad_()
-    kl, _ = distill_kl(s, t, None, 2.0)
-    (gradient,) = torch.autograd.grad(kl, s)
-    assert kl.isfinite() and kl > 100
-    torch.testing.assert_close(gradient[:, 3], -2 * torch.softmax(t / 2, -1)[:, 3], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
