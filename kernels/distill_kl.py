@@ -293,40 +293,50 @@ def _wide(x, out):
     return x if x.dtype == out.dtype else out.copy_(x)
 
 
-def _exponents(x, n, tau, out):
-    """x / tau + n for a few rows, in memory that is there already: allocating would cost more than exp."""
-    return torch.add(n, _wide(x, out), alpha=1 / tau, out=out)
+def exponentials(x, tau, m, Z, out):
+    """exp(x - m) of a few rows x = logits / tau into `out`, and their sums into Z: memory that is there already, since
+    allocating would cost more than exp.
+
+    m (R, 1) comes as 0 and stays 0 where exp(x), and exp(x)^tau = exp(logits) as well, are far from the ends of fp32,
+    as for logits of a trained model: looking for a maximum is one pass in ten. Else m becomes the maximum, and x x - m.
+    """
+    V, most = x.shape[1], 1e30 ** (1 / max(tau, 1.0))
+    if V >= 1000:  # shorter rows cost nothing, and of a single word the probability is then 1 to the last bit
+        torch.sum(torch.exp(x, out=out), -1, keepdim=True, out=Z)
+        if all(V / most < z < most for z in Z[:, 0].tolist()):
+            return out
+    x.sub_(torch.amax(x, -1, keepdim=True, out=m))
+    torch.sum(torch.exp(x, out=out), -1, keepdim=True, out=Z)
+    return out
 
 
 def _forward_rows(s, t, labels, tau):
-    """Per-row (kl, ce, stats): stats (N, 5) are n_s, n_t, Z_s, Z_t, Z_1, where n = -m / tau."""
+    """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, of logits divided by tau."""
     N, V = s.shape
     wide = torch.promote_types(s.dtype, torch.float32)
     stats, c = s.new_zeros(N, 5, dtype=wide), s.new_empty(N, 1, dtype=wide)
     columns, R = stats.split(1, 1), rows_in_cache(V, wide)
     scratch = s.new_empty(3, min(N, R), V, dtype=wide)
-    for s_, t_, n_s, n_t, Z_s, Z_t, Z_1, c_ in zip(*(x.split(R) for x in (s, t, *columns, c)), strict=True):
+    for s_, t_, m_s, m_t, Z_s, Z_t, Z_1, c_ in zip(*(x.split(R) for x in (s, t, *columns, c)), strict=True):
         a, b, e = scratch[:, : len(s_)]
-        x = _wide(s_, a)
-        _exponents(x, torch.amax(x, -1, keepdim=True, out=n_s).div_(-tau), tau, a)
-        torch.sum(torch.exp(a, out=e), -1, keepdim=True, out=Z_s)
+        exponentials(torch.mul(_wide(s_, a), 1 / tau, out=a), tau, m_s, Z_s, e)
         if labels is not None:  # exp(s) = exp(s / tau)^tau
             torch.linalg.vector_norm(e, tau, dim=-1, keepdim=True, out=Z_1).pow_(tau)
-        x = _wide(t_, b)
-        _exponents(x, torch.amax(x, -1, keepdim=True, out=n_t).div_(-tau), tau, b)
-        torch.sum(torch.exp(b, out=e), -1, keepdim=True, out=Z_t)
+        exponentials(torch.mul(_wide(t_, b), 1 / tau, out=b), tau, m_t, Z_t, e)
         torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
-    n_s, n_t, Z_s, Z_t, Z_1 = columns
+    m_s, m_t, Z_s, Z_t, Z_1 = columns
     for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
         # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
-        a, b = ((x[rows].to(wide) / tau + n[rows]).clamp_(min=FLOOR) for x, n in ((s, n_s), (t, n_t)))
+        a, b = ((x[rows].to(wide) / tau - m[rows]).clamp_(min=FLOOR) for x, m in ((s, m_s), (t, m_t)))
         c[rows] = (b.exp() * (b - a)).sum(-1, keepdim=True)
-    kl = (c / Z_t - Z_t.log() + Z_s.log())[:, 0] * tau**2
+    log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
+    kl = (c / Z_t - log_Z_t + log_Z_s)[:, 0] * tau**2
     if labels is None:
-        return kl, torch.zeros_like(kl), stats
+        return kl.to(wide), torch.zeros_like(kl, dtype=wide), stats
     labelled = labels != IGNORE
-    s_y = s.gather(1, labels.where(labelled, 0)[:, None]).to(wide)
-    return kl, (Z_1.log() - n_s * tau - s_y)[:, 0].where(labelled, 0.0), stats
+    s_y = s.gather(1, labels.where(labelled, 0)[:, None])
+    ce = (log_Z_1 + m_s * tau - s_y)[:, 0].where(labelled, 0.0)
+    return kl.to(wide), ce.to(wide), stats
 
 
 def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
@@ -334,18 +344,18 @@ def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
     N, V = s.shape
     R = rows_in_cache(V, stats.dtype)
     scratch = s.new_empty(1 + (ds.dtype != stats.dtype), min(N, R), V, dtype=stats.dtype)
-    n_s, n_t, Z_s, Z_t, Z_1 = stats.split(1, 1)
+    m_s, m_t, Z_s, Z_t, Z_1 = stats.split(1, 1)
     weight = tau * g_kl[:, None]
     y = s.new_full((N, 1), IGNORE, dtype=torch.int64) if labels is None else labels[:, None]
     g_1, y = g_ce[:, None].where(y != IGNORE, 0.0), y.where(y != IGNORE, 0)
-    per_row = n_s, n_t, weight / Z_s, -weight / Z_t, g_1 / Z_1, y, -g_1
+    per_row = -m_s, -m_t, weight / Z_s, -weight / Z_t, g_1 / Z_1, y, -g_1
     for d, s_, t_, n_s, n_t, w_s, w_t, w_1, y, minus in zip(
         *(x.split(R) for x in (ds, s, t, *per_row)), strict=True
     ):
         g, *e_s = scratch[:, : len(d)]
         e_s = e_s[0] if e_s else d  # in the memory of the result where that is as wide
-        _exponents(s_, n_s, tau, e_s).exp_()
-        _exponents(t_, n_t, tau, g).exp_().mul_(w_t).addcmul_(e_s, w_s)
+        torch.add(n_s, _wide(s_, e_s), alpha=1 / tau, out=e_s).exp_()
+        torch.add(n_t, _wide(t_, g), alpha=1 / tau, out=g).exp_().mul_(w_t).addcmul_(e_s, w_s)
         if labels is not None:
             g = torch.addcmul(g.scatter_add_(1, y, minus), e_s.pow_(tau), w_1, out=e_s)
         if g is not d:

@@ -28,6 +28,7 @@ from kernels.distill_kl import (
     LOG2E,
     block_gradient,
     distill_kl_ref,
+    exponentials,
     power_of,
     row_losses,
     row_statistics,
@@ -128,39 +129,35 @@ def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch)
     everywhere, scored = bool(has_label.all()), ce_weight != 0 and bool(has_label.any())
     y = labels.where(has_label, 0)[:, None]
     s_y = s.gather(1, y).to(biases[0].dtype) + biases[0][y]
-    stats = s_y.new_ones(5, len(labels), 1)
-    m_s, m_t, Z_s, Z_t, Z_1 = stats
+    m_s, m_t, *Z = s_y.new_zeros(5, len(labels), 1)
+    Z_s, Z_t, Z_1 = (x.fill_(1.0) for x in Z)
     kl = mse = s_y.new_zeros(())
     for start in range(0, len(labels), scratch.shape[1]):
         rows = slice(start, start + scratch.shape[1])
         a = s[rows].to(s_y.dtype).add_(biases[0])
-        p, e_1 = scratch[:, : len(a)]
-        torch.amax(a, -1, keepdim=True, out=m_s[rows])
-        if t is not None:
-            d = t[rows].to(a.dtype).add_(biases[1])
-            torch.sub(d, torch.amax(d, -1, keepdim=True, out=m_t[rows]), out=p)
-            p.div_(torch.sum(p.exp_(), -1, keepdim=True, out=Z_t[rows]))
-            d.sub_(a)
-            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
-                d.nan_to_num_(0.0, -FLOOR, FLOOR)
-            kl = kl + torch.dot(p.view(-1), d.view(-1))
-            if mse_weight:
-                mse = mse + torch.dot(d.view(-1), d.view(-1))
-        torch.sum(a.sub_(m_s[rows]).exp_(), -1, keepdim=True, out=Z_s[rows])
-        if scored:
-            picked = slice(None) if everywhere else has_label[rows].nonzero()[:, 0]
-            words = y[rows][picked]
-            e_1 = torch.pow(a[picked], tau, out=e_1[: len(words)])  # exp(s) = exp(s / tau)^tau
-            Z_1[rows][picked] = Z = e_1.sum(-1, keepdim=True)
+        p, e = scratch[:, : len(a)]
+        exponentials(a, tau, m_s[rows], Z_s[rows], e)
         if t is None:
             a.zero_()
         else:
-            a.div_(Z_s[rows]).sub_(p)
+            d = t[rows].to(a.dtype).add_(biases[1])
+            exponentials(d, tau, m_t[rows], Z_t[rows], p).div_(-Z_t[rows])  # minus the teacher's probabilities
+            d.sub_(a)
+            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
+                d.nan_to_num_(0.0, -FLOOR, FLOOR)
+            kl = kl - torch.dot(p.view(-1), d.view(-1))
+            torch.addcmul(p, e, 1 / Z_s[rows], out=a)
             if kl_weight * tau != 1:
                 a.mul_(kl_weight * tau)
             if mse_weight:
+                d.add_(m_t[rows] - m_s[rows])
+                mse = mse + torch.dot(d.view(-1), d.view(-1))
                 a.add_(d, alpha=-2 * mse_weight * tau)
         if scored:
+            picked = slice(None) if everywhere else has_label[rows].nonzero()[:, 0]
+            words = y[rows][picked]
+            e_1 = e[picked].pow_(tau)  # exp(s) = exp(s / tau)^tau
+            Z_1[rows][picked] = Z = e_1.sum(-1, keepdim=True)
             minus_one = torch.full_like(Z, -ce_weight)
             if everywhere:
                 a.addcmul_(e_1, ce_weight / Z).scatter_add_(1, words, minus_one)
@@ -168,9 +165,10 @@ def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch)
                 a.index_add_(0, picked, e_1.mul_(ce_weight / Z).scatter_add_(1, words, minus_one))
         if a.dtype != s.dtype:
             s[rows] = a
+    log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
     if t is not None:
-        kl = kl + (m_s - m_t + Z_s.log() - Z_t.log()).sum()
-    ce = (Z_1.log() - tau * (s_y - m_s)).where(has_label[:, None], 0.0).sum() if scored else torch.zeros_like(kl)
+        kl = kl + (log_Z_s - log_Z_t).sum()
+    ce = (log_Z_1 - tau * (s_y - m_s)).where(has_label[:, None], 0.0).sum() if scored else torch.zeros_like(kl)
     losses += torch.stack([kl * tau**2, ce, mse * tau**2])
 
 

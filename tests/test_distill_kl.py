@@ -198,14 +198,16 @@ def test_kl_of_a_distribution_to_itself(dtype):
     assert torch.autograd.grad(kl, leaf)[0].abs().max() < 1e-6
 
 
-def test_gradient_rows_sum_to_zero_and_shifts_change_nothing():
+# by 84 exponentials leave the range in which no maximum is subtracted; logits of 100 are rounded to 4e-6
+@pytest.mark.parametrize("step, rtol", [(4.0, 1e-5), (12.0, 5e-5)])
+def test_gradient_rows_sum_to_zero_and_shifts_change_nothing(step, rtol):
     (s, t, labels, w_kl, w_ce), upstream = problem(8, 3000, scale=3.0)
     kl, ce, gradient = values_and_gradient(distill_kl, s, t, labels, 2.0, w_kl, w_ce, upstream)
     assert gradient.sum(-1).abs().max() < 1e-6
-    shift = torch.arange(8, device=DEVICE)[:, None] * 4.0
+    shift = torch.arange(8, device=DEVICE)[:, None] * step
     moved = values_and_gradient(distill_kl, s + shift, t - shift, labels, 2.0, w_kl, w_ce, upstream)
     for got, want in zip(moved, (kl, ce, gradient), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=rtol / 10)
 
 
 def test_same_bits_twice_inputs_untouched_nothing_left_unwritten(monkeypatch):

@@ -153,22 +153,27 @@ def test_autocast(dtype, weights, path):
         assert (got - want).norm() <= {torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype] * want.norm()
 
 
-def test_minus_infinity_in_the_biases(path):
+@pytest.mark.parametrize("V", [200, 1200])
+def test_minus_infinity_in_the_biases(V, path):
     """A word that both models rule out, and one that the teacher does."""
-    student, teacher, labels = problem(9, 200, dtype=torch.float32, scale=0.5)
+    student, teacher, labels = problem(9, V, dtype=torch.float32, scale=0.5)
     labels[:] = 1
     with torch.no_grad():
         student[2][7], teacher[2][7], teacher[2][9] = -math.inf, -math.inf, -math.inf
     check_against_fp64((student, teacher, labels), 2.0, (0.5, 0.3, 0.0))
 
 
-def test_logits_far_below_zero(path):
-    """Padding columns hold logits of 0, which beside -2,000 would be infinitely likely if they counted at all."""
-    student, teacher, labels = problem(5, 200, dtype=torch.float32, scale=0.5)
+# beside -2,000 the kernel's padding columns, logits of 0, would be infinitely likely if they counted at all
+@pytest.mark.parametrize("of_student, of_teacher", [(-2000, -2000), (-100, 100), (100, 100), (180, 0), (0, -250)])
+@pytest.mark.parametrize("V", [200, 1200])
+def test_logits_far_from_zero(V, of_student, of_teacher, path):
+    """Exponentials of logits as they are would leave fp32's range, of both models or of one."""
+    student, teacher, labels = problem(11, V, dtype=torch.float32, scale=0.5)
     with torch.no_grad():
-        student[2].sub_(2000)
-        teacher[2].sub_(2000)
-    check_against_fp64((student, teacher, labels), 2.0, (0.5, 0.3, 0.0), floor=1e-4)
+        student[2].add_(of_student)
+        teacher[2].add_(of_teacher)
+    floor = 3e-6 + 5e-8 * max(abs(of_student), abs(of_teacher))  # logits are rounded to 2^-24 of their size
+    check_against_fp64((student, teacher, labels), 2.0, (0.5, 0.3, 0.1), floor=floor)
 
 
 def test_a_frozen_decoder_costs_no_gradient(path):
