@@ -10,7 +10,7 @@ rows the forward pass projects, turns student logits into G in place, and multip
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
 its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V): 14 V. The gradient
 of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB at BERT-base, as much as 440 rows. Hence
-chunks of thousands of rows on a GPU; on a CPU, where a chunk should stay in cache, of hundreds.
+chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer, of hundreds.
 
 G is kept in units of the largest weight, which enters in fp32 after the products: its entries, probabilities divided by
 thousands of rows, would otherwise vanish in half precision. A loss scale therefore has nothing left to save.
@@ -35,7 +35,7 @@ from kernels.distill_kl import (
     rows_in_cache,
 )
 
-CPU_CHUNK_BYTES = 32 << 20  # of one model's logits: large enough for fast matrix products, small enough for the cache
+CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, and little memory
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
 
 
@@ -125,50 +125,49 @@ def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch)
     """
     kl_weight, ce_weight, mse_weight = weights
     finite = all(bias.isfinite().all() for bias in biases)  # else words are ruled out, as some do by a bias of -inf
-    has_label = labels != IGNORE
-    everywhere, scored = bool(has_label.all()), ce_weight != 0 and bool(has_label.any())
-    y = labels.where(has_label, 0)[:, None]
+    has_label = labels[:, None] != IGNORE
+    y = labels[:, None].where(has_label, 0)
     s_y = s.gather(1, y).to(biases[0].dtype) + biases[0][y]
-    m_s, m_t, *Z = s_y.new_zeros(5, len(labels), 1)
-    Z_s, Z_t, Z_1 = (x.fill_(1.0) for x in Z)
+    minus_one = has_label.to(s_y.dtype) * -ce_weight
+    stats = s_y.new_ones(5, len(y), 1)
+    stats[:2] = 0.0
     kl = mse = s_y.new_zeros(())
-    for start in range(0, len(labels), scratch.shape[1]):
-        rows = slice(start, start + scratch.shape[1])
-        a = s[rows].to(s_y.dtype).add_(biases[0])
-        p, e = scratch[:, : len(a)]
-        exponentials(a, tau, m_s[rows], Z_s[rows], e)
+    columns = (s, s if t is None else t, *stats, y, minus_one, has_label)
+    for s_, t_, m_s, m_t, Z_s, Z_t, Z_1, y_, minus, scored in zip(
+        *(x.split(scratch.shape[1]) for x in columns), strict=True
+    ):
+        p, e = scratch[:, : len(s_)]
+        a = s_.to(p.dtype).add_(biases[0])
+        exponentials(a, tau, m_s, Z_s, e)
         if t is None:
             a.zero_()
         else:
-            d = t[rows].to(a.dtype).add_(biases[1])
-            exponentials(d, tau, m_t[rows], Z_t[rows], p).div_(-Z_t[rows])  # minus the teacher's probabilities
+            d = t_.to(p.dtype).add_(biases[1])
+            exponentials(d, tau, m_t, Z_t, p).mul_(-1 / Z_t)  # minus the teacher's probabilities
             d.sub_(a)
             if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
                 d.nan_to_num_(0.0, -FLOOR, FLOOR)
             kl = kl - torch.dot(p.view(-1), d.view(-1))
-            torch.addcmul(p, e, 1 / Z_s[rows], out=a)
+            torch.addcmul(p, e, 1 / Z_s, out=a)
             if kl_weight * tau != 1:
                 a.mul_(kl_weight * tau)
             if mse_weight:
-                d.add_(m_t[rows] - m_s[rows])
+                d.add_(m_t - m_s)
                 mse = mse + torch.dot(d.view(-1), d.view(-1))
                 a.add_(d, alpha=-2 * mse_weight * tau)
-        if scored:
-            picked = slice(None) if everywhere else has_label[rows].nonzero()[:, 0]
-            words = y[rows][picked]
-            e_1 = e[picked].pow_(tau)  # exp(s) = exp(s / tau)^tau
-            Z_1[rows][picked] = Z = e_1.sum(-1, keepdim=True)
-            minus_one = torch.full_like(Z, -ce_weight)
-            if everywhere:
-                a.addcmul_(e_1, ce_weight / Z).scatter_add_(1, words, minus_one)
-            else:
-                a.index_add_(0, picked, e_1.mul_(ce_weight / Z).scatter_add_(1, words, minus_one))
+        if ce_weight:
+            scored = scored[:, 0].tolist()
+            for rows in [slice(None)] if all(scored) else [slice(i, i + 1) for i, yes in enumerate(scored) if yes]:
+                e_1 = e[rows].pow_(tau)  # exp(s) = exp(s / tau)^tau
+                a[rows].addcmul_(e_1, ce_weight / torch.sum(e_1, -1, keepdim=True, out=Z_1[rows]))
+            a.scatter_add_(1, y_, minus)
         if a.dtype != s.dtype:
-            s[rows] = a
-    log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
+            s_.copy_(a)
+    m_s, _, *Z = stats
+    log_Z_s, log_Z_t, log_Z_1 = (x.double().log() for x in Z)  # fp64: large, and their differences small
     if t is not None:
         kl = kl + (log_Z_s - log_Z_t).sum()
-    ce = (log_Z_1 - tau * (s_y - m_s)).where(has_label[:, None], 0.0).sum() if scored else torch.zeros_like(kl)
+    ce = (log_Z_1 - tau * (s_y - m_s)).where(has_label, 0.0).sum() if ce_weight else torch.zeros_like(kl)
     losses += torch.stack([kl * tau**2, ce, mse * tau**2])
 
 

@@ -25,8 +25,8 @@ def peak_rss_mib():
 def keep_freed_memory():
     """Tells glibc to keep freed blocks for the next allocation; without glibc, does nothing.
 
-    It would return those of 32 MB (a gradient of the vocabulary, a chunk of logits) to the kernel, and get zeroed pages
-    back one fault at a time: 15 ms for 31 MB, longer than the matrix product that fills them.
+    It would return those of 30 to 50 MB (a gradient of the vocabulary, a chunk of logits) to the kernel, and get zeroed
+    pages back one fault at a time: 15 ms for 31 MB, longer than the matrix product that fills them.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
