@@ -29,6 +29,7 @@ import torch
 from minidistil import checkpoint, files, hub, weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
+from minidistil.checks import check_fit, check_settings
 from minidistil.cli import UserError, given, run, setting
 from minidistil.data import IGNORE, Corpus, Sequences, mix
 from minidistil.evaluate import HeldOut
@@ -37,10 +38,11 @@ from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.machine import cast_products, choose_device, choose_dtype, duration, precision, versions
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
-from minidistil.model import MaskedLM, num_params
+from minidistil.model import num_params
 from minidistil.ranks import Ranks
 from minidistil.schedule import lr_at
 from minidistil.stop import Stop
+from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -111,58 +113,6 @@ FREE_ON_RESUME = {
 # ---- small pieces
 
 
-def objective_of(settings):
-    """The objective that the settings name; without a teacher only its masked-LM term is left."""
-    names = ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse", "temperature", "kd_rows")
-    objective = Objective(**{name: getattr(settings, name) for name in names})
-    if settings.teacher == "none":
-        objective = dataclasses.replace(objective, alpha_ce=0.0, alpha_cos=0.0, alpha_mse=0.0)
-    return objective
-
-
-def check(settings):
-    """Refuses values that cannot work, before anything is read or written."""
-    positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens")
-    for name in positive:
-        value = getattr(settings, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    not_negative = "alpha_ce alpha_mlm alpha_cos alpha_mse mask_smoothing eval_every save_every price_per_hour"
-    for name in not_negative.split():
-        value = getattr(settings, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
-    if not 0 <= settings.warmup <= 1:
-        raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
-    if settings.dropout is not None and not 0 <= settings.dropout < 1:
-        raise UserError(f"--dropout is {settings.dropout}: it is a probability, 0 or more and below 1")
-    if settings.micro_batch not in (None, "auto"):
-        size = int(settings.micro_batch) if settings.micro_batch.isdecimal() else 0
-        if size < 1 or settings.batch * settings.accum % size:
-            raise UserError(
-                f"--micro-batch {settings.micro_batch}: give auto, or a number that divides batch * accum = "
-                f"{settings.batch * settings.accum}"
-            )
-    if settings.seq_len < 8:
-        raise UserError(f"--seq-len is {settings.seq_len}: a sequence needs at least 8 tokens")
-    if settings.student_config and settings.student_init not in (None, "random"):
-        raise UserError("--student-config describes a fresh student: leave out --student-init")
-    if settings.student_config and settings.student_layers:
-        raise UserError("--student-config already says how many layers: leave out --student-layers")
-    if settings.resume and settings.out is None:
-        raise UserError("--resume needs to know which run: name its folder with --out")
-    if settings.teacher == "none":
-        if settings.student_init == "teacher":
-            raise UserError("--student-init teacher needs a teacher: name one with --teacher")
-        if settings.student_layers:
-            raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
-    if not (settings.alpha_mlm or objective_of(settings).needs_teacher):
-        raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
-
-
-# ---- what a run is made of
-
-
 def open_corpus(settings, tokenizer, tokenizer_folder):
     """Opens --data, or prepares (once) and opens the docs corpus in this tokenizer's vocabulary."""
     if settings.data:
@@ -185,78 +135,6 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
     return corpus
 
 
-def chosen_layers(text, teacher_layers):
-    """`6` -> six layers spread over the teacher's; `0,2,4` -> these; None -> half of them."""
-    try:
-        numbers = [int(n) for n in text.split(",")] if text else []
-    except ValueError:
-        raise UserError(f"--student-layers {text} is neither a number nor a list such as 0,2,4,7,9,11") from None
-    if len(numbers) > 1 or (text and "," in text):
-        return numbers
-    k = numbers[0] if numbers else None
-    if k is not None and not 1 <= k <= teacher_layers:
-        raise UserError(f"--student-layers {k}: the teacher has {teacher_layers} layers: choose 1 to {teacher_layers}")
-    return weights.student_layers(teacher_layers, k)
-
-
-def build_student(settings, teacher, init):
-    """Makes the student in fp32 on the CPU: from the teacher's layers, from a folder, or fresh."""
-    source = settings.student_init or ("teacher" if teacher and not settings.student_config else "random")
-    if init:
-        if settings.student_layers:
-            raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
-        student = weights.load_model(init, fresh_head=True)
-    elif source == "teacher":
-        student = weights.student_from_teacher(teacher, chosen_layers(settings.student_layers, teacher.config.layers))
-    else:
-        if settings.student_config:
-            path = pathlib.Path(settings.student_config)
-            config, _ = weights.read_config(path.parent if path.name == "config.json" else path)
-        elif teacher:
-            config = teacher.config.student(len(chosen_layers(settings.student_layers, teacher.config.layers)))
-        else:
-            raise UserError("a student without a teacher needs a shape: add --student-config or --student-init")
-        student = MaskedLM(config, seed=settings.seed)
-    if settings.dropout is not None:
-        set_dropout(student, settings.dropout)
-    return student.train()
-
-
-def set_dropout(model, p):
-    """Sets every dropout probability of a model, attention included; what it is saved with stays its config's."""
-    for module in model.modules():
-        if hasattr(module, "dropout"):
-            module.dropout = p
-
-
-def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G):
-    """Refuses combinations that would fail, or mislead, later."""
-    shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
-    for who, config in shapes:
-        if config.vocab_size != len(tokenizer.vocab):
-            raise UserError(
-                f"the {who} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
-                "give it the vocabulary that it was trained with"
-            )
-        if config.positions < settings.seq_len:
-            raise UserError(f"the {who} has {config.positions} positions: use --seq-len {config.positions} or less")
-    if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
-        raise UserError(
-            f"student and teacher are {student.config.width} and {teacher.config.width} wide: their hidden states "
-            "have no cosine: add --alpha-cos 0"
-        )
-    if sequences.per_epoch < G:
-        raise UserError(
-            f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {settings.seq_len}, "
-            f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
-        )
-    if len(eval_corpus.val) < settings.seq_len - 2:
-        raise UserError(
-            f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {settings.seq_len}: "
-            "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"
-        )
-
-
 def searches(device):
     """Whether --micro-batch auto searches here: a CPU would swap rather than refuse."""
     return device.type == "cuda"
@@ -276,7 +154,7 @@ def train(settings, argv=()):
     `argv` is the command line, for the line that tells how to resume. Raises UserError, and SystemExit(128 + signal)
     once an interrupted run is saved.
     """
-    check(settings)
+    check_settings(settings)
     stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
     ranks = Ranks()
     device = choose_device(ranks.device(settings.device))
@@ -312,7 +190,7 @@ def train(settings, argv=()):
     take = Ahead(lambda update: sequences.take(update * G + ranks.rank * share, share), device)
 
     # ---- student, objective, optimiser
-    objective = objective_of(settings)
+    objective = Objective.of(settings)
     student = build_student(settings, teacher, init)
     check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
     student.to(device)

@@ -33,6 +33,14 @@ class Objective:
     temperature: float = 2.0
     kd_rows: str = "all"
 
+    @classmethod
+    def of(cls, settings):
+        """The objective that the settings of train.py name; without a teacher only its masked-LM term is left."""
+        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
+        if settings.teacher == "none":
+            values |= {"alpha_ce": 0.0, "alpha_cos": 0.0, "alpha_mse": 0.0}
+        return cls(**values)
+
     @property
     def on_logits(self):
         """True where teacher logits are needed."""

@@ -24,6 +24,7 @@ from minidistil.losses import Counts, Objective
 from minidistil.machine import cast_products
 from minidistil.model import Config, MaskedLM
 from minidistil.schedule import lr_at
+from minidistil.student import set_dropout
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -176,7 +177,7 @@ def test_distillation_beats_training_without_a_teacher(tiny, tmp_path):
 def test_overfits_one_batch(tiny, tmp_path):
     """The same sixteen masked sequences again and again: the loss falls to a tenth."""
     student = weights.load_model(shallow(tiny, tmp_path / "start")).train()
-    train.set_dropout(student, 0.0)
+    set_dropout(student, 0.0)
     tokenizer = Tokenizer.load(tiny / "teacher")
     sequences = Sequences(Corpus(tiny / "corpus").train, 32, tokenizer, seed=0)
     ids, labels = map(torch.from_numpy, sequences.take(0, 16))

@@ -1,0 +1,74 @@
+"""What cannot work is refused in one line, before a run writes anything: settings, and how they fit models and text."""
+
+import math
+
+from minidistil.cli import UserError
+from minidistil.losses import Objective
+
+
+def check_settings(settings):
+    """Raises UserError for values of train.py's settings that cannot work, before anything is read."""
+    positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens")
+    for name in positive:
+        value = getattr(settings, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
+    not_negative = "alpha_ce alpha_mlm alpha_cos alpha_mse mask_smoothing eval_every save_every price_per_hour"
+    for name in not_negative.split():
+        value = getattr(settings, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    if not 0 <= settings.warmup <= 1:
+        raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
+    if settings.dropout is not None and not 0 <= settings.dropout < 1:
+        raise UserError(f"--dropout is {settings.dropout}: it is a probability, 0 or more and below 1")
+    if settings.micro_batch not in (None, "auto"):
+        size = int(settings.micro_batch) if settings.micro_batch.isdecimal() else 0
+        if size < 1 or settings.batch * settings.accum % size:
+            raise UserError(
+                f"--micro-batch {settings.micro_batch}: give auto, or a number that divides batch * accum = "
+                f"{settings.batch * settings.accum}"
+            )
+    if settings.seq_len < 8:
+        raise UserError(f"--seq-len is {settings.seq_len}: a sequence needs at least 8 tokens")
+    if settings.student_config and settings.student_init not in (None, "random"):
+        raise UserError("--student-config describes a fresh student: leave out --student-init")
+    if settings.student_config and settings.student_layers:
+        raise UserError("--student-config already says how many layers: leave out --student-layers")
+    if settings.resume and settings.out is None:
+        raise UserError("--resume needs to know which run: name its folder with --out")
+    if settings.teacher == "none":
+        if settings.student_init == "teacher":
+            raise UserError("--student-init teacher needs a teacher: name one with --teacher")
+        if settings.student_layers:
+            raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
+    if not (settings.alpha_mlm or Objective.of(settings).needs_teacher):
+        raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
+
+
+def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G):
+    """Raises UserError for combinations that would fail, or mislead, later. G: sequences in an update."""
+    shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
+    for who, config in shapes:
+        if config.vocab_size != len(tokenizer.vocab):
+            raise UserError(
+                f"the {who} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
+                "give it the vocabulary that it was trained with"
+            )
+        if config.positions < settings.seq_len:
+            raise UserError(f"the {who} has {config.positions} positions: use --seq-len {config.positions} or less")
+    if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
+        raise UserError(
+            f"student and teacher are {student.config.width} and {teacher.config.width} wide: their hidden states "
+            "have no cosine: add --alpha-cos 0"
+        )
+    if sequences.per_epoch < G:
+        raise UserError(
+            f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {settings.seq_len}, "
+            f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
+        )
+    if len(eval_corpus.val) < settings.seq_len - 2:
+        raise UserError(
+            f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {settings.seq_len}: "
+            "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"
+        )
