@@ -288,9 +288,11 @@ def rows_in_cache(V, dtype):
     return max(1, CACHE_BYTES // (V * dtype.itemsize))
 
 
-def _wide(x, out):
-    """A few rows in the dtype of `out`, converted into it if need be: arithmetic on two dtypes is not vectorised."""
-    return x if x.dtype == out.dtype else out.copy_(x)
+def _divided(x, tau, n, out):
+    """x / tau + n of a few rows, n (R, 1). A sum even where n is 0: a product takes a third longer out of place."""
+    if x.dtype != out.dtype:
+        x = out.copy_(x)  # arithmetic on two dtypes is not vectorised
+    return torch.add(n, x, alpha=1 / tau, out=out)
 
 
 def exponentials(x, tau, m, Z, out):
@@ -319,10 +321,10 @@ def _forward_rows(s, t, labels, tau):
     scratch = s.new_empty(3, min(N, R), V, dtype=wide)
     for s_, t_, m_s, m_t, Z_s, Z_t, Z_1, c_ in zip(*(x.split(R) for x in (s, t, *columns, c)), strict=True):
         a, b, e = scratch[:, : len(s_)]
-        exponentials(torch.mul(_wide(s_, a), 1 / tau, out=a), tau, m_s, Z_s, e)
+        exponentials(_divided(s_, tau, m_s, a), tau, m_s, Z_s, e)
         if labels is not None:  # exp(s) = exp(s / tau)^tau
             torch.linalg.vector_norm(e, tau, dim=-1, keepdim=True, out=Z_1).pow_(tau)
-        exponentials(torch.mul(_wide(t_, b), 1 / tau, out=b), tau, m_t, Z_t, e)
+        exponentials(_divided(t_, tau, m_t, b), tau, m_t, Z_t, e)
         torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
     m_s, m_t, Z_s, Z_t, Z_1 = columns
     for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
@@ -354,8 +356,8 @@ def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
     ):
         g, *e_s = scratch[:, : len(d)]
         e_s = e_s[0] if e_s else d  # in the memory of the result where that is as wide
-        torch.add(n_s, _wide(s_, e_s), alpha=1 / tau, out=e_s).exp_()
-        torch.add(n_t, _wide(t_, g), alpha=1 / tau, out=g).exp_().mul_(w_t).addcmul_(e_s, w_s)
+        _divided(s_, tau, n_s, e_s).exp_()
+        _divided(t_, tau, n_t, g).exp_().mul_(w_t).addcmul_(e_s, w_s)
         if labels is not None:
             g = torch.addcmul(g.scatter_add_(1, y, minus), e_s.pow_(tau), w_1, out=e_s)
         if g is not d:
