@@ -296,14 +296,14 @@ def _divided(x, tau, n, out):
 
 
 def exponentials(x, tau, m, Z, out):
-    """exp(x - m) of a few rows x = logits / tau into `out`, and their sums into Z: memory that is there already, since
-    allocating would cost more than exp.
+    """Puts exp(x - m) of a few rows x = logits / tau (R, V) into `out`, and their sums into Z (R, 1); returns `out`.
 
     m (R, 1) comes as 0 and stays 0 where exp(x), and exp(x)^tau = exp(logits) as well, are far from the ends of fp32,
-    as for logits of a trained model: looking for a maximum is one pass in ten. Else m becomes the maximum, and x x - m.
+    as for logits of a trained model: looking for a maximum is one pass in ten. Else m becomes the maximum of each row,
+    and x becomes x - m. All goes into memory that is there already: allocating would cost more than exp.
     """
     V, most = x.shape[1], 1e30 ** (1 / max(tau, 1.0))
-    if V >= 1000:  # shorter rows cost nothing, and of a single word the probability is then 1 to the last bit
+    if V >= 1000:  # shorter rows cost little, and the probability of a single word is 1 to the last bit
         torch.sum(torch.exp(x, out=out), -1, keepdim=True, out=Z)
         if all(V / most < z < most for z in Z[:, 0].tolist()):
             return out
