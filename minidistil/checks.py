@@ -1,4 +1,4 @@
-"""What cannot work is refused in one line, before a run writes anything: settings, and how they fit models and text."""
+"""What cannot work is refused in one line, before a run has a folder: settings, and how they fit models and text."""
 
 import math
 
