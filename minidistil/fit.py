@@ -45,3 +45,6 @@ def rehearse(student, optimizer, learn, micro_batch, device):
             learn(*micro_batch)
     finally:
         student.zero_grad(set_to_none=True)
+        del taken
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what training reports is its own peak
