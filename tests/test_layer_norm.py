@@ -171,7 +171,7 @@ def test_one_graph_under_compile(kernel):
 
 
 def test_without_a_kernel_it_is_pytorch():
-    arguments = problem(9, 100)
+    arguments = [t.cpu() for t in problem(9, 100)]
     for got, want in zip(run(dropout_add_layer_norm, *arguments), run(dropout_add_layer_norm_ref, *arguments),
                          strict=True):  # fmt: skip
         assert torch.equal(got, want)

@@ -10,6 +10,9 @@ from minidistil.data import IGNORE
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
+
 
 def test_published_formula():
     """The whole objective against its four published terms, written with PyTorch's loss modules as the original is."""
@@ -90,7 +93,6 @@ def test_twenty_updates_with_kernels_are_twenty_without(monkeypatch):
     rounding of a gradient near zero may show: hence parameters to 1e-3 of the distance they went, and losses to 1e-5.
     """
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = dict(vocab_size=97, positions=16, layers=2, heads=2, width=16, mlp_width=32)
     config = Config(**shape, dropout=0.0, attention_dropout=0.0)
     objective, g = Objective(), torch.Generator().manual_seed(3)
@@ -98,19 +100,19 @@ def test_twenty_updates_with_kernels_are_twenty_without(monkeypatch):
     masks = [torch.rand(1, 6, generator=g) < 0.3 for _ in range(20)]
     runs = {}
     for kernels in ("off", "on"):
-        if device == "cpu":
+        if DEVICE == "cpu":
             monkeypatch.setenv("TRITON_INTERPRET", "1" if kernels == "on" else "0")
         elif kernels == "off":
             monkeypatch.setattr("kernels.linear_distill_kl.on_triton", lambda x: False)
             monkeypatch.setattr("kernels.layer_norm.on_triton", lambda x: False)
         else:
             monkeypatch.undo()
-        teacher = MaskedLM(config, seed=1).to(device).eval().requires_grad_(False)
-        student = MaskedLM(config.student(1), seed=2).to(device)
+        teacher = MaskedLM(config, seed=1).to(DEVICE).eval().requires_grad_(False)
+        student = MaskedLM(config.student(1), seed=2).to(DEVICE)
         start = [p.detach().clone() for p in student.parameters()]
         optimizer, losses = torch.optim.AdamW(student.parameters(), 1e-3, eps=1e-6), []
         for ids, mask in zip(batches, masks, strict=True):
-            ids, labels = ids.to(device), torch.where(mask, ids, IGNORE).to(device)
+            ids, labels = ids.to(DEVICE), torch.where(mask, ids, IGNORE).to(DEVICE)
             counts = Counts(ids.numel(), int(mask.sum()))
             loss, _ = distillation_loss(objective, counts, labels, student, student(ids), teacher, teacher(ids))
             loss.backward()

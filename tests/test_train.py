@@ -31,8 +31,11 @@ ROOT = pathlib.Path(train.__file__).parent
 
 
 def settings(tiny, out, **changes):
-    basic = dict(data=str(tiny / "corpus"), steps=5, batch=4, accum=2, seq_len=32, dtype="fp32", eval_tokens=512)
-    return train.Settings(**{"teacher": str(tiny / "teacher"), "out": str(out), **basic, **changes})
+    basic = dict(
+        teacher=str(tiny / "teacher"), data=str(tiny / "corpus"), steps=5, batch=4, accum=2, seq_len=32, device="cpu",
+        dtype="fp32", eval_tokens=512, out=str(out),
+    )  # fmt: skip
+    return train.Settings(**basic | changes)
 
 
 def weights_of(folder):
