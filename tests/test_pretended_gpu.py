@@ -1,0 +1,130 @@
+"""The GPU's path where there is no GPU: tests that need one, on a device in name (pretended_gpu.cpp).
+
+It shows that the path runs, to the right numbers, without mixing devices, waiting or running out of memory unnoticed.
+It shows nothing of speed, of nvcc's or Triton's compilers, or of torch.compile.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train import same_bits, settings
+
+import train
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRETENDED = "PRETENDED_GPU" in os.environ
+inside = pytest.mark.skipif(not PRETENDED, reason="runs on the device in name, by the tests above")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    if sys.platform != "linux" or not shutil.which("g++"):
+        pytest.skip("needs Linux and g++")
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("this build of PyTorch knows real GPUs")
+    from pretended_gpu import build
+
+    path = tmp_path_factory.mktemp("pretended") / "gpu.so"
+    build(path)
+    return path
+
+
+def python(library, kernels, *arguments):
+    """Runs Python with the device in name; returns what it printed."""
+    path = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+    environment = os.environ | {"PRETENDED_GPU": str(library), "PRETENDED_KERNELS": kernels, "PYTHONPATH": path}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py"
+TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/test_pretended_gpu.py"
+
+
+@pytest.mark.parametrize(
+    "kernels, files, chosen, least",
+    [
+        ("interpreted", KERNELS, "fp32 or autocast or same_bits or without", 60),  # of 398, the most telling
+        ("off", TRAINING, "not no_wait", 10),
+        ("idle", "tests/test_fit.py", "no_wait", 2),
+    ],
+)
+def test_marked_gpu(kernels, files, chosen, least, library):
+    pytest_ = ["-m", "pytest", "-q", "-p", "pretended_gpu", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen]
+    printed = python(library, kernels, *pytest_, *files.split())
+    assert int(re.search(r"(\d+) passed", printed)[1]) >= least
+
+
+@pytest.mark.parametrize("case", ["loss", "linear", "layernorm"])
+def test_bench(case, library, tmp_path):
+    """Ours, through the interpreted kernels, is as near to fp64 as PyTorch is; memory is the device's own count."""
+    program = "import pretended_gpu, bench, sys; bench.main(sys.argv[1:])"
+    options = ["--tiny", "--device", "cuda", "--rounds", "1", "--out", str(tmp_path)]
+    printed = python(library, "interpreted", "-c", program, case, *options)
+    assert "pretended GPU" in printed and "| ours |" in printed
+    assert (tmp_path / f"{case}.json").exists() and (tmp_path / f"{case}.svg").exists()
+
+
+# ---- on the device in name
+
+
+@inside
+@pytest.mark.gpu
+def test_it_is_as_strict_as_a_gpu():
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.nn.functional.cross_entropy(torch.ones(2, 3, device="cuda"), torch.tensor([0, 1]))
+    assert torch.empty(3, device="cuda").isnan().all()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for wait in (x.sum().item, x.cpu, lambda: torch.ones(3).to("cuda"), x.nonzero, lambda: x[x > 0]):
+            with pytest.warns(UserWarning, match="synchronizing"):
+                wait()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@inside
+@pytest.mark.gpu
+@pytest.mark.parametrize("mib, split", [(55, "4 x 8"), (53, "16 x 2")])
+def test_the_largest_micro_batch_where_memory_ends(mib, split, tiny, tmp_path, capsys):
+    """Less memory, smaller micro-batches, the same update; 51 MiB of the GPU's 1,024 are kept free."""
+    from pretended_gpu import MIB, device
+
+    base = settings(tiny, tmp_path / "one", batch=2, accum=16, dropout=0.0, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    given = train.train(base)
+    device.pretended_limit(mib * MIB)
+    try:
+        found = train.train(dataclasses.replace(base, out=str(tmp_path / "auto"), micro_batch="auto"))
+    finally:
+        device.pretended_limit(2**63 - 1)
+    assert f"5 updates of {split} x 32" in capsys.readouterr().out
+    assert found["student"]["mlm_loss"] == pytest.approx(given["student"]["mlm_loss"], rel=1e-4)
+    # the trial's memory is not training's
+    assert 0 < given["peak_gpu_mib"] <= found["peak_gpu_mib"] < 20
+
+
+@inside
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_resume_to_the_same_bits(dtype, tiny, tmp_path):
+    whole = settings(tiny, tmp_path / "whole", device="cuda", dtype=dtype)
+    train.train(whole)
+    parts = dataclasses.replace(whole, out=str(tmp_path / "parts"), time_limit=1e-9)  # an update at a time
+    steps = [train.train(parts)["steps"]]
+    while steps[-1] < whole.steps:
+        steps.append(train.train(dataclasses.replace(parts, resume=True))["steps"])
+    assert steps == list(range(1, whole.steps + 1))
+    assert same_bits(tmp_path / "whole", tmp_path / "parts")
