@@ -17,6 +17,9 @@ import torch
 from test_train import same_bits, settings
 
 import train
+from bench import call
+from kernels.cases import CASES
+from minidistil.measure import extra_memory_mib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRETENDED = "PRETENDED_GPU" in os.environ
@@ -54,8 +57,8 @@ TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/t
     "kernels, files, chosen, least",
     [
         ("interpreted", KERNELS, "fp32 or autocast or same_bits or without", 60),  # of 398, the most telling
-        ("off", TRAINING, "not no_wait", 10),
-        ("idle", "tests/test_fit.py", "no_wait", 2),
+        ("off", TRAINING, "not no_wait and not memory_beside", 10),
+        ("idle", "tests/test_fit.py tests/test_pretended_gpu.py", "no_wait or memory_beside", 4),
     ],
 )
 def test_marked_gpu(kernels, files, chosen, least, library):
@@ -114,6 +117,26 @@ def test_the_largest_micro_batch_where_memory_ends(mib, split, tiny, tmp_path, c
     assert found["student"]["mlm_loss"] == pytest.approx(given["student"]["mlm_loss"], rel=1e-4)
     # the trial's memory is not training's
     assert 0 < given["peak_gpu_mib"] <= found["peak_gpu_mib"] < 20
+
+
+@inside
+@pytest.mark.gpu
+@pytest.mark.parametrize("case, most", [("loss", 0.101), ("linear", 0.15)])
+def test_memory_beside_that_of_eager(case, most, monkeypatch):
+    """At an eighth of BERT-base's width and vocabulary, of a micro-batch's 4,915 masked rows, and of a chunk's rows.
+
+    All that takes memory has two of these factors, so that the shares are those of the whole: 10.0 % and 14.3 %.
+    """
+    monkeypatch.setattr("kernels.linear_distill_kl.GPU_CHUNK_ROWS", 512)
+    device, case = torch.device("cuda"), CASES[case]
+    inputs = case.inputs(dict(N=614, V=3840, C=96, labelled=1.0, dtype="bfloat16"), device)
+    took = {}
+    for provider in ("eager", "ours"):
+        arguments = case.prepared(provider, inputs)
+        took[provider] = extra_memory_mib(
+            lambda: call(getattr(case, provider), arguments, case.leaves, "bfloat16"), device  # noqa: B023
+        )
+    assert 0 < took["ours"] <= most * took["eager"]
 
 
 @inside
