@@ -8,7 +8,7 @@ For one row of student logits s and teacher logits t, temperature tau and label 
 
 Forward: with m the maximum of a row, k = 1 / tau and Z = sum exp(k (x - m)), everything relative to the maxima,
 
-    kl / tau^2 = c / Z_t - log Z_t + log Z_s        c = sum exp(k (t - m_t)) k ((t - m_t) - (s - m_s))
+    kl / tau^2 = c / Z_t + log(Z_s / Z_t)        c = sum exp(k (t - m_t)) k ((t - m_t) - (s - m_s))
 
 and m, Z and c can be carried along a row from block to block, so that one pass is enough (README.md derives it).
 Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_1).
@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from kernels import on_triton, tl, triton
 
 IGNORE = -100  # PyTorch's label of a row without cross-entropy
+BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
 FLOOR = -16384.0  # of a log-probability: a probability of 0, and still finite when multiplied by one
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+NOTHING = tl.constexpr(-1.0e30)  # the maximum of no logits: finite, since -inf - -inf is NaN
 
 
 def distill_kl_ref(s, t, labels=None, temperature=2.0):
@@ -52,43 +54,72 @@ def padded(N, V, dtype, device):
 
 
 @triton.jit
+def _shifted(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
+    """(Z_s, Z_t, Z_1, c) with the maxima n_s, n_t in place of m_s, m_t; k = log2(e) / tau."""
+    # where the student has ruled out all so far, c holds the floor in place of a distance to a maximum
+    d_s = tl.where(m_s == NOTHING, 0.0, (m_s - n_s) * k)
+    d_t = (m_t - n_t) * k
+    old_s = tl.exp2(d_s)
+    old_t = tl.exp2(d_t)
+    if HAS_LABELS:
+        if TAU == 1:
+            Z_1 *= old_s
+        elif TAU == 2:
+            Z_1 *= old_s * old_s
+        else:
+            Z_1 *= tl.exp2((m_s - n_s) * LOG2E)
+    # every old term of c shifts by what the two maxima moved, weighted with its p: hence the old Z_t
+    c = old_t * (c + Z_t * (d_t - d_s))
+    return Z_s * old_s, Z_t * old_t, Z_1, c
+
+
+@triton.jit
 def _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
-    """Takes one block of logits, fp32, into the statistics of its row; k = log2(e) / tau."""
-    n_s = tl.maximum(m_s, tl.max(s, 0))
-    n_t = tl.maximum(m_t, tl.max(t, 0))
+    """Takes E logits (G, E), fp32, into each of G statistics (G,)."""
+    n_s = tl.maximum(m_s, tl.max(s, 1))
+    n_t = tl.maximum(m_t, tl.max(t, 1))
+    Z_s, Z_t, Z_1, c = _shifted(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
+    d_s = s - n_s[:, None]
     # the floor keeps 0 * (-inf - -inf) from being NaN; plain tl.maximum would turn a NaN logit into probability 0
-    x_s = tl.maximum((s - n_s) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
-    x_t = tl.maximum((t - n_t) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+    x_s = tl.maximum(d_s * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+    x_t = tl.maximum((t - n_t[:, None]) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
     e_s = tl.exp2(x_s)
     e_t = tl.exp2(x_t)
-    old_s = tl.exp2((m_s - n_s) * k)
-    old_t = tl.exp2((m_t - n_t) * k)
     if HAS_LABELS:
         if TAU == 1:
             e_1 = e_s
         elif TAU == 2:
             e_1 = e_s * e_s
         else:
-            e_1 = tl.exp2((s - n_s) * LOG2E)
-        Z_1 = Z_1 * tl.exp2((m_s - n_s) * LOG2E) + tl.sum(e_1, 0)
-    # every old term of c shifts by what the two maxima moved, weighted with its p: hence the old Z_t
-    c = old_t * (c + Z_t * ((m_t - n_t) - (m_s - n_s)) * k) + tl.sum(e_t * (x_t - x_s), 0)
-    Z_s = Z_s * old_s + tl.sum(e_s, 0)
-    Z_t = Z_t * old_t + tl.sum(e_t, 0)
-    return n_s, n_t, Z_s, Z_t, Z_1, c
+            e_1 = tl.exp2(d_s * LOG2E)
+        Z_1 += tl.sum(e_1, 1)
+    return n_s, n_t, Z_s + tl.sum(e_s, 1), Z_t + tl.sum(e_t, 1), Z_1, c + tl.sum(e_t * (x_t - x_s), 1)
+
+
+@triton.jit
+def _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
+    """The statistics of a row from those of its parts (P,)."""
+    n_s = tl.max(m_s, 0)
+    n_t = tl.max(m_t, 0)
+    Z_s, Z_t, Z_1, c = _shifted(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
+    return n_s, n_t, tl.sum(Z_s, 0), tl.sum(Z_t, 0), tl.sum(Z_1, 0), tl.sum(c, 0)
 
 
 @triton.jit
 def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One pass over columns start ... stop of a row; `start` is a multiple of BLOCK_V."""
-    cols = tl.arange(0, BLOCK_V)
-    # finite, since -inf - -inf is NaN
-    m_s = tl.full((), -1.0e30, tl.float32)
-    m_t = tl.full((), -1.0e30, tl.float32)
-    Z_s = tl.full((), 0.0, tl.float32)
-    Z_t = tl.full((), 0.0, tl.float32)
-    Z_1 = tl.full((), 0.0, tl.float32)
-    c = tl.full((), 0.0, tl.float32)
+    """One pass over columns start ... stop of a row; `start` is a multiple of BLOCK_V.
+
+    A thread loads E logits at once, 16 bytes, and keeps statistics of what it has loaded: threads meet after the loop.
+    """
+    E: tl.constexpr = 128 // s_ptr.dtype.element_ty.primitive_bitwidth
+    G: tl.constexpr = BLOCK_V // E
+    cols = tl.arange(0, G)[:, None] * E + tl.arange(0, E)[None, :]
+    m_s = tl.full((G,), NOTHING, tl.float32)
+    m_t = tl.full((G,), NOTHING, tl.float32)
+    Z_s = tl.zeros((G,), tl.float32)
+    Z_t = tl.zeros((G,), tl.float32)
+    Z_1 = tl.zeros((G,), tl.float32)
+    c = tl.zeros((G,), tl.float32)
     full = start + (stop - start) // BLOCK_V * BLOCK_V
     for v in range(start, full, BLOCK_V):  # a mask here would make every load two bytes wide
         s = tl.load(s_ptr + v + cols).to(tl.float32)
@@ -99,13 +130,13 @@ def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: 
         s = tl.load(s_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
         t = tl.load(t_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
         m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
-    return m_s, m_t, Z_s, Z_t, Z_1, c
+    return _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
 
 
 @triton.jit
 def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr):
     """(kl, ce) of a row, in nats, from its statistics. A label outside the vocabulary gives NaN, not a wild read."""
-    kl = (c / Z_t - tl.log2(Z_t) + tl.log2(Z_s)) * LN2 * tau * tau
+    kl = (c / Z_t + tl.log2(Z_s / Z_t)) * LN2 * tau * tau  # not a difference of logarithms, which are large
     ce = tl.full((), 0.0, tl.float32)
     if HAS_LABELS:
         known = (y >= 0) & (y < V)
@@ -160,7 +191,7 @@ def _forward_kernel(
     kl_ptr,  # (N,) fp32
     ce_ptr,  # (N,) fp32
     stats_ptr,  # (N, 5) fp32: m_s, m_t, log2 Z_s, log2 Z_t, log2 Z_1
-    parts_ptr,  # (N, SPLITS, 6) fp32: m_s, m_t, Z_s, Z_t, Z_1, c of each part of a row
+    parts_ptr,  # (N, P, 6) fp32: m_s, m_t, Z_s, Z_t, Z_1, c of each of P parts of a row
     stride_s,
     stride_t,
     V,
@@ -168,14 +199,14 @@ def _forward_kernel(
     tau,
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether P > 1
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 70,345 rows
     s_ptr += row * stride_s
     t_ptr += row * stride_t
     k = LOG2E / tau
-    if SPLITS == 1:
+    if not SPLIT:
         m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, HAS_LABELS, TAU, BLOCK_V)
         _store_row(
             s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS
@@ -184,7 +215,7 @@ def _forward_kernel(
         start = tl.program_id(1) * width
         stop = tl.minimum(start + width, V)
         m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS, TAU, BLOCK_V)
-        parts_ptr += (row * SPLITS + tl.program_id(1)) * 6
+        parts_ptr += (row * tl.num_programs(1) + tl.program_id(1)) * 6
         tl.store(parts_ptr + 0, m_s)
         tl.store(parts_ptr + 1, m_t)
         tl.store(parts_ptr + 2, Z_s)
@@ -200,33 +231,30 @@ def _merge_kernel(
     kl_ptr,  # (N,) fp32
     ce_ptr,  # (N,) fp32
     stats_ptr,  # (N, 5) fp32
-    parts_ptr,  # (N, SPLITS, 6) fp32
+    parts_ptr,  # (N, P, 6) fp32
     stride_s,
     V,
+    P,
     tau,
     HAS_LABELS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_P: tl.constexpr,  # SPLITS rounded up to a power of two
+    TAU: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # P rounded up to a power of two
 ):
-    """Puts the parts of a row together: the same shift of maxima as in `_update`, for all parts at once."""
+    """Puts the parts of a row together."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
-    there = part < SPLITS
-    parts_ptr += (row * SPLITS + part) * 6
+    there = part < P
+    parts_ptr += (row * P + part) * 6
     k = LOG2E / tau
-    m_s = tl.load(parts_ptr + 0, mask=there, other=-1.0e30)
-    m_t = tl.load(parts_ptr + 1, mask=there, other=-1.0e30)
+    m_s = tl.load(parts_ptr + 0, mask=there, other=NOTHING)
+    m_t = tl.load(parts_ptr + 1, mask=there, other=NOTHING)
+    Z_s = tl.load(parts_ptr + 2, mask=there, other=0.0)
     Z_t = tl.load(parts_ptr + 3, mask=there, other=0.0)
+    Z_1 = tl.load(parts_ptr + 4, mask=there, other=0.0)
     c = tl.load(parts_ptr + 5, mask=there, other=0.0)
-    n_s = tl.max(m_s, 0)
-    n_t = tl.max(m_t, 0)
-    old_t = tl.exp2((m_t - n_t) * k)
-    c = tl.sum(old_t * (c + Z_t * ((m_t - n_t) - (m_s - n_s)) * k), 0)
-    Z_s = tl.sum(tl.load(parts_ptr + 2, mask=there, other=0.0) * tl.exp2((m_s - n_s) * k), 0)
-    Z_1 = tl.sum(tl.load(parts_ptr + 4, mask=there, other=0.0) * tl.exp2((m_s - n_s) * LOG2E), 0)
-    Z_t = tl.sum(Z_t * old_t, 0)
+    m_s, m_t, Z_s, Z_t, Z_1, c = _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
     s_ptr += row * stride_s
-    _store_row(s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, n_s, n_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS)
+    _store_row(s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS)
 
 
 @triton.jit
@@ -370,14 +398,9 @@ def power_of(tau):
     return int(tau) if tau in (1.0, 2.0) else 0
 
 
-def blocks(itemsize):
-    """(BLOCK_V, num_warps) of forward and backward: 16 logits of each model in flight per thread, no spills."""
-    return ((4096, 8), (2048, 4)) if itemsize == 2 else ((2048, 4), (2048, 4))
-
-
-def _split(N, V, BLOCK_V, device):
+def _split(N, V, device):
     """(parts, width): into how many parts of `width` columns to cut each row, so that few rows still fill a GPU."""
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     count = triton.cdiv(V, BLOCK_V)
     width = triton.cdiv(count, min(count, triton.cdiv(programs, N))) * BLOCK_V
     return triton.cdiv(V, width), width
@@ -396,17 +419,16 @@ def _forward(
     kl, ce, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 5)))
     if N == 0:
         return kl, ce, stats
-    (BLOCK_V, warps), _ = blocks(s.itemsize)
-    parts, width = _split(N, V, BLOCK_V, s.device)
+    parts, width = _split(N, V, s.device)
     scratch = s.new_empty(N, parts, 6, dtype=torch.float32) if parts > 1 else stats
-    options = dict(HAS_LABELS=labels is not None, SPLITS=parts)
+    options = dict(HAS_LABELS=labels is not None, TAU=power_of(tau))
     _forward_kernel[(N, parts)](
         s, t, labels, kl, ce, stats, scratch, s.stride(0), t.stride(0), V, width, tau,
-        TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps, **options,
+        SPLIT=parts > 1, BLOCK_V=BLOCK_V, num_warps=WARPS, **options,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(N,)](
-            s, labels, kl, ce, stats, scratch, s.stride(0), V, tau,
+            s, labels, kl, ce, stats, scratch, s.stride(0), V, parts, tau,
             BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **options,
         )  # fmt: skip
     return kl, ce, stats
@@ -428,10 +450,9 @@ def _backward(
     if not on_triton(s) or s.dtype == torch.float64:
         return _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
-        _, (BLOCK_V, warps) = blocks(s.itemsize)
         _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
             s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
-            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps,
+            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=WARPS,
         )  # fmt: skip
     return ds
 

@@ -32,20 +32,21 @@ def shipped():
     """Yields (name, kernel, types of its arguments, constants, num_warps, elements of a program or loop step)."""
     for itemsize, logits in LOGITS.items():
         half = {2: "bf16", 4: "fp32"}[itemsize]
-        (block_f, warps_f), (block_b, warps_b) = distill_kl.blocks(itemsize)
+        block, warps = distill_kl.BLOCK_V, distill_kl.WARPS
         common = dict(s_ptr=logits, t_ptr=logits, labels_ptr="*i64", V="i32:any", tau="fp32")
         row = dict(common, kl_ptr="*fp32", ce_ptr="*fp32", stats_ptr="*fp32", parts_ptr="*fp32", stride_s="i32")
         flags = dict(HAS_LABELS=True, TAU=2)
-        for splits in (1, 4):
-            yield (f"distill_kl forward, {splits} a row, {half}", distill_kl._forward_kernel,
-                   dict(row, stride_t="i32", width="i32"), dict(flags, SPLITS=splits, BLOCK_V=block_f), warps_f,
-                   block_f)  # fmt: skip
-        yield (f"distill_kl merge, {half}", distill_kl._merge_kernel, {k: v for k, v in row.items() if k != "t_ptr"},
-               dict(HAS_LABELS=True, SPLITS=3, BLOCK_P=4), 1, 32)  # fmt: skip
+        for split in (False, True):
+            name = f"distill_kl forward, {'parts of rows' if split else 'whole rows'}, {half}"
+            yield (name, distill_kl._forward_kernel, dict(row, stride_t="i32", width="i32"),
+                   dict(flags, SPLIT=split, BLOCK_V=block), warps, block)  # fmt: skip
+        yield (f"distill_kl merge, {half}", distill_kl._merge_kernel,
+               {k: v for k, v in dict(row, P="i32:any").items() if k != "t_ptr"},
+               dict(flags, BLOCK_P=4), 1, 32)  # fmt: skip
         yield (f"distill_kl backward, {half}", distill_kl._backward_kernel,
                dict(common, g_kl_ptr="*fp32", g_ce_ptr="*fp32", stats_ptr="*fp32", ds_ptr=logits, stride_s="i32",
                     stride_t="i32", stride_ds="i32", stride_g_kl="i32:any", stride_g_ce="i32:any"),
-               dict(flags, BLOCK_V=block_b), warps_b, block_b)  # fmt: skip
+               dict(flags, BLOCK_V=block), warps, block)  # fmt: skip
         block, warps = linear_distill_kl.launch(itemsize)
         yield (f"linear_distill_kl, {half}", linear_distill_kl._loss_and_gradient_kernel,
                dict(common, losses_ptr="*fp32", stride="i32", kl_weight="fp32", ce_weight="fp32", mse_weight="fp32"),
@@ -115,7 +116,7 @@ def instructions(sass):
 
 
 def figures(kernel, types, constants, warps, elements, architecture):
-    """What one program does per element: instructions, widths of global accesses, registers, spills."""
+    """What one program does per element: instructions, widths of global accesses, registers, spills; waits in loops."""
     k = compiled(kernel, types, constants, warps, architecture)
     if architecture.startswith("gfx"):
         text = k.asm["amdgcn"]
@@ -137,6 +138,7 @@ def figures(kernel, types, constants, warps, elements, architecture):
         where="loops" if loop else "whole kernel",
         instructions=round(len(ops) / per_thread, 1),
         mufu=round(sum(op.startswith("MUFU") for op in ops) / per_thread, 1),
+        barriers=sum(op.startswith("BAR") for op in loop),
         loads=sorted({op for op in ops if op.startswith("LDG")}),
         stores=sorted({op for op in whole if op.startswith("STG")}),
     )

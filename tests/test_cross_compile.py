@@ -53,6 +53,7 @@ def test_kernels_compile_well(arch, compilations):
             assert any(x.endswith(wide) for x in k["stores"]), (name, k["stores"])
         if arch.startswith("sm_") and k["where"] == "loops" and "distill_kl" in name:  # no narrow load in a main loop
             assert all(x.endswith(wide) for x in k["loads"]), (name, k["loads"])
+            assert k["barriers"] == 0, name  # no thread waits for another one there
         if arch == "sm_90" and "bf16" in name:
             (moved,) = [b for prefix, b in BYTES.items() if name.startswith((f"{prefix},", f"{prefix} "))]
             assert k["instructions"] <= 9.85 * moved, (name, k["instructions"])

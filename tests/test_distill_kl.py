@@ -21,7 +21,7 @@ def path(request, monkeypatch):
         if DEVICE == "cpu":
             monkeypatch.setenv("TRITON_INTERPRET", "1")
             # the interpreter's time goes by blocks: few large ones, yet V = 30,522 still has a main loop and a tail
-            monkeypatch.setattr(module, "blocks", lambda itemsize: ((16384, 8), (16384, 4)))
+            monkeypatch.setattr(module, "BLOCK_V", 16384)
     elif DEVICE == "cuda":
         pytest.skip("the closed form is for the CPU")
     return request.param
@@ -62,7 +62,9 @@ def check_against_fp64(inputs, upstream, tau, floor):
         if want.numel():
             error, allowed = (got - want).abs().max(), 2 * (other - want).abs().max()
             assert got.isfinite().all()
-            assert error <= allowed + floor * want.abs().max() + 1e-30, f"{name}: {error:.2e}, torch {allowed / 2:.2e}"
+            # a small KL is what is left of terms of about tau^2, as fp32 rounds them
+            allowed += floor * want.abs().max() + (tau**2 * 2**-24 if name == "kl" else 1e-30)
+            assert error <= allowed, f"{name}: {error:.2e}, allowed {allowed:.2e}"
 
 
 # fp32: rounding of exponents; half: the gradient is stored in 8 (bf16) or 11 (fp16) bits, and the interpreter truncates
@@ -86,7 +88,7 @@ def test_rows_of_the_real_vocabulary(dtype):
 @pytest.mark.parametrize("block", [64, 1024])
 def test_many_blocks_in_a_row(block, monkeypatch):
     """The running maxima move from block to block: logits that rise, fall and jump."""
-    monkeypatch.setattr(module, "blocks", lambda itemsize: ((block, 4), (block, 4)))
+    monkeypatch.setattr(module, "BLOCK_V", block)
     inputs, upstream = problem(3, 5000)
     ramp = torch.linspace(-40, 40, 5000, device=DEVICE)
     inputs[0] += torch.stack([ramp, -ramp, ramp.sin() * 60])
@@ -99,24 +101,25 @@ def test_many_blocks_in_a_row(block, monkeypatch):
 def test_rows_split_over_programs(parts, tau, path, monkeypatch):
     if path == "cpu":
         pytest.skip("only the kernel splits rows")
-    monkeypatch.setattr(module, "blocks", lambda itemsize: ((256, 4), (256, 4)))
-    monkeypatch.setattr(module, "_split", lambda N, V, BLOCK_V, device: (parts, -(-V // (parts * 256)) * 256))
+    monkeypatch.setattr(module, "BLOCK_V", 256)
+    monkeypatch.setattr(module, "_split", lambda N, V, device: (parts, -(-V // (parts * 256)) * 256))
     inputs, upstream = problem(3, 3000, scale=20.0)
     check_against_fp64(inputs, upstream, tau, FLOOR[torch.float32])
 
 
 def test_the_split_fills_a_gpu_and_covers_every_column_once(monkeypatch):
-    """On 132 multiprocessors: few rows are cut until two programs sit on each, many rows not at all."""
+    """On 132 multiprocessors: few rows are cut until four programs sit on each, many rows not at all."""
+    monkeypatch.setattr(module, "BLOCK_V", 2048)
     gpu = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    for N in (1, 3, 64, 264, 5000):
+    for N in (1, 3, 64, 528, 5000):
         for V in (1, 4096, 30522, 250000):
-            parts, width = module._split(N, V, 4096, torch.device("cuda"))
-            assert (parts - 1) * width < V <= parts * width and width % 4096 == 0
-    assert module._split(264, 30522, 4096, torch.device("cuda")) == (1, 32768)
-    assert module._split(64, 30522, 4096, torch.device("cuda")) == (4, 8192)
-    assert module._split(1, 30522, 4096, torch.device("cuda")) == (8, 4096)
-    assert module._split(1, 30522, 4096, torch.device("cpu")) == (1, 32768)
+            parts, width = module._split(N, V, torch.device("cuda"))
+            assert (parts - 1) * width < V <= parts * width and width % 2048 == 0
+    assert module._split(528, 30522, torch.device("cuda")) == (1, 30720)
+    assert module._split(64, 30522, torch.device("cuda")) == (8, 4096)
+    assert module._split(1, 30522, torch.device("cuda")) == (15, 2048)
+    assert module._split(1, 30522, torch.device("cpu")) == (1, 30720)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "padded", "every second row", "transposed"])
@@ -151,6 +154,24 @@ def test_a_word_that_only_the_student_rules_out_stays_finite(path):
     expected[2] = -2 / 8
     torch.testing.assert_close(gradient[1], expected)
     assert (gradient[::2] == 0).all()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_stretch_that_only_the_student_rules_out_costs_the_same(parts, path, monkeypatch):
+    """A block, a part of a row, what one thread sees: they begin, end or stay without a finite logit of the student."""
+    if path == "kernel":
+        monkeypatch.setattr(module, "BLOCK_V", 64)
+        monkeypatch.setattr(module, "_split", lambda N, V, device: (parts, 1024 // parts))
+    floor = -(2**14) * (math.log(2) if path == "kernel" else 1.0)  # of a softened log-probability
+    stretches = [slice(0, 256), slice(768, 1000), slice(300, 310), slice(64, 1000), slice(1, 1000)]
+    (_, t, *_), _ = problem(len(stretches), 1000)
+    s = padded(*t.shape, t.dtype, t.device).fill_(0.5)
+    for row, stretch in zip(s, stretches, strict=True):
+        row[stretch] = -math.inf
+    kl, _, _ = module._forward(s, t, None, 2.0)
+    log_p, log_q = (torch.log_softmax(x.double() / 2, -1) for x in (t, s))
+    expected = 4 * (log_p.exp() * (log_p - log_q.clamp(min=floor))).sum(-1)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("which", ["student", "teacher"])
