@@ -15,6 +15,7 @@
 Prints a table, writes results/CASE.json and ends with one JSON line: {"device", "versions", "results": [...]}.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,6 +23,7 @@ import os
 import pathlib
 import platform
 import shutil
+import sys
 import tempfile
 import time
 
@@ -158,15 +160,29 @@ def largest_error(case, function, provider, shape, device):
     return max(((f - t).abs().max() / t.abs().max()).item() for f, t in zip(found, truth, strict=True))
 
 
-def providers_of(case, device):
+def providers_of(case, shape, device):
     """{name: function} of what is here."""
     found = {"eager": case.eager, "torch.compile": torch.compile(case.eager, dynamic=False), "ours": case.ours}
-    if device.type == "cuda":
+    if device.type == "cuda" or case.liger_on_cpu:
         try:
-            found["Liger"] = case.liger()
+            found["Liger"] = case.liger(shape)
         except ImportError:
             print("Liger is not installed: pip install liger-kernel")
     return found
+
+
+@contextlib.contextmanager
+def spared(row):
+    """What a provider that is not ours cannot do goes into its row, and does not end the run."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row["peak_mib"] = "OOM"
+    except Exception as error:
+        if row["provider"] in ("eager", "ours"):
+            raise
+        row["peak_mib"] = "failed"
+        print(f"{row['case']}, {row['provider']} failed: {error}", file=sys.stderr)
 
 
 def bench_kernel(case, settings):
@@ -174,29 +190,31 @@ def bench_kernel(case, settings):
     ceiling, results = copy_bandwidth(device, 16 if settings.tiny else 256), []
     for shape in case.shapes(device, settings.tiny):
         torch._dynamo.reset()
-        providers, rows, running = providers_of(case, device), {}, {}
+        providers, rows, running = providers_of(case, shape, device), {}, {}
         for provider, function in providers.items():
-            row = {"case": case.name, "provider": provider, "shape": shape, "dtype": shape["dtype"], "ms": None}
-            rows[provider] = row
+            rows[provider] = row = {"case": case.name, "provider": provider, "shape": shape, "dtype": shape["dtype"]}
+            row["ms"] = None
             if not getattr(function, "computes_less", False):
-                row["max_error"] = float(f"{largest_error(case, function, provider, shape, device):.1e}")
-                if not row["max_error"] <= WRONG[shape["dtype"]]:
-                    raise UserError(f"{case.name}, {provider}: error {row['max_error']}: a wrong result is not timed")
+                with spared(row):
+                    row["max_error"] = float(f"{largest_error(case, function, provider, shape, device):.1e}")
+                    if not row["max_error"] <= WRONG[shape["dtype"]]:
+                        raise UserError(
+                            f"{case.name}, {provider}: error {row['max_error']}: a wrong result is not timed"
+                        )
         torch._dynamo.reset()  # the checks had another shape
         inputs = case.inputs(shape, device)
         for provider, function in providers.items():
             once = functools.partial(
                 call, function, case.prepared(provider, inputs), case.leaves, shape["dtype"]
             )  # fmt: skip
-            try:
+            if "peak_mib" in rows[provider]:  # it has failed
+                continue
+            with spared(rows[provider]):
                 once()  # compiles, where that is its way
                 rows[provider]["peak_mib"] = round(extra_memory_mib(once, device), 2)
                 running[provider] = once
-            except torch.OutOfMemoryError:
-                rows[provider]["peak_mib"] = "OOM"
-                continue
-            if settings.profile:
-                trace(once, pathlib.Path(settings.out) / f"trace-{case.name}-{provider}.json")
+                if settings.profile:
+                    trace(once, pathlib.Path(settings.out) / f"trace-{case.name}-{provider}.json")
         times = interleaved(running, settings.rounds or (1 if settings.tiny else 21), device)
         for provider, milliseconds in times.items():
             row = rows[provider]
@@ -222,7 +240,7 @@ def kernel_table(results):
         eager = next(e for e in results if e["shape"] == r["shape"] and e["provider"] == "eager")
         shape = ", ".join(str(value) for value in r["shape"].values())
         if r["ms"] is None:
-            lines.append(f"| {r['provider']} | {shape} | out of memory | | | OOM | |")
+            lines.append(f"| {r['provider']} | {shape} | | | | {r['peak_mib']} | |")
             continue
         low, middle, high = r["ms"]
         speed = f"{eager['ms'][1] / middle:.1f}x" if eager["ms"] else ""
@@ -261,7 +279,7 @@ def draw_kernel(path, results):
     bars = []
     for r in results:
         shape = ", ".join(str(value) for value in r["shape"].values())
-        bars.append((f"{r['provider']}, {shape}", r.get("share_of_copy")))
+        bars.append((f"{r['provider']}, {shape}", r.get("share_of_copy", r["peak_mib"])))
     bar_chart(path, f"{results[0]['case']}: bytes that must move / time, as a share of a copy's bandwidth", bars)
 
 

@@ -68,7 +68,7 @@ def _panel(panel, shift):
 
 
 def bar_chart(path, title, bars):
-    """Writes horizontal bars, atomically: (label, share of the ceiling, or None). The axis ends at the ceiling."""
+    """Writes horizontal bars, atomically: (label, share of the ceiling, or a word). The axis ends at the ceiling."""
     row, label_width, width = 22, 300, 380
     height = TOP + row * len(bars) + BOTTOM
     svg = [f'<text x="10" y="18" font-weight="bold">{escape(title)}</text>']
@@ -79,9 +79,9 @@ def bar_chart(path, title, bars):
     for i, (label, share) in enumerate(bars):
         y = TOP + i * row
         svg.append(f'<text x="{label_width - 8}" y="{y + 15}" text-anchor="end">{escape(label)}</text>')
-        length = min(share or 0, 1) * width
+        text = share if isinstance(share, str) else f"{share:.1%}"
+        length = 0 if text is share else min(share, 1) * width
         svg.append(f'<rect x="{label_width}" y="{y + 4}" width="{length:.1f}" height="{row - 8}" fill="{COLOURS[0]}"/>')
-        text = "out of memory" if share is None else f"{share:.1%}"
         svg.append(f'<text x="{label_width + length + 6:.1f}" y="{y + 15}">{text}</text>')
     files.write_text(
         path,
