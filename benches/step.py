@@ -1,6 +1,6 @@
 """One update of the published recipe: the original script's way against ours, and where ours goes.
 
-On a GPU: BERT-base's shape as the teacher, 6 of its layers as the student, T = 128 and 512, bf16. On a CPU the shapes
+On a GPU: BERT-base's shape as the teacher, 6 of its layers as the student, T = 512 and 128, bf16. On a CPU the shapes
 at which the original script was measured there: a 4 x 256 teacher, half of it as the student, the real vocabulary's
 size, 8 sequences of 128 tokens in each of 5 micro-batches, fp32. Ours cuts the same update into micro-batches of its
 own choice. Weights are random: they cost what trained ones do.
@@ -38,7 +38,7 @@ STEP = dict(
 TINY_STEP = STEP | dict(width=32, heads=2, mlp_width=64, vocab_size=500, T=32, batch=2, updates=2, padding=2)
 BERT_STEP = STEP | dict(layers=12, width=768, heads=12, mlp_width=3072)
 # about as many tokens in an update as by default: 122,880 of 128,000
-GPU_STEPS = [BERT_STEP | dict(T=128, batch=20, accum=48), BERT_STEP | dict(T=512, batch=5, accum=48)]
+GPU_STEPS = [BERT_STEP | dict(T=512, batch=5, accum=48), BERT_STEP | dict(T=128, batch=20, accum=48)]
 
 # settings of train.py, and whether our kernels are on; elsewhere than on a GPU there are no kernels to turn off
 OURS = {"ours, all rows": (dict(kd_rows="all"), True), "ours, masked rows": (dict(kd_rows="masked"), True)}
@@ -222,15 +222,19 @@ def alone(function, *arguments):
 def step_results(shape, device, rounds, words):
     """Tokens/s and peak memory of each provider, in turn; then the phases of ours, in runs of their own."""
     providers = OURS | (OURS_ON_GPU if device.type == "cuda" else {})
-    measured, took = {"original's way": [], **{provider: [] for provider in providers}}, {}
     with tempfile.TemporaryDirectory() as folder:
+        world = folder, shape, str(device)
         make_world(pathlib.Path(folder), shape, words)
+        calls = {"original's way": ("original", *world)}
+        calls |= {provider: ("ours", *world, *how) for provider, how in providers.items()}
+        measured, took = {provider: [] for provider in calls}, {}
         for _ in range(rounds):
-            measured["original's way"].append(alone("original", folder, shape, str(device)))
-            for provider, (flags, kernels) in providers.items():
-                measured[provider].append(alone("ours", folder, shape, str(device), flags, kernels))
+            for provider, how in calls.items():
+                measured[provider].append(alone(*how))
+                speed = measured[provider][-1]["tokens_per_second"]
+                print(f"T = {shape['T']}, {provider}: {speed:,.0f} tokens/s", file=sys.stderr)  # it takes minutes
         for provider in OURS:
-            took[provider] = alone("phases", folder, shape, str(device), OURS[provider][0])
+            took[provider] = alone("phases", *world, OURS[provider][0])
     teacher = Config(**{k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")})
     student = teacher.student(teacher.layers // 2)
     peak, results = peak_tflops(device, "bf16"), []
