@@ -7,11 +7,13 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from hub_server import hub_server
 
 from minidistil import weights
@@ -50,15 +52,30 @@ def promised(first_word):
     return json.loads(line)
 
 
+def gflops():
+    """What matrix products reach here, two threads or however many there are: the demo is little else."""
+    a, b = torch.randn(1024, 256), torch.randn(256, 8192)
+    took = []
+    for _ in range(11):
+        start = time.perf_counter()
+        a @ b
+        took.append(time.perf_counter() - start)
+    return 2 * a.numel() * b.shape[1] / statistics.median(took) / 1e9
+
+
 def test_the_first_command(clone):
-    """`python train.py`, nothing else: under 3 minutes and 2 GiB, half the layers, 90 % of the teacher's accuracy."""
+    """`python train.py`, nothing else: soon done, under 2 GiB, half the layers, 90 % of the teacher's accuracy.
+
+    Soon is 3 minutes where two cores do 200 GFLOP/s (the README's do 290 and take 2), and as much more as they do less.
+    """
     assert "    python train.py\n" in README
+    limit = 180 * max(1, 200 / gflops())
     start = time.monotonic()
     done = python(clone, "train.py")
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     summary, shown = json.loads(done.stdout.splitlines()[-1]), promised("out")
-    assert seconds < 180 and summary["peak_rss_mib"] < 2048
+    assert seconds < limit and summary["peak_rss_mib"] < 2048
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20  # KiB; the largest of all children
 
     def shape(value):
