@@ -51,6 +51,7 @@ def answer_for_the_driver(library, total_memory=1024 * MIB):
         memory_allocated=lambda device=None: library.pretended_bytes(),
         max_memory_allocated=lambda device=None: library.pretended_peak(),
         reset_peak_memory_stats=lambda device=None: library.pretended_reset_peak(),
+        _sleep=lambda cycles: None,
         set_sync_debug_mode=lambda mode: library.pretended_warn(mode != "default"),
         # random numbers are the CPU's
         manual_seed=lambda seed: None, manual_seed_all=lambda seed: None,

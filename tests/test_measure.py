@@ -29,6 +29,14 @@ def test_interleaved_takes_turns():
     assert min(times["b"]) >= 10 > max(times["a"])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_host_that_takes_its_time_is_not_measured():
+    x = torch.ones(1024, device="cuda")
+    times = interleaved({"slow to launch": lambda: (time.sleep(0.002), x.add_(1))}, 3, x.device)
+    assert 0 < min(times["slow to launch"]) and max(times["slow to launch"]) < 1
+
+
 def test_spread_and_bandwidth():
     assert spread([5, 1, 2, 3, 4, 6]) == [2, 3.5, 5] and spread([7]) == [7, 7, 7]
     assert 0.01 < copy_bandwidth(CPU, mib=8, rounds=5) < 10_000
