@@ -10,7 +10,8 @@ Forward: with m the maximum of a row, k = 1 / tau and Z = sum exp(k (x - m)), ev
 
     kl / tau^2 = c / Z_t + log(Z_s / Z_t)        c = sum exp(k (t - m_t)) k ((t - m_t) - (s - m_s))
 
-and m, Z and c can be carried along a row from block to block, so that one pass is enough (README.md derives it).
+and m, Z and c can be carried along a row from block to block, so that one pass is enough (README.md derives it). Each
+thread carries its own and they meet at the end of the row: inside it no thread waits for another.
 Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_1).
 
 Arithmetic and statistics are fp32 whatever the logits are, and in base 2, since exp2 is what the hardware has.
@@ -19,6 +20,7 @@ Bytes per row of bf16 logits: forward 4 V (read s, t), backward 6 V (read s, t, 
 the row stride is a multiple of 16, which 30,522 = 2 * 3 * 5,087 is not: `padded` allocates rows that are so apart.
 
 Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
+         E logits of a 16-byte load   G such loads in a block   P parts of a row
 """
 
 import torch

@@ -224,7 +224,7 @@ def _backward_kernel(
         dw_b = tl.zeros((B // 8, 8), tl.float32)
         db_b = tl.zeros((B // 8, 8), tl.float32)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    for row in tl.range(program, N, tl.num_programs(0), num_stages=2):
+    for row in tl.range(program, N, tl.num_programs(0), num_stages=2):  # the next row is on its way during this one
         offset = (tl.zeros((), tl.int64) + row) * C
         mean = tl.load(stats_ptr + row * 2 + 0)
         rstd = tl.load(stats_ptr + row * 2 + 1)
