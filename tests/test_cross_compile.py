@@ -54,6 +54,8 @@ def test_kernels_compile_well(arch, compilations):
         if arch.startswith("sm_") and k["where"] == "loops" and "distill_kl" in name:  # no narrow load in a main loop
             assert all(x.endswith(wide) for x in k["loads"]), (name, k["loads"])
             assert k["barriers"] == 0, name  # no thread waits for another one there
+        if arch.startswith("sm_") and "layer_norm backward" in name:  # the next row comes while this one is worked on
+            assert any(x.startswith("LDGSTS") for x in k["loads"]), (name, k["loads"])
         if arch == "sm_90" and "bf16" in name:
             (moved,) = [b for prefix, b in BYTES.items() if name.startswith((f"{prefix},", f"{prefix} "))]
             assert k["instructions"] <= 9.85 * moved, (name, k["instructions"])
