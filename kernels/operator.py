@@ -1,0 +1,38 @@
+"""A kernel as PyTorch sees it: a plain call in eager mode, one node of the graph under torch.compile.
+
+torch.compile cannot trace into a kernel's launcher, so `torch.library` registers each kernel as an opaque operator.
+In eager mode the dispatch of such an operator costs the host about 70 us a call, more than the launch itself: there the
+function is called directly, and differentiated by an ordinary `torch.autograd.Function`.
+"""
+
+import torch
+
+
+def traced(tensors):
+    """True while torch.compile traces: in Python it says so; in the backward pass tensors are stand-ins."""
+    return torch.compiler.is_compiling() or any(
+        type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors if isinstance(x, torch.Tensor)
+    )
+
+
+def opaque(name, function, fake):
+    """Returns `function`, which torch.compile shall not trace into, as a callable with the same arguments.
+
+    fake(*arguments) returns uninitialised tensors of the shapes, dtypes and strides that `function` returns.
+    """
+    node = torch.library.custom_op(f"minidistil::{name}", function, mutates_args=())
+    node.register_fake(fake)
+    return lambda *inputs: (node if traced(inputs) else function)(*inputs)
+
+
+def differentiable(name, function, fake, setup_context, backward):
+    """Returns `function`, opaque to torch.compile, with a gradient: setup_context and backward are autograd's.
+
+    backward(ctx, *upstream) may itself be traced: kernels that it launches must be `opaque`.
+    """
+    node = torch.library.custom_op(f"minidistil::{name}", function, mutates_args=())
+    node.register_fake(fake)
+    node.register_autograd(backward, setup_context=setup_context)
+    methods = dict(forward=function, setup_context=setup_context, backward=backward)
+    eager = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
+    return lambda *inputs: (node if traced(inputs) else eager.apply)(*inputs)
