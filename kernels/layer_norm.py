@@ -14,7 +14,8 @@ One warp owns a row, so that its sums cross no barrier. A width that is no power
 of programs adds up its rows in registers and writes one partial row, and these are summed: same bits each time.
 
 Arithmetic and statistics are fp32 whatever x is, and statistics are stored in fp32. Bytes per element, bf16: forward 8
-(read x and residual, write z and y; 4 without dropout and residual), backward 6 (read z, dy, write dz; 8 with dropout).
+(read x and residual, write z and y; 6 where no gradient is wanted, since z is for the backward pass alone; 4 without
+dropout and residual, where z is x), backward 6 (read z, dy, write dz; 8 with dropout).
 
 Legend:  N rows   C width   p probability of dropping
 """
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
+from kernels.operator import differentiable, opaque
 
 BITS = 16  # random bits that decide about an element
 
@@ -83,9 +85,10 @@ def _sum(x):
 
 @triton.jit
 def _load_z(
-    x_ptr, r_ptr, z_ptr, seed, row, group, C, threshold, scale, HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr
+    x_ptr, r_ptr, z_ptr, seed, row, group, C, threshold, scale,
+    HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEP_Z: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a row of dropout(x) + residual, (G, 8) fp32 and zero beyond column C, stored in z where new."""
+    """One piece of a row of z = dropout(x) + residual, (G, 8) fp32 and zero beyond column C."""
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = cols < C
     z = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -94,9 +97,10 @@ def _load_z(
     if HAS_RESIDUAL:
         z += tl.load(r_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL or HAS_DROPOUT:
-        stored = z.to(z_ptr.dtype.element_ty)
-        tl.store(z_ptr + cols, stored, mask=inside)
-        z = stored.to(tl.float32)  # what the backward pass will see
+        rounded = z.to(z_ptr.dtype.element_ty)
+        if KEEP_Z:
+            tl.store(z_ptr + cols, rounded, mask=inside)
+        z = rounded.to(tl.float32)  # the statistics are of the z that the backward pass reads
     return z
 
 
@@ -117,7 +121,7 @@ def _forward_kernel(
     w_ptr,  # (C,)
     b_ptr,  # (C,)
     y_ptr,  # (N, C)
-    z_ptr,  # (N, C): dropout(x) + residual, for the backward pass
+    z_ptr,  # (N, C): dropout(x) + residual, for the backward pass; only its dtype counts without KEEP_Z
     stats_ptr,  # (N, 2) fp32: mean, rstd
     seed_ptr,  # () int64, on the device: a replayed CUDA graph draws new masks
     C,
@@ -126,6 +130,7 @@ def _forward_kernel(
     scale,  # 1 / (1 - p)
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    KEEP_Z: tl.constexpr,
     A: tl.constexpr,  # C is cut into A and B columns, powers of two; B may be 0
     B: tl.constexpr,
 ):
@@ -138,11 +143,15 @@ def _forward_kernel(
         r_ptr += offset
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     groups_a = tl.arange(0, A // 8)
-    a = _load_z(x_ptr, r_ptr, z_ptr, seed, row, groups_a, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT)
+    a = _load_z(
+        x_ptr, r_ptr, z_ptr, seed, row, groups_a, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT, KEEP_Z
+    )  # fmt: skip
     total = _sum(a)
     if B:
         groups_b = A // 8 + tl.arange(0, B // 8)
-        b = _load_z(x_ptr, r_ptr, z_ptr, seed, row, groups_b, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT)
+        b = _load_z(
+            x_ptr, r_ptr, z_ptr, seed, row, groups_b, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT, KEEP_Z
+        )  # fmt: skip
         total += _sum(b)
     mean = total / C
     # two sums over registers: the difference of mean squares would lose what they have in common
@@ -203,8 +212,7 @@ def _backward_kernel(
     seed_ptr,  # () int64
     dz_ptr,  # (N, C), the gradient of the residual
     dx_ptr,  # (N, C), that of x where there is dropout
-    dw_ptr,  # (programs, C) fp32: partial sums
-    db_ptr,  # (programs, C) fp32
+    dwb_ptr,  # (programs, 2, C) fp32: partial sums of dgamma, of dbeta
     N,
     C,
     threshold,
@@ -250,13 +258,12 @@ def _backward_kernel(
             )  # fmt: skip
             dw_b += dy_b * xhat_b
             db_b += dy_b
-    dw_ptr += program * C
-    db_ptr += program * C
-    _store_columns(dw_ptr, dw_a, groups_a, C)
-    _store_columns(db_ptr, db_a, groups_a, C)
+    dwb_ptr += program * 2 * C
+    _store_columns(dwb_ptr, dw_a, groups_a, C)
+    _store_columns(dwb_ptr + C, db_a, groups_a, C)
     if B:
-        _store_columns(dw_ptr, dw_b, groups_b, C)
-        _store_columns(db_ptr, db_b, groups_b, C)
+        _store_columns(dwb_ptr, dw_b, groups_b, C)
+        _store_columns(dwb_ptr + C, db_b, groups_b, C)
 
 
 def cut(C):
@@ -271,61 +278,57 @@ def _programs(N, device):
     return min(N, 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4)
 
 
-# ---- the operator: `torch.library` makes it one node for torch.compile
+# ---- the operator
 
 
-@torch.library.custom_op("minidistil::dropout_add_layer_norm", mutates_args=())
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, p: float,
-    seed: torch.Tensor | None, dtype: torch.dtype,
+    seed: torch.Tensor | None, dtype: torch.dtype, keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(y, z, stats) of x (N, C); without dropout and residual z is x, and not repeated: empty."""
+    """(y, z, stats) of x (N, C); z is empty where it is x itself or, without `keep_z`, where nobody reads it."""
     N, C = x.shape
     A, B, warps = cut(C)
-    y, stats = x.new_empty(N, C, dtype=dtype), x.new_empty(N, 2, dtype=torch.float32)
-    z = x.new_empty((0,) if residual is None and seed is None else (N, C), dtype=dtype)
+    y, z, stats = _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z)
     threshold = round(p * 2**BITS)
     if N:
         _forward_kernel[(N,)](
             x, residual, weight, bias, y, z, stats, seed, C, eps, threshold, 2**BITS / (2**BITS - threshold),
-            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=seed is not None, A=A, B=B, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=seed is not None, KEEP_Z=keep_z, A=A, B=B, num_warps=warps,
         )  # fmt: skip
     return y, z, stats
 
 
-@_forward.register_fake
-def _(x, residual, weight, bias, eps, p, seed, dtype):
-    z = x.new_empty((0,) if residual is None and seed is None else x.shape, dtype=dtype)
-    return x.new_empty(x.shape, dtype=dtype), z, x.new_empty(len(x), 2, dtype=torch.float32)
+def _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z):
+    new = keep_z and (residual is not None or seed is not None)
+    y = torch.empty_like(x, dtype=dtype)
+    return y, torch.empty_like(y) if new else y.new_empty(0), x.new_empty(len(x), 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("minidistil::dropout_add_layer_norm_backward", mutates_args=())
 def _backward(
     dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float, seed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dz, dx, dweight, dbias); without dropout dx is dz, and not repeated: empty."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dz, dx, dweight and dbias (2, C)); without dropout dx is dz, and left empty."""
     N, C = z.shape
     A, B, warps = cut(C)
     programs = _programs(N, z.device)
-    dz, dx = torch.empty_like(z), z.new_empty((0,) if seed is None else z.shape)
-    dw, db = (z.new_empty(programs, C, dtype=torch.float32) for _ in range(2))
+    dz, dx, _ = _empty_gradients(dy, z, weight, stats, p, seed)
+    dwb = z.new_empty(programs, 2, C, dtype=torch.float32)
     threshold = round(p * 2**BITS)
     if N:
         _backward_kernel[(programs,)](
-            dy, z, weight, stats, seed, dz, dx, dw, db, N, C, threshold, 2**BITS / (2**BITS - threshold),
+            dy, z, weight, stats, seed, dz, dx, dwb, N, C, threshold, 2**BITS / (2**BITS - threshold),
             HAS_DROPOUT=seed is not None, A=A, B=B, num_warps=warps,
         )  # fmt: skip
-    return dz, dx, dw.sum(0).to(weight.dtype), db.sum(0).to(weight.dtype)
+    return dz, dx, dwb.sum(0).to(weight.dtype)
 
 
-@_backward.register_fake
-def _(dy, z, weight, stats, p, seed):
-    dx = z.new_empty((0,) if seed is None else z.shape)
-    return torch.empty_like(z), dx, torch.empty_like(weight), torch.empty_like(weight)
+def _empty_gradients(dy, z, weight, stats, p, seed):
+    dz = torch.empty_like(z)
+    return dz, z.new_empty(0) if seed is None else torch.empty_like(z), weight.new_empty(2, len(weight))
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, _, _, ctx.p, seed, _ = inputs
+    x, residual, weight, _, _, ctx.p, seed, _, _ = inputs
     _, z, stats = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None and seed is None else z, weight, stats, seed)
@@ -334,15 +337,18 @@ def _setup_context(ctx, inputs, output):
 
 def _backward_of_forward(ctx, dy, *_):
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     z, weight, stats, seed = ctx.saved_tensors
-    dz, dx, dw, db = _backward(dy.contiguous(), z, weight, stats, ctx.p, seed)
+    dz, dx, dwb = _backward_operator(dy.contiguous(), z, weight, stats, ctx.p, seed)
     of_x, of_residual = ctx.dtypes
     dx = (dz if seed is None else dx).to(of_x)
-    return dx, None if of_residual is None else dz.to(of_residual), dw, db, None, None, None, None
+    return dx, None if of_residual is None else dz.to(of_residual), *dwb, *(None,) * 5
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_backward_operator = opaque("dropout_add_layer_norm_backward", _backward, _empty_gradients)
+_operator = differentiable(
+    "dropout_add_layer_norm", _forward, _empty_results, _setup_context, _backward_of_forward
+)
 
 
 def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True):
@@ -360,7 +366,8 @@ def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     seed = torch.randint(2**62, (), device=x.device) if p else None
     rows = [None if t is None else t.reshape(-1, C).contiguous() for t in (x, residual)]
-    return _forward(*rows, weight, bias, eps, p, seed, dtype)[0].view(x.shape)
+    keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
+    return _operator(*rows, weight, bias, eps, p, seed, dtype, keep_z)[0].view(x.shape)
 
 
 def bytes_moved(N, C, itemsize, p):

@@ -11,8 +11,14 @@ import torch
 def traced(tensors):
     """True while torch.compile traces: in Python it says so; in the backward pass tensors are stand-ins."""
     return torch.compiler.is_compiling() or any(
-        type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors if isinstance(x, torch.Tensor)
+        isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors
     )
+
+
+def _node(name, function, fake):
+    node = torch.library.custom_op(f"minidistil::{name}", function, mutates_args=())
+    node.register_fake(fake)
+    return node
 
 
 def opaque(name, function, fake):
@@ -20,8 +26,7 @@ def opaque(name, function, fake):
 
     fake(*arguments) returns uninitialised tensors of the shapes, dtypes and strides that `function` returns.
     """
-    node = torch.library.custom_op(f"minidistil::{name}", function, mutates_args=())
-    node.register_fake(fake)
+    node = _node(name, function, fake)
     return lambda *inputs: (node if traced(inputs) else function)(*inputs)
 
 
@@ -30,9 +35,20 @@ def differentiable(name, function, fake, setup_context, backward):
 
     backward(ctx, *upstream) may itself be traced: kernels that it launches must be `opaque`.
     """
-    node = torch.library.custom_op(f"minidistil::{name}", function, mutates_args=())
-    node.register_fake(fake)
+    node = _node(name, function, fake)
     node.register_autograd(backward, setup_context=setup_context)
-    methods = dict(forward=function, setup_context=setup_context, backward=backward)
-    eager = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
-    return lambda *inputs: (node if traced(inputs) else eager.apply)(*inputs)
+
+    def forward(ctx, *inputs):  # a separate setup_context would cost 80 us: PyTorch binds its arguments by signature
+        output = function(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    eager = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs):
+        if traced(inputs):
+            return node(*inputs)
+        return eager.apply(*inputs) if torch.is_grad_enabled() else function(*inputs)
+
+    return call

@@ -58,10 +58,10 @@ def shipped():
             flags = dict(HAS_DROPOUT=dropout, A=A, B=B)
             yield (f"layer_norm forward {name}", layer_norm._forward_kernel,
                    dict(norm, x_ptr=logits, r_ptr=logits, b_ptr="*fp32", y_ptr=logits, z_ptr=logits, eps="fp32"),
-                   dict(flags, HAS_RESIDUAL=True), warps, A + B)  # fmt: skip
+                   dict(flags, HAS_RESIDUAL=True, KEEP_Z=True), warps, A + B)  # fmt: skip
             yield (f"layer_norm backward {name}", layer_norm._backward_kernel,
-                   dict(norm, dy_ptr=logits, z_ptr=logits, dz_ptr=logits, dx_ptr=logits, dw_ptr="*fp32",
-                        db_ptr="*fp32", N="i32:any"),
+                   dict(norm, dy_ptr=logits, z_ptr=logits, dz_ptr=logits, dx_ptr=logits, dwb_ptr="*fp32",
+                        N="i32:any"),
                    flags, warps, A + B)  # fmt: skip
 
 

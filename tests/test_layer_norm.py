@@ -76,7 +76,7 @@ def test_a_large_common_offset(kernel):
 def kept(x, p, seed):
     """The mask that the kernel draws, read off z = dropout(1) without a residual."""
     one, zero = torch.ones_like(x), torch.zeros(x.shape[1], device=x.device)
-    _, z, _ = module._forward(one, None, zero, zero, EPS, p, torch.tensor(seed, device=x.device), torch.float32)
+    _, z, _ = module._forward(one, None, zero, zero, EPS, p, torch.tensor(seed, device=x.device), torch.float32, True)
     return z
 
 
@@ -92,7 +92,8 @@ def test_dropout_in_the_kernel(C, kernel):
         return F.layer_norm(x * mask.to(x.dtype) + residual, weight.shape, weight, bias, eps)
 
     def with_seed(x, residual, weight, bias, eps):
-        return module._forward(x, residual, weight, bias, eps, p, torch.tensor(seed, device=x.device), torch.float32)[0]
+        seed_ = torch.tensor(seed, device=x.device)
+        return module._operator(x, residual, weight, bias, eps, p, seed_, torch.float32, True)[0]
 
     truth = run(with_mask, *(t.double() for t in (x, r, weight, bias, dy)))
     for want, got in zip(truth, run(with_seed, x, r, weight, bias, dy), strict=True):
@@ -151,12 +152,21 @@ def test_more_dimensions_strides_and_autocast(kernel):
     torch.testing.assert_close(y.float(), flat, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_z_is_written_only_for_a_backward_pass(p, kernel):
+    x, r, weight, bias, _ = problem(5, 100)
+    seed = torch.tensor(3, device=DEVICE) if p else None
+    y, z, _ = module._forward(x, r, weight, bias, EPS, p, seed, torch.bfloat16, True)
+    without, empty, _ = module._forward(x, r, weight, bias, EPS, p, seed, torch.bfloat16, False)
+    assert z.shape == y.shape and empty.numel() == 0 and torch.equal(y, without)
+
+
 def test_registered_as_an_operator(kernel):
     x, r, weight, bias, _ = problem(3, 16)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     for residual, p, seed in ((r, 0.0, None), (None, 0.0, None), (r, 0.5, torch.tensor(3, device=DEVICE))):
-        arguments = (x, residual, weight, bias, EPS, p, seed, torch.float32)
-        torch.library.opcheck(module._forward, arguments)
+        arguments = (x, residual, weight, bias, EPS, p, seed, torch.float32, True)
+        torch.library.opcheck(torch.ops.minidistil.dropout_add_layer_norm.default, arguments)
 
 
 def test_one_graph_under_compile(kernel):
