@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.layer_norm import dropout, dropout_add_layer_norm
 
@@ -93,6 +94,21 @@ def attention_ref(q, k, v, mask=None, p=0.0):
     return dropout(torch.softmax(scores, dim=-1), p) @ v  # (B, H, T, D)
 
 
+# All of PyTorch's GPU back ends but cuDNN, which PyTorch prefers on an H100: cuDNN may round a dropout probability to
+# sixteenths and still scale for the exact one (pytorch#174245), and its masked backward pass can give NaN (#196678).
+GPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention(q, k, v, mask=None, p=0.0):
+    """`attention_ref` by the fastest means: on a GPU flash attention, or memory-efficient attention under a mask."""
+    if q.is_cuda:
+        with sdpa_kernel(GPU_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    if p:  # here PyTorch would do the same with a slower dropout
+        return attention_ref(q, k, v, mask, p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, every token seeing every other; q, k and v come from one matrix product."""
 
@@ -107,13 +123,9 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C); only the first few tokens' rows where `first` says how many."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q = q[:, :, :first]
-        p = self.dropout if self.training else 0.0
-        if p and not x.is_cuda:  # here PyTorch would do the same with a slower dropout
-            y = attention_ref(q, k, v, mask, p)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        # unbind, whose gradient is one stack: that of a permutation would copy each of the three once more
+        q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (B, H, T, D)
+        y = attention(q[:, :, :first], k, v, mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, -1, C))
 
 

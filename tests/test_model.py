@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidistil.model import BERT_BASE, DISTILBERT_BASE, Config, MaskedLM, attention_ref, flops_per_token, num_params
+from minidistil.model import (
+    BERT_BASE,
+    DISTILBERT_BASE,
+    GPU_ATTENTION,
+    Config,
+    MaskedLM,
+    attention,
+    attention_ref,
+    flops_per_token,
+    num_params,
+)
 from minidistil.weights import load_model
 
 TINY = Config(vocab_size=50, positions=16, layers=2, heads=2, width=8, mlp_width=12)
@@ -104,6 +114,41 @@ def test_real_encoder_without_prefix_or_head_agrees_with_transformers():
         # the fresh head lets the hidden state through: its rows are normalised GELUs of their input
         rows = expected[0]
         torch.testing.assert_close(ours.head(rows), F.layer_norm(F.gelu(rows), rows.shape[-1:], eps=1e-12))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("p", [0.1, 0.125, 0.05])
+@pytest.mark.parametrize("backend", [None, *GPU_ATTENTION])
+def test_attention_dropout_on_a_gpu(backend, p, monkeypatch):
+    """Every back end that may serve drops a share p of the probabilities and scales the rest by 1 / (1 - p).
+
+    Flash attention draws 8 bits a probability, so that p is right to 1 / 256: 0.1 is 0.1016. cuDNN's 1 / 16 would fail.
+    """
+    if backend is not None:
+        monkeypatch.setattr("minidistil.model.GPU_ATTENTION", [backend])
+    B, H, T, D = 64, 12, 64, 64
+    torch.manual_seed(0)
+    q, k = (torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16) for _ in "qk")
+    one_hot = torch.eye(T, D, device="cuda", dtype=q.dtype).expand(B, H, T, D).contiguous()
+    dropped = (attention(q, k, one_hot, p=p) == 0).float().mean().item()
+    assert dropped == pytest.approx(p, abs=0.005)
+    mean = attention(q, k, torch.ones_like(q), p=p).float().mean().item()
+    assert mean == pytest.approx(1.0, abs=0.006)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("T", [192, 130])
+def test_masked_attention_on_a_gpu(T):
+    """Values as `attention_ref`, finite gradients with dropout: cuDNN gives NaN at T % 128 = 64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 12, T, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    mask = (torch.arange(T, device="cuda") < torch.tensor([T, T - 5, 1, 70], device="cuda")[:, None])[:, None, None]
+    exact = attention_ref(*(x.double() for x in (q, k, v)), mask)
+    torch.testing.assert_close(attention(q, k, v, mask).double(), exact, atol=2e-2, rtol=2e-2)
+    gradients = torch.autograd.grad(attention(q, k, v, mask, p=0.1).float().square().sum(), (q, k, v))
+    assert all(g.isfinite().all() and g.any() for g in gradients)
 
 
 def test_attention_ref_is_what_sdpa_computes():
