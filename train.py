@@ -60,8 +60,8 @@ class Settings:
     epochs: float = setting(3.0, "passes over the corpus")
     batch: int = setting(5, "sequences in a micro-batch")
     accum: int = setting(50, "micro-batches in an update")
-    micro_batch: str = setting(None, "sequences at once: splits batch * accum anew; auto: the most that fit on a GPU, a "
-                               "fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
+    micro_batch: str = setting(None, "sequences at once: splits batch * accum anew; auto: the most that fit on a GPU, "
+                               "a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
     seq_len: int = setting(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = setting(5e-4, "peak learning rate")
