@@ -17,9 +17,9 @@ import torch
 from test_train import same_bits, settings
 
 import train
-from bench import call
-from kernels.cases import CASES
-from minidistil.measure import extra_memory_mib
+from benches.kernel_cases import CASES
+from benches.kernels import both_passes
+from benches.measure import extra_memory_mib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRETENDED = "PRETENDED_GPU" in os.environ
@@ -133,9 +133,8 @@ def test_memory_beside_that_of_eager(case, most, monkeypatch):
     took = {}
     for provider in ("eager", "ours"):
         arguments = case.prepared(provider, inputs)
-        took[provider] = extra_memory_mib(
-            lambda: call(getattr(case, provider), arguments, case.leaves, "bfloat16"), device  # noqa: B023
-        )
+        once = both_passes(getattr(case, provider), arguments, case.leaves, "bfloat16")
+        took[provider] = extra_memory_mib(once, device)
     assert 0 < took["ours"] <= most * took["eager"]
 
 

@@ -2,6 +2,7 @@
 
 A case makes inputs for a shape, says which of them take a gradient (`leaves`), and names its providers: functions of
 these inputs that return what is differentiated. Eager PyTorch is written the usual way, and in fp64 is the definition.
+`also_on_gpu` names ways of ours beside "ours", which `prepared` tells apart.
 """
 
 import torch
@@ -33,6 +34,7 @@ class Loss:
     """KL and cross-entropy of logits that are there already."""
 
     name, leaves, liger_on_cpu = "loss", (0,), False
+    also_on_gpu = ("ours, unpadded rows",)  # as F.linear makes them: 30,522 numbers apart
 
     def shapes(self, device, tiny):
         if tiny:
@@ -79,7 +81,7 @@ class Loss:
 class Linear:
     """Vocabulary projection of both models, and the loss."""
 
-    name, leaves, liger_on_cpu = "linear", (0, 1, 2), True
+    name, leaves, liger_on_cpu, also_on_gpu = "linear", (0, 1, 2), True, ()
 
     def shapes(self, device, tiny):
         if tiny:
@@ -122,15 +124,15 @@ class Linear:
         return loss
 
     def bytes(self, shape):
-        """Logits written and read, gradient written and read (see linear_distill_kl.py), weights and their gradient."""
+        """Logits written and read, their gradient written and read for dh, dW and db; weights and their gradient."""
         itemsize = getattr(torch, shape["dtype"]).itemsize
-        return 7 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
+        return 8 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
 
 
 class LayerNorm:
     """LayerNorm(dropout(x) + residual)."""
 
-    name, leaves, liger_on_cpu = "layernorm", (0, 1, 2, 3), False
+    name, leaves, liger_on_cpu, also_on_gpu = "layernorm", (0, 1, 2, 3), False, ()
 
     def shapes(self, device, tiny):
         if tiny:
