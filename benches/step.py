@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benches.process import ROOT, last_line
-from kernels import layer_norm, linear_distill_kl
+from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
@@ -79,7 +79,7 @@ def train_here(folder, shape, device, flags, out):
 @contextlib.contextmanager
 def without_kernels():
     """PyTorch does what our kernels would."""
-    modules = layer_norm, linear_distill_kl
+    modules = cosine, layer_norm, linear_distill_kl
     before = [module.on_triton for module in modules]
     try:
         for module in modules:
