@@ -83,9 +83,9 @@ def _forward_kernel(
         bb += _dot(b_2, b_2)
         ab += _dot(a_2, b_2)
     norm_a = tl.sqrt(aa)
-    # without propagate_nan the maximum of NaN and EPS is EPS
-    inv_a = 1.0 / tl.maximum(norm_a, EPS, propagate_nan=tl.PropagateNan.ALL)
-    inv_b = 1.0 / tl.maximum(tl.sqrt(bb), EPS, propagate_nan=tl.PropagateNan.ALL)
+    # the maximum of NaN and EPS may be EPS: a NaN reaches the distance and the gradient through a . b
+    inv_a = 1.0 / tl.maximum(norm_a, EPS)
+    inv_b = 1.0 / tl.maximum(tl.sqrt(bb), EPS)
     cos = ab * inv_a * inv_b
     tl.store(distance_ptr + row, 1.0 - cos)
     stats_ptr += row * 3
@@ -97,7 +97,7 @@ def _forward_kernel(
 @triton.jit
 def _store_gradient(a_ptr, b_ptr, da_ptr, group, cos_a, inv_b, scale, C):
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    # one factor after another: the product 1 / (m_a m_b) could leave the range of fp32
+    # the product inv_b * scale could be too small for fp32 where da is not
     da = (_load(a_ptr, group, C) * cos_a - _load(b_ptr, group, C) * inv_b) * scale
     tl.store(da_ptr + cols, da.to(da_ptr.dtype.element_ty), mask=cols < C)
 

@@ -130,7 +130,7 @@ def test_the_original_has_the_same_loss(tmp_path):
     assert logged == pytest.approx(ours.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("case", ["loss", "linear", "layernorm"])
+@pytest.mark.parametrize("case", ["loss", "linear", "layernorm", "cosine"])
 def test_kernels(case, tmp_path, capsys):
     """Each provider is right before it is timed, and the figures hold together."""
     results = run(case, tmp_path, capsys)
