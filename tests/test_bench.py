@@ -11,7 +11,7 @@ import bench
 import train
 from benches import prepare, step
 from data import docstrings
-from kernels import layer_norm, linear_distill_kl
+from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.ahead import Ahead
 from minidistil.cli import UserError
@@ -69,6 +69,7 @@ def test_the_stopwatch_counts_all_updates_but_the_first():
 def test_kernels_can_be_left_out(tmp_path, monkeypatch):
     """`no kernels` launches none where they would serve: interpreted here, on a GPU there."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cosine, "_forward", None)
     monkeypatch.setattr(layer_norm, "_forward", None)
     monkeypatch.setattr(linear_distill_kl, "_loss_and_gradient_kernel", None)
     shape = step.TINY_STEP | dict(accum=1)
@@ -77,7 +78,7 @@ def test_kernels_can_be_left_out(tmp_path, monkeypatch):
         step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"))
     assert step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"), kernels=False)["tokens_per_second"] > 0
     assert step.original(tmp_path, shape, "cpu")["tokens_per_second"] > 0
-    assert layer_norm.on_triton(torch.zeros(1)) and linear_distill_kl.on_triton(torch.zeros(1))  # they serve again
+    assert all(m.on_triton(torch.zeros(1)) for m in (cosine, layer_norm, linear_distill_kl))  # they serve again
 
 
 def test_prepare(tmp_path, capsys, monkeypatch):
