@@ -3,6 +3,7 @@
     python bench.py loss          the loss on logits, forward and backward (the default)
     python bench.py linear        the same with the vocabulary projection
     python bench.py layernorm     dropout + residual + LayerNorm
+    python bench.py cosine        cosine distance of hidden states
     python bench.py step          updates of distillation, against the original script's way of doing them
     python bench.py prepare       2 GB of text into tokens: workers, memory, the same bytes after a kill
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`

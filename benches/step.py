@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from benches import ROOT, Common, last_line
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
-from kernels import layer_norm, linear_distill_kl
+from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
@@ -82,7 +82,7 @@ def train_here(folder, shape, device, flags, out):
 @contextlib.contextmanager
 def without_kernels():
     """PyTorch does what our kernels would."""
-    modules = layer_norm, linear_distill_kl
+    modules = cosine, layer_norm, linear_distill_kl
     before = [module.on_triton for module in modules]
     try:
         for module in modules:

@@ -16,7 +16,7 @@ from benches import ROOT, kernels, prepare, step
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt
 from data import docstrings
-from kernels import layer_norm, linear_distill_kl
+from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.ahead import Ahead
 from minidistil.cli import UserError
@@ -27,7 +27,7 @@ from minidistil.tokenizer import Tokenizer
 
 
 def run(case, out, capsys):
-    device = ["--device", "cpu"] if case in ("loss", "linear", "layernorm", "step") else []
+    device = ["--device", "cpu"] if case in KERNEL_CASES or case == "step" else []
     assert bench.main([case, "--tiny", *device, "--out", str(out)]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(report) == {"device", "versions", "results"}
@@ -75,6 +75,7 @@ def test_the_stopwatch_counts_all_updates_but_the_first():
 def test_kernels_can_be_left_out(tmp_path, monkeypatch):
     """`no kernels` launches none where they would serve: interpreted here, on a GPU there."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cosine, "_forward", None)
     monkeypatch.setattr(layer_norm, "_forward", None)
     monkeypatch.setattr(linear_distill_kl, "_loss_and_gradient_kernel", None)
     shape = step.TINY_STEP | dict(accum=1)
@@ -83,7 +84,7 @@ def test_kernels_can_be_left_out(tmp_path, monkeypatch):
         step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"))
     assert step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"), kernels=False)["tokens_per_second"] > 0
     assert step.original(tmp_path, shape, "cpu")["tokens_per_second"] > 0
-    assert layer_norm.on_triton(torch.zeros(1)) and linear_distill_kl.on_triton(torch.zeros(1))  # they serve again
+    assert all(m.on_triton(torch.zeros(1)) for m in (cosine, layer_norm, linear_distill_kl))  # they serve again
 
 
 def test_prepare(tmp_path, capsys, monkeypatch):
@@ -136,7 +137,7 @@ def test_the_original_has_the_same_loss(tmp_path):
     assert logged == pytest.approx(ours.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("case", ["loss", "linear", "layernorm"])
+@pytest.mark.parametrize("case", ["loss", "linear", "layernorm", "cosine"])
 def test_kernels(case, tmp_path, capsys):
     """Each provider is right before it is timed, and the figures hold together."""
     results = run(case, tmp_path, capsys)

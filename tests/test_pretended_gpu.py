@@ -49,7 +49,7 @@ def python(library, kernels, *arguments):
     return done.stdout
 
 
-KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py"
+KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py tests/test_cosine.py"
 TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/test_pretended_gpu.py"
 
 
@@ -67,7 +67,7 @@ def test_marked_gpu(kernels, files, chosen, least, library):
     assert int(re.search(r"(\d+) passed", printed)[1]) >= least
 
 
-@pytest.mark.parametrize("case", ["loss", "linear", "layernorm"])
+@pytest.mark.parametrize("case", ["loss", "linear", "layernorm", "cosine"])
 def test_bench(case, library, tmp_path):
     """Ours, through the interpreted kernels, is as near to fp64 as PyTorch is; memory is the device's own count."""
     program = "import pretended_gpu, bench, sys; bench.main(sys.argv[1:])"
