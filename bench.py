@@ -30,7 +30,7 @@ import torch
 
 from benches import Common, distil, infer, kernels, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
-from benches.report import Report
+from benches.report import Report, measured
 from minidistil.cli import given, run, setting
 from minidistil.machine import choose_device, versions
 
@@ -80,7 +80,7 @@ def measure(name, settings):
     for row in case.bench(settings):
         report.put(row)
     report.finish()
-    print(case.table(report.rows), flush=True)
+    print(case.table(report.rows) if measured(report.rows) else "nothing was measured", flush=True)
     if hasattr(case, "draw") and not report.failed:
         case.draw(folder / f"{name}.svg", report.rows)
     return report

@@ -210,7 +210,10 @@ def test_no_row_is_lost(tmp_path, monkeypatch, capsys):
     assert [r.get("error") for r in on_disk("loss")] == [None, "RuntimeError: no such kernel"]
     failures = (tmp_path / "loss.failures.txt").read_text()
     assert "Traceback" in failures and "in rows" in failures
-    killed = True
+    case.bench = lambda settings: iter([{"case": "loss", "provider": "ours", "error": "it failed"}])
+    assert bench.main(["loss", "--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "nothing was measured" in capsys.readouterr().out
+    case.bench, killed = rows, True
     with pytest.raises(KeyboardInterrupt):
         bench.main(["loss", "--tiny", "--device", "cpu", "--out", str(tmp_path)])
     assert len(on_disk("loss.partial")) == 2

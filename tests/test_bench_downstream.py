@@ -51,8 +51,9 @@ def test_the_first_student_is_taught_again_by_the_fine_tuned_teacher(tiny, glue,
 def test_retention_says_why_a_run_failed(tiny, glue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = settings(teacher=str(tiny / "teacher"), student="nowhere", data=str(glue), finetune="--examples 8 --lr x")
-    for row in retention.bench(given):
-        assert "--lr x: give one learning rate" in row["error"] and "scores" not in row
+    teacher, student = retention.bench(given)
+    assert "--lr x: give one learning rate" in teacher["error"] and "nowhere is not a folder" in student["error"]
+    assert "scores" not in teacher and "scores" not in student
 
 
 @pytest.mark.parametrize("missing", ["teacher", "student", "data"])
