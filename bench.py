@@ -32,7 +32,7 @@ from benches import Common, distil, infer, kernels, prepare, retention, step, to
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, measured
 from minidistil.cli import given, run, setting
-from minidistil.machine import choose_device, versions
+from minidistil.device import choose_device, versions
 
 
 def kernel_case(case):

@@ -29,18 +29,21 @@ import torch
 import torch.nn.functional as F
 
 from kernels.distill_kl import distill_kl
-from minidistil import bilstm, checkpoint, files, hub, weights
-from minidistil.augment import altered
-from minidistil.batches import batches, padded, predict
-from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, mix
-from minidistil.datasets import digest, open_task
-from minidistil.heads import NOWHERE, Classifier
-from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
+from minidistil import checkpoint, files, hub, weights
+from minidistil.downstream import bilstm
+from minidistil.downstream.distil import altered
+from minidistil.downstream.batches import batches, padded, predict
+from minidistil.cli import given, run, setting
+from minidistil.errors import UserError
+from minidistil.data import IGNORE
+from minidistil.rng import mix
+from minidistil.downstream.tasks import digest, open_task
+from minidistil.downstream.heads import NOWHERE, Classifier
+from minidistil.device import choose_device, choose_dtype, duration, precision, versions
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.schedule import lr_at
 from minidistil.stop import Stop
-from minidistil.tasks import GLUE, TASKS
+from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.tokenizer import Tokenizer
 
 # Grids of peak learning rates: BERT's own, and for narrower models one after Turc et al. 2019, arXiv 1908.08962

@@ -22,7 +22,8 @@ import unicodedata
 import torch
 
 from minidistil import hub, weights
-from minidistil.cli import UserError, given, run, setting
+from minidistil.cli import given, run, setting
+from minidistil.errors import UserError
 from minidistil.model import num_params
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

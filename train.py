@@ -30,16 +30,18 @@ from minidistil import checkpoint, files, hub, weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
 from minidistil.checks import check_fit, check_settings
-from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, Corpus, Sequences, mix
+from minidistil.cli import given, run, setting
+from minidistil.errors import UserError
+from minidistil.data import IGNORE, Corpus, Sequences
+from minidistil.rng import mix
 from minidistil.evaluate import HeldOut
-from minidistil.fit import CPU_TOKENS, MOST_TOKENS, divisors, largest_that_fits, rehearse
+from minidistil.micro_batch import CPU_TOKENS, MOST_TOKENS, divisors, largest_that_fits, rehearse
 from minidistil.losses import Counts, Objective, distillation_loss
-from minidistil.machine import cast_products, choose_device, choose_dtype, duration, precision, versions
+from minidistil.device import cast_products, choose_device, choose_dtype, duration, precision, versions
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
 from minidistil.model import num_params
-from minidistil.ranks import Ranks
+from minidistil.distributed import Ranks
 from minidistil.schedule import lr_at
 from minidistil.stop import Stop
 from minidistil.student import build_student

@@ -10,7 +10,8 @@ import pathlib
 import subprocess
 import sys
 
-from minidistil.cli import UserError, setting
+from minidistil.cli import setting
+from minidistil.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

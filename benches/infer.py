@@ -23,11 +23,13 @@ from benches import ROOT, Common
 from benches.measure import spread
 from benches.report import attempt, measured
 from data.docstrings import harvest, python_files
-from minidistil import tasks, weights
-from minidistil.batches import encode_pair, padded, predict
-from minidistil.cli import UserError, setting
-from minidistil.datasets import open_task
-from minidistil.heads import Classifier
+from minidistil import weights
+from minidistil.downstream import glue
+from minidistil.downstream.batches import encode_pair, padded, predict
+from minidistil.cli import setting
+from minidistil.errors import UserError
+from minidistil.downstream.tasks import open_task
+from minidistil.downstream.heads import Classifier
 from minidistil.model import BERT_BASE, Config
 from minidistil.plot import bar_chart
 from minidistil.tokenizer import Tokenizer
@@ -123,7 +125,7 @@ def pairs_of(settings):
     """Returns (what they are, pairs of texts): STS-B's dev set, or as many from what is installed, without --data."""
     n = 40 if settings.tiny else 1500
     if settings.data:
-        return "STS-B dev", [(e.first, e.second) for e in tasks.load("stsb", settings.data)[1]["dev"]][:n]
+        return "STS-B dev", [(e.first, e.second) for e in glue.load("stsb", settings.data)[1]["dev"]][:n]
     texts = harvest(python_files()[:: 200 if settings.tiny else 8])
     sentences = [re.split(r"(?<=[.!?])\s|\n\n", text, maxsplit=1)[0] for text in texts]
     return "docstrings", list(zip(sentences[: 2 * n : 2], sentences[1 : 2 * n : 2], strict=False))

@@ -11,8 +11,9 @@ import torch
 from benches import Common
 from benches.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
 from benches.report import attempt, measured
-from minidistil.cli import UserError, setting
-from minidistil.machine import choose_device
+from minidistil.cli import setting
+from minidistil.errors import UserError
+from minidistil.device import choose_device
 from minidistil.plot import bar_chart
 
 WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that is still timed, relative to its largest

@@ -11,7 +11,8 @@ import sys
 from benches import ROOT, Common, last_line
 from benches.report import attempt, measured
 from minidistil import weights
-from minidistil.cli import UserError, setting
+from minidistil.cli import setting
+from minidistil.errors import UserError
 from minidistil.model import num_params
 from minidistil.plot import bar_chart
 

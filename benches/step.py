@@ -29,7 +29,7 @@ from minidistil.ahead import Ahead
 from minidistil.cli import setting
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Objective
-from minidistil.machine import choose_device, precision
+from minidistil.device import choose_device, precision
 from minidistil.memory import peak_rss_mib
 from minidistil.metrics import read_metrics
 from minidistil.model import Config, MaskedLM

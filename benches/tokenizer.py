@@ -7,7 +7,8 @@ import time
 from benches import ROOT, Common
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
-from minidistil.cli import UserError, setting
+from minidistil.cli import setting
+from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
 
 

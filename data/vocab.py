@@ -26,7 +26,8 @@ from data import sources as text_sources
 from data.encode import HASHES, document_hash
 from data.workers import cores, ordered_map
 from minidistil import cli, files
-from minidistil.cli import UserError, setting
+from minidistil.cli import setting
+from minidistil.errors import UserError
 from minidistil.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, Tokenizer
 
 HELD_OUT = 0.02  # share of the documents that the reported figures are measured on

@@ -9,7 +9,7 @@ import pathlib
 
 import torch
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.weights import read_safetensors, write_safetensors
 
 NAME = "state.safetensors"

@@ -10,15 +10,9 @@ import errno
 import os
 import sys
 
+from minidistil.errors import RankLost, UserError
+
 OUT_OF_MEMORY = "out of memory: use a smaller --batch (or --micro-batch), or a shorter --seq-len"
-
-
-class UserError(Exception):
-    """Something the user can mend; the message reads `what is wrong: how to mend it`."""
-
-
-class RankLost(UserError):
-    """Another process of the run has ended: worth a line on whichever is left, where else rank 0 alone speaks."""
 
 
 def setting(default, help, **argparse_options):

@@ -3,7 +3,7 @@
 import pathlib
 
 from minidistil import weights
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.model import MaskedLM
 
 

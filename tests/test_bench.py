@@ -19,7 +19,7 @@ from data import docstrings
 from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.ahead import Ahead
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.model import MaskedLM

@@ -12,9 +12,9 @@ import torch
 
 from benches import infer
 from minidistil import weights
-from minidistil.batches import encode_pair
-from minidistil.cli import UserError
-from minidistil.heads import Classifier, SpanReader
+from minidistil.downstream.batches import encode_pair
+from minidistil.errors import UserError
+from minidistil.downstream.heads import Classifier, SpanReader
 from minidistil.model import Config
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

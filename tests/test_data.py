@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from minidistil.cli import UserError
-from minidistil.data import IGNORE, Corpus, Sequences, TokenFile, mix, permuted, uniform
+from minidistil.errors import UserError
+from minidistil.data import IGNORE, Corpus, Sequences, TokenFile
+from minidistil.rng import mix, permuted, uniform
 from minidistil.memory import status_kib
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -13,10 +13,10 @@ import torch
 import finetune
 from finetune import Settings, agreed, next_run, objective, summary_of
 from minidistil import checkpoint, weights
-from minidistil.batches import predict
-from minidistil.cli import UserError
-from minidistil.datasets import open_task
-from minidistil.heads import Classifier
+from minidistil.downstream.batches import predict
+from minidistil.errors import UserError
+from minidistil.downstream.tasks import open_task
+from minidistil.downstream.heads import Classifier
 from minidistil.schedule import lr_at
 from minidistil.tokenizer import Tokenizer
 
@@ -207,7 +207,7 @@ def test_a_task_that_is_done_asks_no_teacher(tiny, glue, sst2, tmp_path, capsys)
 def test_bilstm_on_the_teachers_words(tiny, glue, sst2, tmp_path):
     summary = tuned(tiny, glue, tmp_path / "out", model="bilstm", teacher=str(sst2[1]), epochs=2.0)
     assert summary["tasks"]["sst2"]["score"] > 85
-    from minidistil import bilstm
+    from minidistil.downstream import bilstm
 
     model, labels = bilstm.load(tmp_path / "out" / "sst2")
     assert labels == ("negative", "positive")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minidistil import weights
-from minidistil.cli import UserError
-from minidistil.heads import NOWHERE, Classifier, SpanReader
+from minidistil.errors import UserError
+from minidistil.downstream.heads import NOWHERE, Classifier, SpanReader
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

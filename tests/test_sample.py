@@ -12,7 +12,7 @@ import torch
 
 import sample
 from minidistil import weights
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -18,10 +18,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from minidistil import checkpoint, weights
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Counts, Objective
-from minidistil.machine import cast_products
+from minidistil.device import cast_products
 from minidistil.model import Config, MaskedLM
 from minidistil.schedule import lr_at
 from minidistil.student import set_dropout

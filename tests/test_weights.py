@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minidistil import weights
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.model import BERT_BASE, Config, MaskedLM, num_params
 from minidistil.weights import (
     load_model,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import minidistil
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from minidistil.cli import RankLost
+from minidistil.errors import RankLost
 
 PATIENCE = datetime.timedelta(hours=2)  # rank 0 evaluates and saves while the others wait
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from kernels.layer_norm import dropout
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.files import write_json
 from minidistil.weights import read_safetensors, write_safetensors
 
