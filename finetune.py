@@ -30,20 +30,20 @@ import torch.nn.functional as F
 
 from kernels.distill_kl import distill_kl
 from minidistil import checkpoint, files, hub, weights
-from minidistil.downstream import bilstm
-from minidistil.downstream.distil import altered
-from minidistil.downstream.batches import batches, padded, predict
 from minidistil.cli import given, run, setting
-from minidistil.errors import UserError
 from minidistil.data import IGNORE
-from minidistil.rng import mix
-from minidistil.downstream.tasks import digest, open_task
-from minidistil.downstream.heads import NOWHERE, Classifier
 from minidistil.device import choose_device, choose_dtype, duration, precision, versions
+from minidistil.downstream import bilstm
+from minidistil.downstream.batches import batches, padded, predict
+from minidistil.downstream.distil import altered
+from minidistil.downstream.glue import GLUE, TASKS
+from minidistil.downstream.heads import NOWHERE, Classifier, load_finetuned, load_pretrained
+from minidistil.downstream.tasks import digest, open_task
+from minidistil.errors import UserError
 from minidistil.memory import keep_freed_memory, peak_rss_mib
+from minidistil.rng import mix
 from minidistil.schedule import lr_at
 from minidistil.stop import Stop
-from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.tokenizer import Tokenizer
 
 # Grids of peak learning rates: BERT's own, and for narrower models one after Turc et al. 2019, arXiv 1908.08962
@@ -159,7 +159,7 @@ def load_teachers(settings, work, tokenizer):
     for place in settings.teacher.split(",") if settings.teacher else ():
         folder = pathlib.Path(place) / work.name
         folder = folder if folder.is_dir() else pathlib.Path(place)
-        model, labels = weights.load_finetuned(folder)
+        model, labels = load_finetuned(folder)
         if type(model) is not work.kind or labels != tuple(work.labels):
             raise UserError(f"{folder} was not fine-tuned for {work.name}: give a teacher that was")
         if Tokenizer.load(folder).digest != tokenizer.digest:
@@ -224,10 +224,10 @@ def objective(settings, regression, logits, targets, soft=None, mean=None):
 def build(settings, folder, work, seed):
     """A model for the task, in training mode: a fresh head on the encoder in `folder`, or a BiLSTM on its words."""
     if settings.model == "bilstm":
-        words = weights.load_pretrained(folder, Classifier, 1).encoder.embeddings.words.weight
+        words = load_pretrained(folder, Classifier, 1).encoder.embeddings.words.weight
         model = bilstm.BiLSTM(words, len(work.labels), pair=work.task.pair, seed=seed).train()
     else:
-        model = weights.load_pretrained(folder, work.kind, len(work.labels) or 2, seed)
+        model = load_pretrained(folder, work.kind, len(work.labels) or 2, seed)
     if work.regression:  # from the mean, not from 0: hundreds of updates would go into that alone
         *_, bias = model.parameters()
         torch.nn.init.constant_(bias, work.train[1].nanmean().item())
@@ -348,7 +348,7 @@ def finetune(settings, argv=()):
         if "squad" in names:
             raise UserError("--model bilstm classifies sentences: choose another --task than squad")
     folder = hub.resolve(str(source))
-    config, _ = weights.read_config(folder)
+    config = weights.read_config(folder)
     tokenizer = Tokenizer.load(folder)
     if len(tokenizer.vocab) != config.vocab_size:
         raise UserError(f"{folder} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: copy it again")
@@ -456,7 +456,7 @@ def keep(folder, model, work, tokenizer, config):
         extra["problem_type"] = "regression" if work.regression else "single_label_classification"
     weights.save_model(folder, model, **extra)
     tokenizer.max_length = config.positions
-    tokenizer.save(folder, "bert" if config.token_types else "distilbert")
+    tokenizer.save(folder, config.family)
 
 
 def main(argv):

@@ -31,17 +31,17 @@ from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
 from minidistil.checks import check_fit, check_settings
 from minidistil.cli import given, run, setting
-from minidistil.errors import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.rng import mix
-from minidistil.evaluate import HeldOut
-from minidistil.micro_batch import CPU_TOKENS, MOST_TOKENS, divisors, largest_that_fits, rehearse
-from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.device import cast_products, choose_device, choose_dtype, duration, precision, versions
+from minidistil.distributed import Ranks
+from minidistil.errors import UserError
+from minidistil.evaluate import HeldOut
+from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.metrics import draw_curve, read_metrics
+from minidistil.micro_batch import CPU_TOKENS, MOST_TOKENS, divisors, largest_that_fits, rehearse
 from minidistil.model import num_params
-from minidistil.distributed import Ranks
+from minidistil.rng import mix
 from minidistil.schedule import lr_at
 from minidistil.stop import Stop
 from minidistil.student import build_student
@@ -431,7 +431,7 @@ def train(settings, argv=()):
     student.cpu().eval()
     weights.save_model(out, student)
     tokenizer.max_length = student.config.positions
-    tokenizer.save(out, "bert" if student.config.token_types else "distilbert")
+    tokenizer.save(out, student.config.family)
     draw_curve(out / "curve.svg", history, held_out.teacher_figures)
     files.write_json(out / "run.json", {
         "settings": dataclasses.asdict(settings), "dtype": dtype, "identity": identity, "versions": versions(),

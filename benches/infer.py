@@ -24,12 +24,12 @@ from benches.measure import spread
 from benches.report import attempt, measured
 from data.docstrings import harvest, python_files
 from minidistil import weights
+from minidistil.cli import setting
 from minidistil.downstream import glue
 from minidistil.downstream.batches import encode_pair, padded, predict
-from minidistil.cli import setting
-from minidistil.errors import UserError
+from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
-from minidistil.downstream.heads import Classifier
+from minidistil.errors import UserError
 from minidistil.model import BERT_BASE, Config
 from minidistil.plot import bar_chart
 from minidistil.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def open_models(settings, work):
         folders[name] = getattr(settings, name) or work / name
         if not getattr(settings, name):
             weights.save_model(folders[name], Classifier(config, 1, seed), id2label={"0": "score"})
-        models[name], _ = weights.load_finetuned(folders[name])
+        models[name], _ = load_finetuned(folders[name])
         if not isinstance(models[name], Classifier):
             raise UserError(f"{folders[name]} does not classify sentences: fine-tune one on a task of GLUE")
         config = models[name].config.student(max(1, models[name].config.layers // 2))

@@ -12,8 +12,8 @@ from benches import Common
 from benches.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
 from benches.report import attempt, measured
 from minidistil.cli import setting
-from minidistil.errors import UserError
 from minidistil.device import choose_device
+from minidistil.errors import UserError
 from minidistil.plot import bar_chart
 
 WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that is still timed, relative to its largest

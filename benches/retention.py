@@ -80,7 +80,7 @@ def bench(settings):
                 process = start(name, folder, settings, f"--teacher {RUNS / 'teacher'} {more}", os.cpu_count())
             summary = summary_of(name, process)
             scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
-            config, _ = weights.read_config(folder)
+            config = weights.read_config(folder)
             row |= {
                 "parameters": num_params(config), "settings": f"{settings.finetune or ''} {more}".strip(),
                 "seeds": settings.rounds, "scores": scores, "tasks": summary["tasks"],

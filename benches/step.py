@@ -28,12 +28,13 @@ from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
 from minidistil.cli import setting
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.losses import Objective
 from minidistil.device import choose_device, precision
+from minidistil.losses import Objective
 from minidistil.memory import peak_rss_mib
 from minidistil.metrics import read_metrics
 from minidistil.model import Config, MaskedLM
 from minidistil.plot import bar_chart
+from minidistil.student import student_from_teacher, student_layers
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 STEP = dict(
@@ -121,7 +122,7 @@ def original(folder, shape, device):
     corpus = Corpus(folder / "corpus")
     sequences = Sequences(corpus.train, shape["T"], tokenizer, 0, corpus.counts, 0.7, shuffle=True)
     teacher = weights.load_model(folder / "teacher").eval()
-    student = weights.student_from_teacher(teacher, weights.student_layers(teacher.config.layers)).train().to(device)
+    student = student_from_teacher(teacher, student_layers(teacher.config.layers)).train().to(device)
     teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 5e-4, (0.9, 0.98), eps=1e-6)
     G, tau, n, start = shape["batch"] * shape["accum"], 2.0, 0, time.perf_counter()

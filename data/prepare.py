@@ -35,8 +35,8 @@ from data.encode import HASHES, encoder, token_dtype
 from data.workers import cores, ordered_map
 from minidistil import __version__, cli, files
 from minidistil.cli import setting
-from minidistil.errors import UserError
 from minidistil.data import meta_digest
+from minidistil.errors import UserError
 from minidistil.memory import peak_rss_mib
 from minidistil.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import pathlib
 import torch
 
 from minidistil.errors import UserError
-from minidistil.weights import read_safetensors, write_safetensors
+from minidistil.safetensors import read_safetensors, write_safetensors
 
 NAME = "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")

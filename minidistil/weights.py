@@ -1,27 +1,20 @@
-"""Checkpoints in and out: Hugging Face folders, read and written by hand.
+"""Models in and out of Hugging Face folders, by the tables of families.py.
 
-    file      model.safetensors (parsed here), pytorch_model.bin (tensors only), either of them in shards
-    names     one table per family; every tensor of a file is used or ignored with a reason, every parameter is filled
-    student   a DistilBERT made of some of a teacher's layers
-
-safetensors: 8 bytes, the header's length as a little-endian integer; a JSON header that maps each name to
-{"dtype", "shape", "data_offsets": [begin, end]}; then the data, which those ranges cover without hole or overlap.
-Format: https://huggingface.co/docs/safetensors. A file is not trusted: whatever its bytes are, it loads or is refused.
+A folder's weights are model.safetensors or pytorch_model.bin, whole or in shards. Every tensor of the files is used or
+ignored with a reason, and every parameter of the model is filled. A file is not trusted: whatever its bytes are, it
+loads or is refused.
 """
 
-import hashlib
-import json
-import math
-import os
 import pathlib
 import re
 
 import torch
 
 from minidistil.errors import UserError
-from minidistil.files import replacing, write_json
-from minidistil.downstream.heads import Classifier, SpanReader
+from minidistil.families import FAMILIES, IGNORED, ONLY
+from minidistil.files import write_json
 from minidistil.model import Config, MaskedLM
+from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
 # ---- the weights of a folder, whatever its files
 
@@ -67,7 +60,7 @@ def read_weights(folder):
     return tensors
 
 
-def _read_json(path):
+def read_json(path):
     """Returns the JSON object in a file, with a fault as UserError."""
     with open(path, "rb") as file:
         data = file.read(HEADER_LIMIT)
@@ -79,7 +72,7 @@ def _read_json(path):
 
 def _read_index(path):
     """Returns the shards that an index names, sorted: plain file names, so that no path leads out of the folder."""
-    shards = _read_json(path).get("weight_map")
+    shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise damaged(path, "it has no weight_map")
     suffix = ".safetensors" if ".safetensors." in path.name else ".bin"
@@ -118,72 +111,52 @@ def _is_plain(tensor):
 
 # ---- config.json
 
-# ours, BertConfig, DistilBertConfig
-CONFIG_KEYS = [
-    ("vocab_size", "vocab_size", "vocab_size"),
-    ("positions", "max_position_embeddings", "max_position_embeddings"),
-    ("layers", "num_hidden_layers", "n_layers"),
-    ("heads", "num_attention_heads", "n_heads"),
-    ("width", "hidden_size", "dim"),
-    ("mlp_width", "intermediate_size", "hidden_dim"),
-    ("token_types", "type_vocab_size", None),
-    ("dropout", "hidden_dropout_prob", "dropout"),
-    ("attention_dropout", "attention_probs_dropout_prob", "attention_dropout"),
-    ("norm_eps", "layer_norm_eps", "layer_norm_eps"),
-    ("init_range", "initializer_range", "initializer_range"),
-    ("pad_id", "pad_token_id", "pad_token_id"),
-]
 REQUIRED = ("vocab_size", "positions", "layers", "heads", "width", "mlp_width")
 SIZE_LIMIT = 2**24  # of any one number, so that products stay below 2^63
 LAYER_LIMIT = 256  # the same for a model built without memory, in about a second
 
 
 def read_config(folder):
-    """Returns (Config, "bert" or "distilbert") from a folder's config.json.
+    """Returns the Config in a folder's config.json.
 
     Raises UserError for another architecture, a missing or impossible number, or a setting that this model has not.
     """
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model")
-    values = _read_json(path)
+    values = read_json(path)
     family = _family(path, values)
-    column = 1 if family == "bert" else 2
-    for key, only in (
-        ("hidden_act", "gelu"),
-        ("activation", "gelu"),
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-    ):
+    for key, only in ONLY:
         if values.get(key, only) not in (only, None):
             raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {only!r}")
-    numbers = {} if family == "bert" else {"token_types": 0}
-    for rule in CONFIG_KEYS:
-        ours, theirs = rule[0], rule[column]
+    numbers = {"family": family}
+    for ours, theirs in FAMILIES[family].config_keys.items():
         if values.get(theirs) is not None:
             numbers[ours] = _number(path, ours, theirs, values[theirs])
         elif ours in REQUIRED:
             raise UserError(f"{path} has no {theirs}: copy or download it again")
+    if "token_types" not in FAMILIES[family].config_keys:
+        numbers["token_types"] = 0
     try:
         config = Config(**numbers)
     except ValueError as error:
         raise UserError(f"{path}: {error}: correct it") from None
     if config.pad_id >= config.vocab_size:
         raise UserError(f"{path}: pad_token_id is {config.pad_id}, beyond the {config.vocab_size} words: correct it")
-    return config, family
+    return config
 
 
 def _family(path, values):
-    """Returns "bert" or "distilbert"; old files say it in `architectures` only, or only by their keys."""
+    """Returns a key of FAMILIES; old files name the family in `architectures` only, or only by their keys."""
     family = values.get("model_type")
     if not family and values.get("architectures"):
-        match = re.match(r"\['(Bert|DistilBert)[A-Z]", str(values["architectures"]))
-        family = match[1].lower() if match else values["architectures"]
+        match = re.match(r"\['(\w+?)(?:For|Model)", str(values["architectures"]))
+        known = {table.architecture: name for name, table in FAMILIES.items()}
+        family = known.get(match[1], values["architectures"]) if match else values["architectures"]
     elif not family:
         family = "distilbert" if "n_layers" in values else "bert"
-    if family not in ("bert", "distilbert"):
-        raise UserError(f"{path} describes a {family!r} model: use a bert or a distilbert")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{path} describes a {family!r} model: use one of {', '.join(FAMILIES)}")
     return family
 
 
@@ -203,90 +176,17 @@ def _number(path, ours, theirs, value):
 
 
 def write_config(folder, config, head="MaskedLM", **extra):
-    """Writes config.json as the Hub has it: a BertConfig, or a DistilBertConfig where there are no token types."""
-    column = 1 if config.token_types else 2
-    values = {rule[column]: getattr(config, rule[0]) for rule in CONFIG_KEYS if rule[column]}
-    if config.token_types:
-        values |= {
-            "model_type": "bert",
-            "architectures": [f"BertFor{head}"],
-            "hidden_act": "gelu",
-            "position_embedding_type": "absolute",
-            "classifier_dropout": None,
-            "use_cache": True,
-        }
-    else:
-        values |= {
-            "model_type": "distilbert",
-            "architectures": [f"DistilBertFor{head}"],
-            "activation": "gelu",
-            "qa_dropout": 0.1,
-            "seq_classif_dropout": 0.2,
-            "sinusoidal_pos_embds": False,
-            "tie_weights_": True,
-        }
-        if config.norm_eps == Config.norm_eps:
-            del values["layer_norm_eps"]  # a DistilBertConfig has none; another value is kept for our own reader
-    values |= {"tie_word_embeddings": True, "torch_dtype": "float32", **extra}
+    """Writes config.json as transformers' configuration of this family has it."""
+    family = FAMILIES[config.family]
+    values = {theirs: getattr(config, ours) for ours, theirs in family.config_keys.items()}
+    if config.family == "distilbert" and config.norm_eps == Config.norm_eps:
+        del values["layer_norm_eps"]
+    values |= {"model_type": config.family, "architectures": [f"{family.architecture}For{head}"]}
+    values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
 
 
 # ---- names
-
-HUB_NAMES = {MaskedLM: "MaskedLM", Classifier: "SequenceClassification", SpanReader: "QuestionAnswering"}
-
-# our module, theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
-BERT = [
-    ("encoder.embeddings.words", "bert.embeddings.word_embeddings"),
-    ("encoder.embeddings.positions", "bert.embeddings.position_embeddings"),
-    ("encoder.embeddings.types", "bert.embeddings.token_type_embeddings"),
-    ("encoder.embeddings.norm", "bert.embeddings.LayerNorm"),
-    ("encoder.blocks.{i}.attention.qkv", "bert.encoder.layer.{i}.attention.self.query|key|value"),
-    ("encoder.blocks.{i}.attention.out", "bert.encoder.layer.{i}.attention.output.dense"),
-    ("encoder.blocks.{i}.attention_norm", "bert.encoder.layer.{i}.attention.output.LayerNorm"),
-    ("encoder.blocks.{i}.mlp.up", "bert.encoder.layer.{i}.intermediate.dense"),
-    ("encoder.blocks.{i}.mlp.down", "bert.encoder.layer.{i}.output.dense"),
-    ("encoder.blocks.{i}.mlp_norm", "bert.encoder.layer.{i}.output.LayerNorm"),
-    ("head.dense", "cls.predictions.transform.dense"),
-    ("head.norm", "cls.predictions.transform.LayerNorm"),
-    ("head", "cls.predictions"),
-    ("pool", "bert.pooler.dense"),
-    ("classify", "classifier"),
-    ("answer", "qa_outputs"),
-]
-DISTILBERT = [
-    ("encoder.embeddings.words", "distilbert.embeddings.word_embeddings"),
-    ("encoder.embeddings.positions", "distilbert.embeddings.position_embeddings"),
-    ("encoder.embeddings.norm", "distilbert.embeddings.LayerNorm"),
-    ("encoder.blocks.{i}.attention.qkv", "distilbert.transformer.layer.{i}.attention.q_lin|k_lin|v_lin"),
-    ("encoder.blocks.{i}.attention.out", "distilbert.transformer.layer.{i}.attention.out_lin"),
-    ("encoder.blocks.{i}.attention_norm", "distilbert.transformer.layer.{i}.sa_layer_norm"),
-    ("encoder.blocks.{i}.mlp.up", "distilbert.transformer.layer.{i}.ffn.lin1"),
-    ("encoder.blocks.{i}.mlp.down", "distilbert.transformer.layer.{i}.ffn.lin2"),
-    ("encoder.blocks.{i}.mlp_norm", "distilbert.transformer.layer.{i}.output_layer_norm"),
-    ("head.dense", "vocab_transform"),
-    ("head.norm", "vocab_layer_norm"),
-    ("head", "vocab_projector"),
-    ("pool", "pre_classifier"),
-    ("classify", "classifier"),
-    ("answer", "qa_outputs"),
-]
-# second copies that some files hold: each must equal the tensor that it is tied to
-TIED = [
-    ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
-]
-# what a file may hold and another head than its own has no use for, and what it is
-IGNORED = [
-    (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
-    (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
-    (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
-    (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),
-    (r"cls\.predictions\.(transform\.(dense|LayerNorm)\.(weight|bias)|(decoder\.)?bias)", "BERT's masked-LM head"),
-    (r"vocab_(transform|layer_norm|projector)\.(weight|bias)", "DistilBERT's masked-LM head"),
-]
-
 
 def _plain(name):
     """Their name less what differs between files: prefixes of wrappers, and gamma and beta from TensorFlow."""
@@ -296,7 +196,7 @@ def _plain(name):
 
 def _names(config, parameters):
     """Returns {our parameter: [their name, ...]} for parameters of a model of this shape."""
-    rules = dict(BERT if config.token_types else DISTILBERT)
+    rules = FAMILIES[config.family].tensors
     names = {}
     for ours in parameters:
         module, _, kind = ours.rpartition(".")
@@ -316,63 +216,27 @@ def load_model(folder, fresh_head=False):
     `fresh_head` gives a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder.
     Raises UserError unless every tensor of the file has a place or a reason to have none, and every parameter a tensor.
     """
-    config, _ = read_config(folder)
+    config = read_config(folder)
     with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced below
         model = MaskedLM(config)
-    source, names = _source(folder, model)
+    source, names = named_weights(folder, model)
     fresh = {}
     if not any(name in source for ours in names if ours.startswith("head.") for name in names[ours]):
         if not fresh_head:
             way = f"give it a head with `--teacher none --student-init {folder}`"
             raise UserError(f"{folder} has no masked-LM head: {way}")
         fresh = _fresh_head(config)
-    return _fill(folder, model, source, names, fresh).eval()
+    return fill(folder, model, source, names, fresh).eval()
 
 
-def load_pretrained(folder, kind, outputs, seed=0):
-    """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
-
-    Its own head is fresh; BERT's pooler, trained with the next-sentence head, is taken where the file has one.
-    """
-    config, family = read_config(folder)
-    with torch.device("meta"):
-        model = kind(config, outputs)
-    source, names = _source(folder, model)
-    generator, fresh = torch.Generator().manual_seed(seed), {}
-    for ours, tensor in model.state_dict().items():
-        known = family == "bert" and ours.startswith("pool.") and names[ours][0] in source
-        if not (ours.startswith("encoder.") or known):
-            fresh[ours] = torch.zeros(tensor.shape)
-            if tensor.ndim > 1:
-                fresh[ours].normal_(0.0, config.init_range, generator=generator)
-    return _fill(folder, model, source, names, fresh).train()
-
-
-def load_finetuned(folder):
-    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, its labels' names."""
-    config, _ = read_config(folder)
-    values = _read_json(pathlib.Path(folder) / "config.json")
-    kinds = {f"For{name}": kind for kind, name in HUB_NAMES.items() if kind is not MaskedLM}
-    kind = next((kinds[n] for n in kinds if str((values.get("architectures") or [""])[0]).endswith(n)), None)
-    if kind is None:
-        raise UserError(f"{folder} is not a fine-tuned model: make one with finetune.py")
-    labels = values.get("id2label") or {}
-    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
-        raise UserError(f"{folder}/config.json: id2label does not count 0, 1, 2, ...: correct it")
-    labels = tuple(labels[str(i)] for i in range(len(labels)))
-    with torch.device("meta"):
-        model = kind(config, len(labels) or 2)
-    return _fill(folder, model, *_source(folder, model)).eval(), labels
-
-
-def _source(folder, model):
+def named_weights(folder, model):
     """Returns ({their name: tensor}, {our parameter: [their name, ...]}) for a model from a folder's files."""
     tensors = read_weights(folder)
     names = _names(model.config, model.state_dict())
     return _by_their_names(folder, tensors, [name for group in names.values() for name in group]), names
 
 
-def _fill(folder, model, source, names, fresh=()):
+def fill(folder, model, source, names, fresh=()):
     """Gives a model that was made without memory the tensors of `fresh`, by our names, and all others of `source`."""
     state = dict(fresh)
     wanted = [ours for ours in names if ours not in state]
@@ -393,7 +257,7 @@ def _fill(folder, model, source, names, fresh=()):
 
 def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places`, less those tied and ignored; UserError names one without a place."""
-    tied = [(copy, original) for copy, original in TIED if original in places]
+    tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_plain(name): name for name in places + [copy for copy, _ in tied]}
     found, unknown = {}, []
     for name, tensor in tensors.items():
@@ -452,38 +316,7 @@ def save_model(folder, model, **extra):
     tensors = {}
     for ours, theirs in _names(model.config, state).items():
         tensors |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
-    write_config(folder, model.config, HUB_NAMES[type(model)], **extra)
+    write_config(folder, model.config, model.hub_name, **extra)
     write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)
 
 
-def student_layers(teacher_layers, k=None):
-    """Returns the k teacher layers (default half) to begin a student with, evenly spread: 0, 2, 4, 7, 9, 11 of 12.
-
-    Those of the published recipe. Raises UserError unless 1 <= k <= teacher_layers.
-    """
-    k = max(1, teacher_layers // 2) if k is None else k
-    if not 1 <= k <= teacher_layers:
-        raise UserError(f"cannot choose {k} layers of {teacher_layers}: ask for 1 to {teacher_layers}")
-    return [round(i * (teacher_layers - 1) / max(1, k - 1)) for i in range(k)]
-
-
-def student_from_teacher(teacher, layers):
-    """Returns a DistilBERT-shaped MaskedLM, in training mode: copies of some of a teacher's layers and all the rest.
-
-    BERT adds token-type row 0 to every position of a single segment; here it is folded into the position table, so
-    that a student of all layers computes what its teacher does. Raises UserError for a layer that there is not.
-    """
-    L = teacher.config.layers
-    if not layers or not all(0 <= layer < L for layer in layers):
-        raise UserError(f"student layers {layers}: choose from the teacher's layers 0 to {L - 1}")
-    source = teacher.state_dict()
-    with torch.device("meta"):
-        student = MaskedLM(teacher.config.student(len(layers)))
-    state = {}
-    for name in student.state_dict():
-        theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
-        state[name] = source[theirs].clone()
-    if teacher.config.token_types:
-        state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
-    student.load_state_dict(state, assign=True)
-    return student

@@ -19,10 +19,11 @@ from data import docstrings
 from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.ahead import Ahead
-from minidistil.errors import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
+from minidistil.errors import UserError
 from minidistil.losses import Counts, Objective, distillation_loss
 from minidistil.model import MaskedLM
+from minidistil.student import student_from_teacher
 from minidistil.tokenizer import Tokenizer
 
 
@@ -127,7 +128,7 @@ def test_the_original_has_the_same_loss(tmp_path):
     step.make_world(tmp_path, shape, 20_000)
     logged = step.original(tmp_path, shape | {"padding": 0}, "cpu")["loss"]
     teacher = weights.load_model(tmp_path / "teacher").eval().requires_grad_(False)
-    student = weights.student_from_teacher(teacher, [0, 3]).eval()
+    student = student_from_teacher(teacher, [0, 3]).eval()
     corpus = Corpus(tmp_path / "corpus")
     sequences = Sequences(corpus.train, shape["T"], Tokenizer.load(tmp_path / "teacher"), 0, corpus.counts, 0.7, True)
     ids, labels = map(torch.from_numpy, sequences.take(0, shape["batch"]))

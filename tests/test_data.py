@@ -7,10 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from minidistil.errors import UserError
 from minidistil.data import IGNORE, Corpus, Sequences, TokenFile
-from minidistil.rng import mix, permuted, uniform
+from minidistil.errors import UserError
 from minidistil.memory import status_kib
+from minidistil.rng import mix, permuted, uniform
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 V = 500

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from minidistil.downstream.distil import EXCHANGED, MASKED, altered
 from minidistil.downstream.batches import encode_pair
+from minidistil.downstream.distil import EXCHANGED, MASKED, altered
 from minidistil.downstream.tasks import compact
 from minidistil.tokenizer import Tokenizer
 

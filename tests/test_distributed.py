@@ -16,9 +16,9 @@ from same_layers import assert_same_layers
 
 import train
 from minidistil import checkpoint
-from minidistil.metrics import read_metrics
 from minidistil.distributed import Ranks
-from minidistil.weights import read_safetensors
+from minidistil.metrics import read_metrics
+from minidistil.safetensors import read_safetensors
 
 ROOT = pathlib.Path(train.__file__).parent
 STEPS = 5

@@ -14,9 +14,9 @@ import finetune
 from finetune import Settings, agreed, next_run, objective, summary_of
 from minidistil import checkpoint, weights
 from minidistil.downstream.batches import predict
-from minidistil.errors import UserError
+from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
-from minidistil.downstream.heads import Classifier
+from minidistil.errors import UserError
 from minidistil.schedule import lr_at
 from minidistil.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def test_learns_and_leaves_a_model(sst2, glue):
     state = json.loads((out / "scores.json").read_text())
     (one,) = state["runs"]["sst2"]
     assert len(one["epochs"]) == 3 and one["updates"] == 150
-    model, labels = weights.load_finetuned(out / "sst2")
+    model, labels = load_finetuned(out / "sst2")
     assert labels == ("negative", "positive") and isinstance(model, Classifier)
     assert json.loads((out / "sst2" / "config.json").read_text())["finetuning_task"] == "sst2"
 
@@ -65,7 +65,7 @@ def test_what_is_kept_scores_what_was_reported(sst2, glue):
 def test_the_best_run_is_kept(tiny, glue, tmp_path):
     """Not the first, and not the last: the middle of three learning rates is the only one that learns."""
     figures = tuned(tiny, glue, tmp_path / "out", lr="1e-9,3e-3,2e-9", examples=160, epochs=2.0)["tasks"]["sst2"]
-    model, _ = weights.load_finetuned(tmp_path / "out" / "sst2")
+    model, _ = load_finetuned(tmp_path / "out" / "sst2")
     work = open_task("sst2", glue, Tokenizer.load(tmp_path / "out" / "sst2"))
     kept = work.figures([predict(model, work.dev[0], 0, "cpu")])["score"]
     assert figures["lr"] == 3e-3 and kept == pytest.approx(figures["score"], abs=0.01) and kept > 70
@@ -89,7 +89,7 @@ def test_regression_and_pairs(tiny, glue, tmp_path):
     assert figures["score"] == pytest.approx((figures["pearson"] + figures["spearman"]) / 2, abs=0.01)
     config = json.loads((tmp_path / "out" / "stsb" / "config.json").read_text())
     assert config["problem_type"] == "regression" and config["id2label"] == {"0": "score"}
-    model, _ = weights.load_finetuned(tmp_path / "out" / "stsb")
+    model, _ = load_finetuned(tmp_path / "out" / "stsb")
     assert 2 < model.classify.bias.item() < 3  # the mean, near which it began
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from minidistil.downstream import squad
-from minidistil.errors import UserError
 from minidistil.downstream.squad import Question
+from minidistil.errors import UserError
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 WORDS = Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(1000))])  # w7 is one token

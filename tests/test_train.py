@@ -18,13 +18,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from minidistil import checkpoint, weights
-from minidistil.errors import UserError
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.losses import Counts, Objective
 from minidistil.device import cast_products
+from minidistil.errors import UserError
+from minidistil.losses import Counts, Objective
 from minidistil.model import Config, MaskedLM
+from minidistil.safetensors import read_safetensors
 from minidistil.schedule import lr_at
-from minidistil.student import set_dropout
+from minidistil.student import set_dropout, student_layers
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -39,7 +40,7 @@ def settings(tiny, out, **changes):
 
 
 def weights_of(folder):
-    return weights.read_safetensors(pathlib.Path(folder) / "model.safetensors")[0]
+    return read_safetensors(pathlib.Path(folder) / "model.safetensors")[0]
 
 
 def same_bits(a, b):
@@ -67,7 +68,7 @@ def test_defaults_are_the_published_recipe():
     assert (s.alpha_ce, s.alpha_mlm, s.alpha_cos, s.alpha_mse, s.temperature, s.kd_rows) == (5, 2, 1, 0, 2, "all")
     assert (s.lr, s.warmup, s.clip, s.epochs, s.batch * s.accum, s.seq_len) == (5e-4, 0.05, 5, 3, 250, 512)
     assert s.mask_smoothing == 0.7
-    assert weights.student_layers(12) == [0, 2, 4, 7, 9, 11]
+    assert student_layers(12) == [0, 2, 4, 7, 9, 11]
 
 
 # ---- one update, however it is split
@@ -79,7 +80,7 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
     for name, (batch, accum, at_once) in splits.items():
         train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, micro_batch=at_once, dropout=0.0))
     wide = weights_of(tmp_path / "wide")
-    assert weights.read_config(tmp_path / "wide")[0].dropout == 0.1  # of the run, not of the model
+    assert weights.read_config(tmp_path / "wide").dropout == 0.1  # of the run, not of the model
     start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
     assert (wide["distilbert.embeddings.word_embeddings.weight"] - start).norm() > 1e-3 * start.norm()
     for name in ("long", "both", "anew"):
@@ -398,22 +399,22 @@ def test_bf16_trains_like_fp32(tiny, tmp_path):
 )  # fmt: skip
 def test_student_shapes(tiny, tmp_path, changes, layers):
     summary = train.train(settings(tiny, tmp_path / "out", steps=1, **changes))
-    config, family = weights.read_config(tmp_path / "out")
-    assert config.layers == layers and family == "distilbert" and config.token_types == 0
+    config = weights.read_config(tmp_path / "out")
+    assert config.layers == layers and config.family == "distilbert" and config.token_types == 0
     assert Tokenizer.load(tmp_path / "out").digest == Tokenizer.load(tiny / "teacher").digest
     assert summary["student"]["parameters"] < summary["teacher"]["parameters"]
 
 
 def test_a_narrower_student(tiny, tmp_path):
     config = Config(vocab_size=len(Tokenizer.load(tiny / "teacher").vocab), positions=32, layers=2, heads=2, width=16,
-                    mlp_width=32, token_types=0)  # fmt: skip
+                    mlp_width=32, token_types=0, family="distilbert")  # fmt: skip
     (tmp_path / "shape").mkdir()
     weights.write_config(tmp_path / "shape", config)
     shape = str(tmp_path / "shape" / "config.json")
     with pytest.raises(UserError, match="--alpha-cos 0"):
         train.train(settings(tiny, tmp_path / "out", student_config=shape))
     train.train(settings(tiny, tmp_path / "out", student_config=shape, alpha_cos=0.0, steps=2))
-    assert weights.read_config(tmp_path / "out")[0] == config
+    assert weights.read_config(tmp_path / "out") == config
 
 
 def test_adaptation_keeps_the_whole_model(tiny, tmp_path):

@@ -13,10 +13,10 @@ import hashlib
 import numpy as np
 import torch
 
-from minidistil.downstream import scores, squad, glue
+from minidistil.downstream import glue, scores, squad
 from minidistil.downstream.batches import encode_pair
-from minidistil.rng import mix
 from minidistil.downstream.heads import Classifier, SpanReader
+from minidistil.rng import mix
 
 SEQ_LEN = {"imdb": 512, "squad": 384}  # tokens; 128 elsewhere, as published for GLUE
 
