@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
+from kernels.operator import differentiable, opaque
 
 IGNORE = -100  # PyTorch's label of a row without cross-entropy
 BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
@@ -408,11 +409,10 @@ def _split(N, V, device):
     return triton.cdiv(V, width), width
 
 
-# ---- the operator: `torch.library` makes it one node for torch.compile
+# ---- the operator
 
 
-@torch.library.custom_op("minidistil::distill_kl", mutates_args=())
-def _forward(
+def _forward_losses(
     s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tau: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     N, V = s.shape
@@ -436,14 +436,12 @@ def _forward(
     return kl, ce, stats
 
 
-@_forward.register_fake
-def _(s, t, labels, tau):
+def _fake_losses(s, t, labels, tau):
     wide = torch.promote_types(s.dtype, torch.float32)
     return tuple(s.new_empty(shape, dtype=wide) for shape in ((len(s),), (len(s),), (len(s), 5)))
 
 
-@torch.library.custom_op("minidistil::distill_kl_backward", mutates_args=())
-def _backward(
+def _backward_losses(
     g_kl: torch.Tensor, g_ce: torch.Tensor, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None,
     stats: torch.Tensor, tau: float,
 ) -> torch.Tensor:  # fmt: skip
@@ -459,9 +457,11 @@ def _backward(
     return ds
 
 
-@_backward.register_fake
-def _(g_kl, g_ce, s, t, labels, stats, tau):
+def _fake_gradient(g_kl, g_ce, s, t, labels, stats, tau):
     return torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)
+
+
+_backward = opaque("distill_kl_backward", _backward_losses, _fake_gradient)
 
 
 def _setup_context(ctx, inputs, output):
@@ -474,7 +474,7 @@ def _backward_of_forward(ctx, g_kl, g_ce, _):
     return _backward(g_kl, g_ce, *ctx.saved_tensors, ctx.tau), None, None, None
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_forward = differentiable("distill_kl", _forward_losses, _fake_losses, _setup_context, _backward_of_forward)
 
 
 def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=None):

@@ -34,6 +34,7 @@ from kernels.distill_kl import (
     row_statistics,
     rows_in_cache,
 )
+from kernels.operator import differentiable
 
 CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, and little memory
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
@@ -201,11 +202,10 @@ def _add_outer(dW, G, h, unit, first):
         dW.copy_(product).mul_(unit) if first else dW.add_(product, alpha=unit)
 
 
-# ---- the operator: `torch.library` makes it one node for torch.compile
+# ---- the operator
 
 
-@torch.library.custom_op("minidistil::linear_distill_kl", mutates_args=())
-def _forward(
+def _loss_and_gradients(
     h_s: torch.Tensor, W_s: torch.Tensor, b_s: torch.Tensor,
     h_t: torch.Tensor | None, W_t: torch.Tensor | None, b_t: torch.Tensor | None,
     labels: torch.Tensor, tau: float, kl_weight: float, ce_weight: float, mse_weight: float,
@@ -258,8 +258,7 @@ def _forward(
     return loss, sums, dh, dW, db
 
 
-@_forward.register_fake
-def _(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
+def _fake(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
     wide = torch.promote_types(dtype, torch.float32)
     gradients = [x.new_empty(x.shape if wanted else (0,), dtype=wide)
                  for x, wanted in ((h_s, wants_dh), (W_s, wants_dW), (b_s, wants_dW))]  # fmt: skip
@@ -284,7 +283,7 @@ def _backward(ctx, upstream, *_):
     return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 11)
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_forward = differentiable("linear_distill_kl", _loss_and_gradients, _fake, _setup_context, _backward)
 
 
 def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):

@@ -207,8 +207,9 @@ def test_the_gradient_of_padding_columns_is_zero(path):
 def test_registered_as_an_operator(path):
     student, teacher, labels = problem(5, 100, dtype=torch.float32)
     torch.library.opcheck(
-        module._forward, (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True)
-    )  # fmt: skip
+        torch.ops.minidistil.linear_distill_kl.default,
+        (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True),
+    )
 
 
 def test_one_graph_under_compile(path):
