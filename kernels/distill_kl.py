@@ -404,9 +404,9 @@ def power_of(tau):
 def _split(N, V, device):
     """(parts, width): into how many parts of `width` columns to cut each row, so that few rows still fill a GPU."""
     programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    count = triton.cdiv(V, BLOCK_V)
-    width = triton.cdiv(count, min(count, triton.cdiv(programs, N))) * BLOCK_V
-    return triton.cdiv(V, width), width
+    count = -(-V // BLOCK_V)  # triton.cdiv costs the host 2 us
+    width = -(-count // min(count, -(-programs // N))) * BLOCK_V
+    return -(-V // width), width
 
 
 # ---- the operator
@@ -431,7 +431,7 @@ def _forward_losses(
     if parts > 1:
         _merge_kernel[(N,)](
             s, labels, kl, ce, stats, scratch, s.stride(0), V, parts, tau,
-            BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **options,
+            BLOCK_P=1 << (parts - 1).bit_length(), num_warps=1, **options,
         )  # fmt: skip
     return kl, ce, stats
 
@@ -450,7 +450,7 @@ def _backward_losses(
     if not on_triton(s) or s.dtype == torch.float64:
         return _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
-        _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
+        _backward_kernel[(N, -(-V // BLOCK_V))](
             s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
             g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=WARPS,
         )  # fmt: skip
