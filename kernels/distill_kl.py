@@ -23,6 +23,8 @@ Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z
          E logits of a 16-byte load   G such loads in a block   P parts of a row
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -31,7 +33,9 @@ from kernels.operator import differentiable, opaque
 
 IGNORE = -100  # PyTorch's label of a row without cross-entropy
 BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
-FLOOR = -16384.0  # of a log-probability: a probability of 0, and still finite when multiplied by one
+FLOOR_LOG2 = -16384.0  # of log2 of a probability over the row's largest: 2 to this power is 0, and KL stays finite
+FLOOR_NATS = FLOOR_LOG2 * math.log(2)
+FLOOR = tl.constexpr(FLOOR_LOG2)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1.0e30)  # the maximum of no logits: finite, since -inf - -inf is NaN
@@ -84,8 +88,8 @@ def _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: 
     Z_s, Z_t, Z_1, c = _shifted(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
     d_s = s - n_s[:, None]
     # the floor keeps 0 * (-inf - -inf) from being NaN; plain tl.maximum would turn a NaN logit into probability 0
-    x_s = tl.maximum(d_s * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
-    x_t = tl.maximum((t - n_t[:, None]) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+    x_s = tl.maximum(d_s * k, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    x_t = tl.maximum((t - n_t[:, None]) * k, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e_s = tl.exp2(x_s)
     e_t = tl.exp2(x_t)
     if HAS_LABELS:
@@ -343,6 +347,11 @@ def exponentials(x, tau, m, Z, out):
     return out
 
 
+def floored(x):
+    """Log-probabilities x (R, V), up to a constant a row: raises in place those below the floor to the floor."""
+    return x.clamp_(min=x.amax(-1, keepdim=True) + FLOOR_NATS)
+
+
 def _forward_rows(s, t, labels, tau):
     """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, of logits divided by tau."""
     N, V = s.shape
@@ -359,8 +368,8 @@ def _forward_rows(s, t, labels, tau):
         torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
     m_s, m_t, Z_s, Z_t, Z_1 = columns
     for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
-        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
-        a, b = ((x[rows].to(wide) / tau - m[rows]).clamp_(min=FLOOR) for x, m in ((s, m_s), (t, m_t)))
+        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs the floor
+        a, b = (floored(x[rows].to(wide).div_(tau).sub_(m[rows])) for x, m in ((s, m_s), (t, m_t)))
         c[rows] = (b.exp() * (b - a)).sum(-1, keepdim=True)
     log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
     kl = (c / Z_t - log_Z_t + log_Z_s)[:, 0] * tau**2

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
 from kernels.distill_kl import (
-    FLOOR,
     IGNORE,
     LOG2E,
     block_gradient,
     distill_kl_ref,
     exponentials,
+    floored,
     power_of,
     row_losses,
     row_statistics,
@@ -145,9 +145,10 @@ def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch)
         else:
             d = t_.to(p.dtype).add_(biases[1])
             exponentials(d, tau, m_t, Z_t, p).mul_(-1 / Z_t)  # minus the teacher's probabilities
+            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs the floor
+                floored(a)
+                floored(d)
             d.sub_(a)
-            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
-                d.nan_to_num_(0.0, -FLOOR, FLOOR)
             kl = kl - torch.dot(p.view(-1), d.view(-1))
             torch.addcmul(p, e, 1 / Z_s, out=a)
             if kl_weight * tau != 1:

@@ -163,6 +163,15 @@ def test_minus_infinity_in_the_biases(V, path):
     check_against_fp64((student, teacher, labels), 2.0, (0.5, 0.3, 0.0))
 
 
+def test_half_of_the_words_ruled_out_by_the_student_alone(path):
+    """Infinite by definition: here the same as `distill_kl` makes of it, on both paths."""
+    (h, W, b), (h_t, W_t, b_t), labels = problem(5, 1200, dtype=torch.float32, scale=0.0)
+    b = b.detach() - 3.0
+    b[::2] = -math.inf
+    _, kl, *_ = linear_distill_kl(h, W, b, h_t, W_t, b_t, labels, 2.0, 0.5, 0.3)
+    assert kl.item() / 5 == pytest.approx(4 * (2**14 / 2 - 1) * math.log(2), rel=1e-5)
+
+
 # beside -2,000 the kernel's padding columns, logits of 0, would be infinitely likely if they counted at all
 @pytest.mark.parametrize("of_student, of_teacher", [(-2000, -2000), (-100, 100), (100, 100), (180, 0), (0, -250)])
 @pytest.mark.parametrize("V", [200, 1200])
