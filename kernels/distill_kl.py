@@ -113,9 +113,20 @@ def _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.con
 
 
 @triton.jit
-def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One pass over columns start ... stop of a row; `start` is a multiple of BLOCK_V.
+def _load_inside(ptr, at, skip, stop, end):
+    """fp32 logits at places skip ... stop, -inf elsewhere. Loads are wide where 16 divides `end`, which bounds them."""
+    x = tl.load(ptr + at, mask=at < end, other=float("-inf"))
+    return tl.where((at >= skip) & (at < stop), x, float("-inf")).to(tl.float32)
 
+
+@triton.jit
+def row_statistics(
+    s_ptr, t_ptr, start, skip, stop, end, k,
+    HAS_LABELS: tl.constexpr, TAU: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One pass over places start ... stop from 16-byte boundaries on; `start` is a multiple of BLOCK_V.
+
+    If PEEL, the first `skip` places belong to what precedes the row. Places from `stop` to `end` may be read, too.
     A thread loads E logits at once, 16 bytes, and keeps statistics of what it has loaded: threads meet after the loop.
     """
     E: tl.constexpr = 128 // s_ptr.dtype.element_ty.primitive_bitwidth
@@ -127,15 +138,19 @@ def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: 
     Z_t = tl.zeros((G,), tl.float32)
     Z_1 = tl.zeros((G,), tl.float32)
     c = tl.zeros((G,), tl.float32)
-    full = start + (stop - start) // BLOCK_V * BLOCK_V
+    if PEEL:
+        s = _load_inside(s_ptr, start + cols, skip, stop, end)
+        t = _load_inside(t_ptr, start + cols, skip, stop, end)
+        m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
+        start += BLOCK_V
+    full = start + tl.maximum(stop - start, 0) // BLOCK_V * BLOCK_V
     for v in range(start, full, BLOCK_V):  # a mask here would make every load two bytes wide
         s = tl.load(s_ptr + v + cols).to(tl.float32)
         t = tl.load(t_ptr + v + cols).to(tl.float32)
         m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
     if full < stop:
-        inside = full + cols < stop
-        s = tl.load(s_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        s = _load_inside(s_ptr, full + cols, 0, stop, end)
+        t = _load_inside(t_ptr, full + cols, 0, stop, end)
         m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
     return _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
 
@@ -155,10 +170,10 @@ def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
 
 @triton.jit
 def block_gradient(
-    s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
+    s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
     HAS_LABELS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of g_kl kl / tau + g_ce ce at one block of columns; l_* are the base-2 logarithms of Z_*."""
+    """Gradient of g_kl kl / tau + g_ce ce at places `at`, y_at that of the label; l_* are base-2 logarithms of Z_*."""
     d = s - m_s
     q = tl.exp2(d * k - l_s)
     g = g_kl * (q - tl.exp2((t - m_t) * k - l_t))
@@ -169,8 +184,20 @@ def block_gradient(
             q_1 = q * q * tl.exp2(2.0 * l_s - l_1)  # exp(d) = exp(d / 2)^2
         else:
             q_1 = tl.exp2(d * LOG2E - l_1)
-        g += g_ce * q_1 - tl.where(cols == y, g_ce, 0.0)
+        g += g_ce * q_1 - tl.where(at == y_at, g_ce, 0.0)
     return g
+
+
+@triton.jit
+def _row(ptr, row, stride, PEEL: tl.constexpr):
+    """(pointer, skip): the row begins `skip` elements after the pointer, which is at a 16-byte boundary where PEEL."""
+    offset = row * stride
+    if PEEL:
+        E: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+        aligned = offset // E * E  # so written, the compiler sees that E divides it
+        return ptr + aligned, (offset - aligned).to(tl.int32)
+    else:
+        return ptr + offset, 0
 
 
 @triton.jit
@@ -207,21 +234,28 @@ def _forward_kernel(
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
     SPLIT: tl.constexpr,  # whether P > 1
+    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, those of s and t alike
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 70,345 rows
-    s_ptr += row * stride_s
-    t_ptr += row * stride_t
+    s_ptr, skip = _row(s_ptr, row, stride_s, PEEL)
+    t_ptr, _ = _row(t_ptr, row, stride_t, PEEL)
     k = LOG2E / tau
+    stop = skip + V
     if not SPLIT:
-        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, HAS_LABELS, TAU, BLOCK_V)
+        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(
+            s_ptr, t_ptr, 0, skip, stop, stop, k, HAS_LABELS, TAU, PEEL, BLOCK_V
+        )  # fmt: skip
         _store_row(
-            s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS
+            s_ptr + skip, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS
         )  # fmt: skip
     else:
         start = tl.program_id(1) * width
-        stop = tl.minimum(start + width, V)
-        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS, TAU, BLOCK_V)
+        if tl.program_id(1) + 1 < tl.num_programs(1):  # the last part takes the `skip` places, too
+            stop = start + width
+        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(
+            s_ptr, t_ptr, start, skip, stop, stop, k, HAS_LABELS, TAU, PEEL, BLOCK_V
+        )  # fmt: skip
         parts_ptr += (row * tl.num_programs(1) + tl.program_id(1)) * 6
         tl.store(parts_ptr + 0, m_s)
         tl.store(parts_ptr + 1, m_t)
@@ -282,14 +316,16 @@ def _backward_kernel(
     tau,
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
+    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, those of s, t and ds alike
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    s_ptr, skip = _row(s_ptr, row, stride_s, PEEL)
+    t_ptr, _ = _row(t_ptr, row, stride_t, PEEL)
+    ds_ptr, _ = _row(ds_ptr, row, stride_ds, PEEL)
     start = tl.program_id(1) * BLOCK_V
-    cols = start + tl.arange(0, BLOCK_V)
-    s_ptr += row * stride_s
-    t_ptr += row * stride_t
-    ds_ptr += row * stride_ds
+    stop = skip + V
+    at = start + tl.arange(0, BLOCK_V)
     stats_ptr += row * 5
     k = LOG2E / tau
     m_s = tl.load(stats_ptr + 0)
@@ -298,19 +334,20 @@ def _backward_kernel(
     l_t = tl.load(stats_ptr + 3)
     l_1 = tl.load(stats_ptr + 4)
     y = tl.load(labels_ptr + row) if HAS_LABELS else -100
+    y_at = y + skip
     g_kl = tl.load(g_kl_ptr + row * stride_g_kl) * tau  # tau^2 of the value, 1 / tau of the softened logits
     g_ce = tl.where(y == -100, 0.0, tl.load(g_ce_ptr + row * stride_g_ce))
-    if start + BLOCK_V <= V:
-        s = tl.load(s_ptr + cols).to(tl.float32)
-        t = tl.load(t_ptr + cols).to(tl.float32)
-        g = block_gradient(s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
-        tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty))
+    if (start >= skip) & (start + BLOCK_V <= stop):
+        s = tl.load(s_ptr + at).to(tl.float32)
+        t = tl.load(t_ptr + at).to(tl.float32)
+        g = block_gradient(s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
+        tl.store(ds_ptr + at, g.to(ds_ptr.dtype.element_ty))
     else:
-        inside = cols < V
-        s = tl.load(s_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
-        g = block_gradient(s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
-        tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty), mask=inside)
+        inside = (at >= skip) & (at < stop)
+        s = tl.load(s_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+        g = block_gradient(s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
+        tl.store(ds_ptr + at, g.to(ds_ptr.dtype.element_ty), mask=inside)
 
 
 # ---- CPU: the same closed form, a few rows at a time; what is one number a row is computed for all of them at once
@@ -418,6 +455,20 @@ def _split(N, V, device):
     return -(-V // width), width
 
 
+def _peel(*tensors):
+    """Whether the kernels shall begin each row at the 16-byte boundary at or below it, since Triton proves none there.
+
+    It needs one program for all tensors: as wide a dtype, rows as far off a boundary, and memory that begins at one.
+    """
+    E = 16 // tensors[0].element_size()
+    strides = [x.stride(0) for x in tensors]
+    return (
+        any(stride % 16 for stride in strides)
+        and all((stride - strides[0]) % E == 0 for stride in strides)
+        and all(x.dtype == tensors[0].dtype and x.data_ptr() % 16 == 0 for x in tensors)
+    )
+
+
 # ---- the operator
 
 
@@ -435,7 +486,7 @@ def _forward_losses(
     options = dict(HAS_LABELS=labels is not None, TAU=power_of(tau))
     _forward_kernel[(N, parts)](
         s, t, labels, kl, ce, stats, scratch, s.stride(0), t.stride(0), V, width, tau,
-        SPLIT=parts > 1, BLOCK_V=BLOCK_V, num_warps=WARPS, **options,
+        SPLIT=parts > 1, PEEL=_peel(s, t), BLOCK_V=BLOCK_V, num_warps=WARPS, **options,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(N,)](
@@ -459,9 +510,12 @@ def _backward_losses(
     if not on_triton(s) or s.dtype == torch.float64:
         return _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
-        _backward_kernel[(N, -(-V // BLOCK_V))](
+        peel = _peel(s, t, ds)
+        most = V + (16 // s.element_size() - 1 if peel else 0)  # places of a row, with those before it
+        _backward_kernel[(N, -(-most // BLOCK_V))](
             s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
-            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=WARPS,
+            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), PEEL=peel, BLOCK_V=BLOCK_V,
+            num_warps=WARPS,
         )  # fmt: skip
     return ds
 

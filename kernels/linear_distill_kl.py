@@ -77,7 +77,7 @@ def _loss_and_gradient_kernel(
     cols = tl.arange(0, BLOCK_V)
     k = LOG2E / tau
     y = tl.load(labels_ptr + row)
-    m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, True, TAU, BLOCK_V)
+    m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, 0, V, stride, k, True, TAU, False, BLOCK_V)
     kl, ce = row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, True)
     tl.store(losses_ptr + 0, kl)
     tl.store(losses_ptr + 1, ce)
@@ -98,15 +98,15 @@ def _loss_and_gradient_kernel(
             mse += tl.sum((s - t) * (s - t), 0)
         tl.store(s_ptr + v + cols, g.to(s_ptr.dtype.element_ty))
     if full < stride:
-        inside = full + cols < V
+        there, inside = full + cols < stride, full + cols < V  # 16 divides the stride: loads with this mask are wide
         # beyond V the row's maximum stands in: exp of anything else may overflow
-        s = tl.load(s_ptr + full + cols, mask=inside, other=m_s).to(tl.float32)
-        t = tl.load(t_ptr + full + cols, mask=inside, other=m_t).to(tl.float32)
+        s = tl.where(inside, tl.load(s_ptr + full + cols, mask=there, other=0.0).to(tl.float32), m_s)
+        t = tl.where(inside, tl.load(t_ptr + full + cols, mask=there, other=0.0).to(tl.float32), m_t)
         g = block_gradient(s, t, full + cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, True, TAU)
         if HAS_MSE:
             g += 2.0 * mse_weight * (s - t)
             mse += tl.sum(tl.where(inside, (s - t) * (s - t), 0.0), 0)
-        tl.store(s_ptr + full + cols, tl.where(inside, g, 0.0).to(s_ptr.dtype.element_ty), mask=full + cols < stride)
+        tl.store(s_ptr + full + cols, tl.where(inside, g, 0.0).to(s_ptr.dtype.element_ty), mask=there)
     tl.store(losses_ptr + 2, mse)
 
 
