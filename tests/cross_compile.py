@@ -120,7 +120,7 @@ def instructions(sass):
 
 
 def figures(kernel, types, constants, warps, elements, architecture):
-    """What one program does per element: instructions, widths of global accesses, registers, spills; waits in loops."""
+    """What one program does per element: instructions, registers, spills; waits in loops; widths of global accesses."""
     k = compiled(kernel, types, constants, warps, architecture)
     if architecture.startswith("gfx"):
         text = k.asm["amdgcn"]
@@ -144,6 +144,7 @@ def figures(kernel, types, constants, warps, elements, architecture):
         mufu=round(sum(op.startswith("MUFU") for op in ops) / per_thread, 1),
         barriers=sum(op.startswith("BAR") for op in loop),
         loads=sorted({op for op in ops if op.startswith("LDG")}),
+        narrow_loads=sum(op.startswith("LDG") and not op.endswith(("128", "256")) for op in whole),
         stores=sorted({op for op in whole if op.startswith("STG")}),
     )
 
