@@ -191,16 +191,21 @@ def _decoder(W, b, dtype, width):
     return wide_W, wide_b
 
 
-def _add_outer(dW, G, h, unit, first):
-    """dW = unit G^T h, plus dW for all chunks but the first, summed in the precision of dW."""
-    beta = 0.0 if first else 1.0  # 0: what was there, even NaN, does not count
-    if G.dtype == dW.dtype:
-        torch.addmm(dW, G.t(), h, beta=beta, alpha=unit, out=dW)
-    elif G.is_cuda:
-        torch.addmm(dW, G.t(), h, out_dtype=dW.dtype, beta=beta, alpha=unit, out=dW)
+def _multiply(A, B, unit, out, add=False):
+    """out = unit A B, plus what `out` holds if `add`, summed in the precision of `out` where that is wider."""
+    beta = 1.0 if add else 0.0  # 0: what was there, even NaN, does not count
+    if A.dtype == out.dtype:
+        torch.addmm(out, A, B, beta=beta, alpha=unit, out=out)
+    elif A.is_cuda:
+        torch.addmm(out, A, B, out_dtype=out.dtype, beta=beta, alpha=unit, out=out)
     else:
-        product = torch.mm(G.t(), h)
-        dW.copy_(product).mul_(unit) if first else dW.add_(product, alpha=unit)
+        product = torch.mm(A, B)
+        out.add_(product, alpha=unit) if add else out.copy_(product).mul_(unit)
+
+
+def _dtype_of_dh(h_s, dtype):
+    """bf16 where h_s is; fp32 where h_s is fp16, in which unit G W may vanish before the loss scale multiplies it."""
+    return torch.bfloat16 if h_s.dtype == dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
 
 
 # ---- the operator
@@ -220,7 +225,7 @@ def _loss_and_gradients(
     weights = [weight / unit for weight in (kl_weight, ce_weight, mse_weight)]
     R = _chunk(N, V, dtype, not h_s.is_cuda)
     losses = h_s.new_zeros(N if kernel else 1, 3, dtype=wide)  # kl, ce, mse
-    dh = h_s.new_empty((N, C) if wants_dh else (0,), dtype=wide)
+    dh = h_s.new_empty((N, C) if wants_dh else (0,), dtype=_dtype_of_dh(h_s, dtype))
     dW, db = (torch.empty_like(x, dtype=wide) if wants_dW else h_s.new_empty(0, dtype=wide) for x in (W_s, b_s))
     if N == 0:
         dW.zero_()
@@ -249,10 +254,12 @@ def _loss_and_gradients(
                 _loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
             G = s
             if wants_dh:
-                dh[rows] = torch.mm(G, models[0][1]).to(wide).mul_(unit)
+                _multiply(G, models[0][1], unit if G.is_cuda else 1.0, dh[rows])
             if wants_dW:
-                _add_outer(dW, G[:, :V], inputs[0][0], unit, first=start == 0)
+                _multiply(G[:, :V].t(), inputs[0][0], unit, dW, add=start > 0)
                 db.add_(G[:, :V].sum(0, dtype=wide), alpha=unit)
+    if wants_dh and not h_s.is_cuda:
+        dh.mul_(unit)  # once: a CPU's product would round its factor into each of several partial sums
     sums = losses.sum(0)
     # numbers, not a tensor of them: that would be copied to the device, and the host would wait
     loss = sums[0] * kl_weight + sums[1] * ce_weight + sums[2] * mse_weight
@@ -261,9 +268,9 @@ def _loss_and_gradients(
 
 def _fake(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
     wide = torch.promote_types(dtype, torch.float32)
-    gradients = [x.new_empty(x.shape if wanted else (0,), dtype=wide)
-                 for x, wanted in ((h_s, wants_dh), (W_s, wants_dW), (b_s, wants_dW))]  # fmt: skip
-    return h_s.new_empty((), dtype=wide), h_s.new_empty(3, dtype=wide), *gradients
+    dh = h_s.new_empty(h_s.shape if wants_dh else (0,), dtype=_dtype_of_dh(h_s, dtype))
+    dW, db = (x.new_empty(x.shape if wants_dW else (0,), dtype=wide) for x in (W_s, b_s))
+    return h_s.new_empty((), dtype=wide), h_s.new_empty(3, dtype=wide), dh, dW, db
 
 
 def _setup_context(ctx, inputs, output):

@@ -153,6 +153,23 @@ def test_autocast(dtype, weights, path):
         assert (got - want).norm() <= {torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("dtype, kept, allowed", [
+    (torch.float16, torch.float32, 5e-3), (torch.bfloat16, torch.bfloat16, 4e-2)
+])  # fmt: skip
+def test_rows_in_half_precision(dtype, kept, allowed, path):
+    """A loss scale of 2^16 saves gradients that fp16 cannot hold: they are kept in fp32 until it arrives."""
+    student, teacher, labels = problem(33, 1000, dtype=dtype, scale=0.5)
+    weights = (5e-7, 2e-7, 0.0)
+    wide = [[x.detach().double() for x in xs] for xs in (student, teacher)]
+    (h, *decoder), teacher = ([x.detach().to(DEVICE) for x in xs] for xs in (student, teacher))
+    h.requires_grad_()
+    arguments = (h, *decoder, *teacher, labels.to(DEVICE), 2.0, *weights)
+    assert module._forward(*arguments, dtype, True, False)[2].dtype == kept
+    (got,) = torch.autograd.grad(2**16 * linear_distill_kl(*arguments)[0], h)
+    want = gradients(linear_distill_kl_ref, *wide, labels, 2.0, weights)[4] / 1.7 * 2**16
+    assert got.dtype == dtype and (got.double().cpu() - want).norm() <= allowed * want.norm()
+
+
 @pytest.mark.parametrize("V", [200, 1200])
 def test_minus_infinity_in_the_biases(V, path):
     """A word that both models rule out, and one that the teacher does."""
