@@ -52,9 +52,14 @@ def distill_kl_ref(s, t, labels=None, temperature=2.0):
     return kl, F.cross_entropy(s, labels, ignore_index=IGNORE, reduction="none")
 
 
+def row_width(V):
+    """V rounded up to a multiple of 64, as wide loads and matrix units want rows of logits."""
+    return -(-V // 64) * 64
+
+
 def padded(N, V, dtype, device):
-    """Uninitialised logits (N, V) whose rows begin at multiples of 64 elements, as wide loads and matrix units want."""
-    return torch.empty(N, -(-V // 64) * 64, dtype=dtype, device=device)[:, :V]
+    """Uninitialised logits (N, V) in rows of `row_width(V)` elements."""
+    return torch.empty(N, row_width(V), dtype=dtype, device=device)[:, :V]
 
 
 # ---- Triton

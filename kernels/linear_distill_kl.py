@@ -32,6 +32,7 @@ from kernels.distill_kl import (
     power_of,
     row_losses,
     row_statistics,
+    row_width,
     rows_in_cache,
 )
 from kernels.operator import differentiable
@@ -182,13 +183,29 @@ def _chunk(N, V, dtype, on_cpu):
     return max(1, -(-N // max(1, -(-N // most))))
 
 
-def _decoder(W, b, dtype, width):
-    """(weight, bias) in `dtype`, with rows of zeros from V to `width`: padding columns of a product are then zero."""
-    if W.dtype == dtype and len(W) == width:
-        return W, b
-    wide_W, wide_b = W.new_zeros(width, W.shape[1], dtype=dtype), b.new_zeros(width, dtype=dtype)
-    wide_W[: len(W)], wide_b[: len(b)] = W, b
-    return wide_W, wide_b
+def _in_kernel(x, dtype):
+    """Whether a kernel serves matrix products in `dtype` of what is where tensor x is."""
+    return on_triton(x) and dtype != torch.float64
+
+
+def _converted(x, dtype, rows):
+    """x in `dtype`, with zeros from its last row to `rows`; x itself where it is so already."""
+    if x.dtype == dtype and len(x) == rows:
+        return x
+    wide = x.new_empty(rows, *x.shape[1:], dtype=dtype)
+    wide[: len(x)] = x
+    wide[len(x) :] = 0
+    return wide
+
+
+def decoder_for(W, b, dtype):
+    """(weight, bias) as `linear_distill_kl` multiplies them: in `dtype`, and padded to `row_width(V)` for a kernel.
+
+    Each call converts both decoders. A frozen teacher's can be converted once and passed as W_t, b_t to all calls,
+    which then use it without a copy. dtype is the one that autocast gives products, or that of the hidden rows.
+    """
+    rows = row_width(len(W)) if _in_kernel(W, dtype) else len(W)
+    return _converted(W, dtype, rows), _converted(b, dtype, rows)
 
 
 def _multiply(A, B, unit, out, add=False):
@@ -219,8 +236,8 @@ def _loss_and_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss, sums (3,), dh, dW, db): loss and its gradients; those that are not wanted are empty."""
     (N, C), V, wide = h_s.shape, len(W_s), torch.promote_types(dtype, torch.float32)
-    kernel = on_triton(h_s) and dtype != torch.float64
-    width = -(-V // 64) * 64 if kernel else V
+    kernel = _in_kernel(h_s, dtype)
+    width = row_width(V) if kernel else V
     unit = max(abs(kl_weight) * tau, abs(ce_weight), abs(mse_weight)) or 1.0
     weights = [weight / unit for weight in (kl_weight, ce_weight, mse_weight)]
     R = _chunk(N, V, dtype, not h_s.is_cuda)
@@ -231,9 +248,9 @@ def _loss_and_gradients(
         dW.zero_()
     db.zero_()
     with torch.autocast(h_s.device.type, enabled=False):
-        models = [(h_s, *_decoder(W_s, b_s, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
+        models = [(h_s, *decoder_for(W_s, b_s, dtype), h_s.new_empty(R, width, dtype=dtype))]
         if h_t is not None:
-            models += [(h_t, *_decoder(W_t, b_t, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
+            models += [(h_t, *decoder_for(W_t, b_t, dtype), h_s.new_empty(R, width, dtype=dtype))]
         if not kernel:
             biases = [b.to(wide) / tau for _, _, b, _ in models]
             scratch = h_s.new_empty(2, R if h_s.is_cuda else min(R, rows_in_cache(V, wide)), V, dtype=wide)
@@ -298,14 +315,18 @@ def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_w
     """Vocabulary projection and distillation losses in one, on any device: never keeps logits, nor a graph over them.
 
     h_s (N, C_s), W_s (V, C_s), b_s (V): student rows after the head's transform, decoder weight, bias; differentiable.
-    h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher.
+    h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher. W_t and
+    b_t may come from `decoder_for`, which saves their conversion.
     labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
     Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
     sums over rows, in nats (kl with its tau^2), are for the log, and may be 0 where their weight is. Matrix products
-    follow autocast; softmax and sums are fp32 or better. Raises ValueError where the teacher wants a gradient.
+    follow autocast; softmax and sums are fp32 or better. Raises ValueError where the teacher wants a gradient or has
+    another vocabulary.
     """
     if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):
         raise ValueError("the teacher must be frozen: its rows, weight and bias take no gradient")
+    if W_t is not None and len(W_t) not in (len(W_s), row_width(len(W_s))):
+        raise ValueError(f"student and teacher must share a vocabulary: of {len(W_s)} and {len(W_t)} words")
     if h_t is None:
         tau, kl_weight, mse_weight = 1.0, 0.0, 0.0
     device = h_s.device.type

@@ -315,6 +315,27 @@ def test_a_trainable_teacher_is_refused():
         linear_distill_kl(*student, teacher[0], teacher[1].requires_grad_(), teacher[2], labels, 2.0, 1.0, 1.0)
 
 
+def test_another_vocabulary_is_refused():
+    student, teacher, labels = problem()
+    for V in (999, 1001, 1088):
+        with pytest.raises(ValueError, match="vocabulary"):
+            linear_distill_kl(*student, teacher[0], torch.zeros(V, 16), torch.zeros(V), labels, 2.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_teacher_prepared_once_is_used_as_it_is(autocast, path, monkeypatch):
+    student, teacher, labels = problem(9, dtype=torch.float32)
+    want = gradients(linear_distill_kl, student, teacher, labels, 2.0, (0.5, 0.3, 0.1), autocast)
+    decoder = module.decoder_for(*(x.to(DEVICE) for x in teacher[1:]), autocast or torch.float32)
+    assert [len(x) for x in decoder] == [1024 if path == "kernel" else 1000] * 2
+    assert all(x.dtype == (autocast or torch.float32) and (x[1000:] == 0).all() for x in decoder)
+    results, converted = [], module._converted
+    monkeypatch.setattr(module, "_converted", lambda x, *to: results.append((x, converted(x, *to))) or results[-1][1])
+    got = gradients(linear_distill_kl, student, [teacher[0], *decoder], labels, 2.0, (0.5, 0.3, 0.1), autocast)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert [given is used for given, used in results[2:]] == [True, True]
+
+
 def test_logits_are_never_kept():
     """2,048 rows of 30,522 logits would take 250 MB for each model: no tensor of the call is larger than a chunk."""
     student, teacher, labels = problem(2048, 30522, C=8, C_t=8, dtype=torch.float32, masked=0.15)
