@@ -17,7 +17,8 @@ Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_
 Arithmetic and statistics are fp32 whatever the logits are, and in base 2, since exp2 is what the hardware has.
 Bytes per row of bf16 logits: forward 4 V (read s, t), backward 6 V (read s, t, write the gradient): 10 V in all,
 305 kB at V = 30,522. What limits both kernels is memory, as long as loads are 16 bytes wide. Triton makes them so where
-the row stride is a multiple of 16, which 30,522 = 2 * 3 * 5,087 is not: `padded` allocates rows that are so apart.
+it can prove that a row begins at a multiple of 16 bytes. Rows of 30,522 = 2 * 3 * 5,087 bf16 logits do not: the kernels
+then start at the boundary below (PEEL), and ignore what precedes the row. `padded` allocates rows that begin at one.
 
 Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
          E logits of a 16-byte load   G such loads in a block   P parts of a row
@@ -461,9 +462,9 @@ def _split(N, V, device):
 
 
 def _peel(*tensors):
-    """Whether the kernels shall begin each row at the 16-byte boundary at or below it, since Triton proves none there.
+    """Whether the kernels start each row at the 16-byte boundary at or below it: Triton cannot prove that it is at one.
 
-    It needs one program for all tensors: as wide a dtype, rows as far off a boundary, and memory that begins at one.
+    All tensors must then be alike: of one dtype, their rows equally far off a boundary, their first elements at one.
     """
     E = 16 // tensors[0].element_size()
     strides = [x.stride(0) for x in tensors]
@@ -549,8 +550,9 @@ def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=N
     """Sums over rows of kl_weights * tau^2 KL(softmax(t / tau) || softmax(s / tau)) and ce_weights * cross-entropy.
 
     s, t (N, V) logits of student and teacher, fp32, bf16, fp16 (fp64 without a kernel); the last dimension contiguous,
-    and any row stride, but only a multiple of 16 elements (`padded`) loads wide. labels (N,) int64: rows labelled -100,
-    or all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left out; 0 drops a row.
+    and any row stride: loads are wide where rows of s and t lie alike relative to 16-byte boundaries. labels (N,) int64:
+    rows labelled -100, or all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left
+    out; 0 drops a row.
     Returns (kl, ce): 0-d fp32, in nats, differentiable in s alone and apart from each other. Raises ValueError where
     shapes disagree or the teacher's logits want a gradient. Source: Hinton et al. 2015, section 2.
     """

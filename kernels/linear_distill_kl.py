@@ -8,8 +8,8 @@ Since the loss of a row depends on that row alone, its gradient can be had while
 rows the forward pass projects, turns student logits into G in place, and multiplies G out. Backward only scales.
 
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
-its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V): 14 V. The gradient
-of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB at BERT-base, as much as 440 rows. Hence
+its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V), and so does the sum
+over rows for db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB at BERT-base, as much as 440 rows. Hence
 chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer, of hundreds.
 
 G is kept in units of the largest weight, which enters in fp32 after the products: its entries, probabilities divided by
@@ -190,11 +190,12 @@ def _in_kernel(x, dtype):
 
 def _converted(x, dtype, rows):
     """x in `dtype`, with zeros from its last row to `rows`; x itself where it is so already."""
-    if x.dtype == dtype and len(x) == rows:
+    n, *rest = x.shape
+    if x.dtype == dtype and n == rows:
         return x
-    wide = x.new_empty(rows, *x.shape[1:], dtype=dtype)
-    wide[: len(x)] = x
-    wide[len(x) :] = 0
+    wide = x.new_empty(rows, *rest, dtype=dtype)
+    wide[:n] = x
+    wide[n:] = 0
     return wide
 
 
@@ -204,7 +205,8 @@ def decoder_for(W, b, dtype):
     Each call converts both decoders. A frozen teacher's can be converted once and passed as W_t, b_t to all calls,
     which then use it without a copy. dtype is the one that autocast gives products, or that of the hidden rows.
     """
-    rows = row_width(len(W)) if _in_kernel(W, dtype) else len(W)
+    V = W.shape[0]
+    rows = row_width(V) if _in_kernel(W, dtype) else V
     return _converted(W, dtype, rows), _converted(b, dtype, rows)
 
 
