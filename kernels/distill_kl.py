@@ -550,9 +550,9 @@ def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=N
     """Sums over rows of kl_weights * tau^2 KL(softmax(t / tau) || softmax(s / tau)) and ce_weights * cross-entropy.
 
     s, t (N, V) logits of student and teacher, fp32, bf16, fp16 (fp64 without a kernel); the last dimension contiguous,
-    and any row stride: loads are wide where rows of s and t lie alike relative to 16-byte boundaries. labels (N,) int64:
-    rows labelled -100, or all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left
-    out; 0 drops a row.
+    and any row stride: loads are wide where rows of s and t are equally far off 16-byte boundaries. labels (N,) int64
+    are -100 in rows without cross-entropy; None: no row has one. kl_weights, ce_weights (N,) fp32: 1 where left out; 0
+    drops a row.
     Returns (kl, ce): 0-d fp32, in nats, differentiable in s alone and apart from each other. Raises ValueError where
     shapes disagree or the teacher's logits want a gradient. Source: Hinton et al. 2015, section 2.
     """

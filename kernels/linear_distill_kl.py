@@ -9,8 +9,9 @@ rows the forward pass projects, turns student logits into G in place, and multip
 
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
 its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V), and so does the sum
-over rows for db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB at BERT-base, as much as 440 rows. Hence
-chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer, of hundreds.
+over rows for db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB
+at BERT-base, as much as 380 rows. Hence chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer,
+of hundreds.
 
 G is kept in units of the largest weight, which enters in fp32 after the products: its entries, probabilities divided by
 thousands of rows, would otherwise vanish in half precision. A loss scale therefore has nothing left to save.
