@@ -24,7 +24,7 @@ from benches.measure import spread
 from benches.report import attempt, measured
 from data.docstrings import harvest, python_files
 from minidistil import weights
-from minidistil.cli import setting
+from minidistil.cli import option
 from minidistil.downstream import glue
 from minidistil.downstream.batches import encode_pair, padded, predict
 from minidistil.downstream.heads import Classifier, load_finetuned
@@ -46,10 +46,10 @@ WRONG = 1e-4  # largest error of an fp32 logit that is still timed
 
 @dataclasses.dataclass
 class Settings(Common):
-    teacher: str = setting(None, "a fine-tuned folder (default: BERT-base's shape)")
-    student: str = setting(None, "a fine-tuned folder (default: half the teacher's layers)")
-    data: str = setting(None, "the GLUE folder")
-    rounds: int = setting(3, "times that each provider is timed, in turn")
+    teacher: str = option(None, "a fine-tuned folder (default: BERT-base's shape)")
+    student: str = option(None, "a fine-tuned folder (default: half the teacher's layers)")
+    data: str = option(None, "the GLUE folder")
+    rounds: int = option(3, "times that each provider is timed, in turn")
 
 
 # ---- models

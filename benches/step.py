@@ -23,17 +23,15 @@ from benches import ROOT, Common, last_line
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
 from kernels import cosine, layer_norm, linear_distill_kl
-from minidistil import weights
-from minidistil.accounting import account, peak_tflops, training_flops_per_token
-from minidistil.ahead import Ahead
-from minidistil.cli import setting
-from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.device import choose_device, precision
+from minidistil import distiller, weights
+from minidistil.cli import option
+from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
+from minidistil.device import choose_device, peak_rss_mib, precision
 from minidistil.losses import Objective
-from minidistil.memory import peak_rss_mib
-from minidistil.metrics import read_metrics
 from minidistil.model import Config, MaskedLM
 from minidistil.plot import bar_chart
+from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
+from minidistil.run import read_metrics
 from minidistil.student import student_from_teacher, student_layers
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -129,7 +127,7 @@ def original(folder, shape, device):
     for update in range(shape["updates"] + 1):
         if update == 1:  # the first warms up
             start = time.perf_counter()
-        ids, labels = map(torch.from_numpy, sequences.take(update * G, G))
+        ids, labels = map(torch.from_numpy, sequences.batch(update * G, G))
         for x, y in zip(ids.split(shape["batch"]), labels.split(shape["batch"]), strict=True):
             # grouped by size, its batches are all but full: 122 to 128 of 128 tokens
             lengths = torch.randint(shape["T"] - shape["padding"], shape["T"] + 1, (len(x),))
@@ -202,12 +200,11 @@ class Stopwatch:
 
 def phases(folder, shape, device, flags):
     """Runs train.py's `train` in this process; returns milliseconds an update of each phase."""
-    import train
 
     watch = Stopwatch(shape["updates"] + 1)
-    watch.watch(Ahead, "__call__", "data")
+    watch.watch(Prefetcher, "__call__", "data")
     watch.watch(MaskedLM, "forward", lambda model: "student forward" if model.training else "teacher")
-    watch.watch(train, "distillation_loss", "loss")
+    watch.watch(distiller, "distillation_loss", "loss")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(torch.nn.utils, "clip_grad_norm_", "optimiser")
     watch.watch(torch.optim.AdamW, "step", "optimiser")
@@ -242,8 +239,8 @@ def draw(path, results):
 
 @dataclasses.dataclass
 class Settings(Common):
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
-    rounds: int = setting(None, "times that each provider is measured, in turn (default: 3; on a GPU 1)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    rounds: int = option(None, "times that each provider is measured, in turn (default: 3; on a GPU 1)")
 
 
 def alone(function, *arguments):
@@ -260,7 +257,7 @@ def summarise(row, runs, kd_rows, shape, peak):
     student = teacher.student(teacher.layers // 2)
     speeds = spread([m["tokens_per_second"] for m in runs])
     flops = training_flops_per_token(Objective(kd_rows=kd_rows), teacher, student, shape["T"])
-    figures = account(0, speeds[1], flops, peak, 1)
+    figures = estimate_cost(0, speeds[1], flops, peak, 1)
     row |= {
         "tokens_per_second": [round(x, 1) for x in speeds], "peak_mib": max(m["peak_mib"] for m in runs),
         **{k: figures[k] for k in ("tflops_per_second", "utilisation", "published_device_hours")},

@@ -12,6 +12,7 @@ drawn without replacement with weight count^-smoothing (rare words first); of th
 token, 10 % stay.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -103,7 +104,7 @@ class Corpus:
 
 
 class Sequences:
-    """Masked sequences of T tokens from a stream of ids; `take(first, n)` is a pure function of its arguments.
+    """Masked sequences of T tokens from a stream of ids; `batch(first, n)` is a pure function of its arguments.
 
     With `shuffle`, each epoch permutes the blocks anew and starts them at another offset; without (evaluation),
     sequence g is block g. `smoothing` 0 masks uniformly, 0.7 is the published preference for rare words.
@@ -121,7 +122,7 @@ class Sequences:
         self.weights[special] = 0.0
         self.masked_per_sequence = round(MASK_SHARE * T)
 
-    def take(self, first, n):
+    def batch(self, first, n):
         """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where not masked."""
         index = np.arange(first, first + n, dtype=np.uint64)
         if self.shuffle:
@@ -155,3 +156,31 @@ class Sequences:
         ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
         replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
         return np.where(replace, random_ids, ids), labels
+
+
+# ---- batches
+
+
+class Prefetcher:
+    """make(u) for u one after the other; for a GPU a thread makes the next meanwhile, so that it never waits for data.
+
+    `make` returns numpy arrays; they become tensors, pinned for a GPU, so that copying them there waits for nothing. On
+    a CPU the thread would only take time from the model.
+    """
+
+    def __init__(self, make, device):
+        self.make, self.cuda = make, device.type == "cuda"
+        self.pool, self.coming = concurrent.futures.ThreadPoolExecutor(1) if self.cuda else None, {}
+
+    def __call__(self, u):
+        if self.pool is None:
+            return self._tensors(u)
+        now = self.coming.pop(u, None) or self.pool.submit(self._tensors, u)
+        self.coming = {u + 1: self.pool.submit(self._tensors, u + 1)}
+        return now.result()
+
+    def _tensors(self, u):
+        import torch  # which preparing a corpus does without
+
+        tensors = [torch.from_numpy(array) for array in self.make(u)]
+        return [tensor.pin_memory() for tensor in tensors] if self.cuda else tensors

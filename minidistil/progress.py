@@ -21,7 +21,7 @@ PEAKS = [
 
 
 def lr_at(update, total, peak, warmup):
-    """Learning rate of update 0 ... total - 1: linear warm-up to `peak` over the first `warmup` share, then linear decay.
+    """Learning rate of update 0 ... total - 1: linear warm-up to `peak` over the first `warmup` share, linear decay.
 
     Neither the first nor the last update is wasted: the line starts one step above zero and would reach it at `total`.
     """
@@ -95,7 +95,7 @@ class Progress:
         return True
 
     def line_due(self):
-        """Whether to print a line: often to a person, seldom into a file, and always after the first and last update."""
+        """Whether to print a line: often to a person, seldom into a file, always after the first and last update."""
         if self.due("line", self.line_every):
             return True
         if self.update in (self.first + 1, self.total):

@@ -12,12 +12,13 @@ import torch
 
 import finetune
 from finetune import Settings, agreed, next_run, objective, summary_of
-from minidistil import checkpoint, weights
+from minidistil import weights
 from minidistil.downstream.batches import predict
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
-from minidistil.schedule import lr_at
+from minidistil.progress import lr_at
+from minidistil.run import CHECKPOINT, load_checkpoint
 from minidistil.tokenizer import Tokenizer
 
 FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
@@ -253,10 +254,10 @@ def test_killed_without_warning(tiny, glue, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(finetune, "lr_at", lambda update, *rest: lr_at(update, *rest) + (0 / 0 if update == 4 else 0))
         tuned(tiny, glue, tmp_path / "b", **few, save_every=0.0)
-    assert checkpoint.load(tmp_path / "b")[0]["update"] == 4
+    assert load_checkpoint(tmp_path / "b")[0]["update"] == 4
     assert tuned(tiny, glue, tmp_path / "b", **few, resume=True)["tasks"] == expected["tasks"]
     a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
-    assert a == b and not checkpoint.path_of(tmp_path / "b").exists()
+    assert a == b and not (tmp_path / "b" / CHECKPOINT).exists()
 
 
 def test_more_seeds_later(tiny, glue, tmp_path):
@@ -362,7 +363,7 @@ def test_a_damaged_checkpoint_is_refused(tiny, glue, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted_at(2, patch)
         tuned(tiny, glue, tmp_path / "out", **few)
-    path = checkpoint.path_of(tmp_path / "out")
+    path = tmp_path / "out" / CHECKPOINT
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
