@@ -14,6 +14,7 @@ import finetune
 from finetune import Settings, agreed, next_run, objective, summary_of
 from minidistil import weights
 from minidistil.downstream.batches import predict
+from minidistil.downstream.grid import learning_rates
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
@@ -68,7 +69,7 @@ def test_the_best_run_is_kept(tiny, glue, tmp_path):
     figures = tuned(tiny, glue, tmp_path / "out", lr="1e-9,3e-3,2e-9", examples=160, epochs=2.0)["tasks"]["sst2"]
     model, _ = load_finetuned(tmp_path / "out" / "sst2")
     work = open_task("sst2", glue, Tokenizer.load(tmp_path / "out" / "sst2"))
-    kept = work.figures([predict(model, work.dev[0], 0, "cpu")])["score"]
+    kept = work.evaluate([predict(model, work.dev[0], 0, "cpu")])["score"]
     assert figures["lr"] == 3e-3 and kept == pytest.approx(figures["score"], abs=0.01) and kept > 70
 
 
@@ -118,7 +119,7 @@ def test_first_seed_chooses_the_learning_rate():
     ("1e-4,2e-4", 768, [1e-4, 2e-4]),
 ])  # fmt: skip
 def test_rates(lr, width, rates):
-    assert finetune.rates_of(Settings(task="sst2", model="m", data="d", lr=lr), width) == rates
+    assert learning_rates(lr, width) == rates
 
 
 # ---- a teacher
