@@ -24,19 +24,14 @@ Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z
          E logits of a 16-byte load   G such loads in a block   P parts of a row
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from kernels import on_triton, tl, triton
+from kernels import FLOOR, IGNORE, cpu, on_triton, tl, triton
 from kernels.operator import differentiable, opaque
 
-IGNORE = -100  # PyTorch's label of a row without cross-entropy
 BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
-FLOOR_LOG2 = -16384.0  # of log2 of a probability over the row's largest: 2 to this power is 0, and KL stays finite
-FLOOR_NATS = FLOOR_LOG2 * math.log(2)
-FLOOR = tl.constexpr(FLOOR_LOG2)
+FLOOR_LOG2 = tl.constexpr(FLOOR)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1.0e30)  # the maximum of no logits: finite, since -inf - -inf is NaN
@@ -94,8 +89,8 @@ def _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: 
     Z_s, Z_t, Z_1, c = _shifted(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
     d_s = s - n_s[:, None]
     # the floor keeps 0 * (-inf - -inf) from being NaN; plain tl.maximum would turn a NaN logit into probability 0
-    x_s = tl.maximum(d_s * k, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    x_t = tl.maximum((t - n_t[:, None]) * k, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    x_s = tl.maximum(d_s * k, FLOOR_LOG2, propagate_nan=tl.PropagateNan.ALL)
+    x_t = tl.maximum((t - n_t[:, None]) * k, FLOOR_LOG2, propagate_nan=tl.PropagateNan.ALL)
     e_s = tl.exp2(x_s)
     e_t = tl.exp2(x_t)
     if HAS_LABELS:
@@ -356,98 +351,6 @@ def _backward_kernel(
         tl.store(ds_ptr + at, g.to(ds_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- CPU: the same closed form, a few rows at a time; what is one number a row is computed for all of them at once
-
-CACHE_BYTES = 1 << 20  # of a block, 8 rows of 30,522 fp32: the few that a loop works on stay in second-level caches
-
-
-def rows_in_cache(V, dtype):
-    """How many rows of V numbers to work on at once: fewer would cost more in starting passes than they save."""
-    return max(1, CACHE_BYTES // (V * dtype.itemsize))
-
-
-def _divided(x, tau, n, out):
-    """x / tau + n of a few rows, n (R, 1). A sum even where n is 0: a product takes a third longer out of place."""
-    if x.dtype != out.dtype:
-        x = out.copy_(x)  # arithmetic on two dtypes is not vectorised
-    return torch.add(n, x, alpha=1 / tau, out=out)
-
-
-def exponentials(x, tau, m, Z, out):
-    """Puts exp(x - m) of a few rows x = logits / tau (R, V) into `out`, and their sums into Z (R, 1); returns `out`.
-
-    m (R, 1) comes as 0 and stays 0 where exp(x), and exp(x)^tau = exp(logits) as well, are far from the ends of fp32,
-    as for logits of a trained model: looking for a maximum is one pass in ten. Else m becomes the maximum of each row,
-    and x becomes x - m. All goes into memory that is there already: allocating would cost more than exp.
-    """
-    V, most = x.shape[1], 1e30 ** (1 / max(tau, 1.0))
-    if V >= 1000:  # shorter rows cost little, and the probability of a single word is 1 to the last bit
-        torch.sum(torch.exp(x, out=out), -1, keepdim=True, out=Z)
-        if all(V / most < z < most for z in Z[:, 0].tolist()):
-            return out
-    x.sub_(torch.amax(x, -1, keepdim=True, out=m))
-    torch.sum(torch.exp(x, out=out), -1, keepdim=True, out=Z)
-    return out
-
-
-def floored(x):
-    """Log-probabilities x (R, V), up to a constant a row: raises in place those below the floor to the floor."""
-    return x.clamp_(min=x.amax(-1, keepdim=True) + FLOOR_NATS)
-
-
-def _forward_rows(s, t, labels, tau):
-    """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, of logits divided by tau."""
-    N, V = s.shape
-    wide = torch.promote_types(s.dtype, torch.float32)
-    stats, c = s.new_zeros(N, 5, dtype=wide), s.new_empty(N, 1, dtype=wide)
-    columns, R = stats.split(1, 1), rows_in_cache(V, wide)
-    scratch = s.new_empty(3, min(N, R), V, dtype=wide)
-    for s_, t_, m_s, m_t, Z_s, Z_t, Z_1, c_ in zip(*(x.split(R) for x in (s, t, *columns, c)), strict=True):
-        a, b, e = scratch[:, : len(s_)]
-        exponentials(_divided(s_, tau, m_s, a), tau, m_s, Z_s, e)
-        if labels is not None:  # exp(s) = exp(s / tau)^tau
-            torch.linalg.vector_norm(e, tau, dim=-1, keepdim=True, out=Z_1).pow_(tau)
-        exponentials(_divided(t_, tau, m_t, b), tau, m_t, Z_t, e)
-        torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
-    m_s, m_t, Z_s, Z_t, Z_1 = columns
-    for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
-        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs the floor
-        a, b = (floored(x[rows].to(wide).div_(tau).sub_(m[rows])) for x, m in ((s, m_s), (t, m_t)))
-        c[rows] = (b.exp() * (b - a)).sum(-1, keepdim=True)
-    log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
-    kl = (c / Z_t - log_Z_t + log_Z_s)[:, 0] * tau**2
-    if labels is None:
-        return kl.to(wide), torch.zeros_like(kl, dtype=wide), stats
-    labelled = labels != IGNORE
-    s_y = s.gather(1, labels.where(labelled, 0)[:, None])
-    ce = (log_Z_1 + m_s * tau - s_y)[:, 0].where(labelled, 0.0)
-    return kl.to(wide), ce.to(wide), stats
-
-
-def _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
-    """Writes the gradient of `_forward_rows` into ds."""
-    N, V = s.shape
-    R = rows_in_cache(V, stats.dtype)
-    scratch = s.new_empty(1 + (ds.dtype != stats.dtype), min(N, R), V, dtype=stats.dtype)
-    m_s, m_t, Z_s, Z_t, Z_1 = stats.split(1, 1)
-    weight = tau * g_kl[:, None]
-    y = s.new_full((N, 1), IGNORE, dtype=torch.int64) if labels is None else labels[:, None]
-    g_1, y = g_ce[:, None].where(y != IGNORE, 0.0), y.where(y != IGNORE, 0)
-    per_row = -m_s, -m_t, weight / Z_s, -weight / Z_t, g_1 / Z_1, y, -g_1
-    for d, s_, t_, n_s, n_t, w_s, w_t, w_1, y, minus in zip(
-        *(x.split(R) for x in (ds, s, t, *per_row)), strict=True
-    ):
-        g, *e_s = scratch[:, : len(d)]
-        e_s = e_s[0] if e_s else d  # in the memory of the result where that is as wide
-        _divided(s_, tau, n_s, e_s).exp_()
-        _divided(t_, tau, n_t, g).exp_().mul_(w_t).addcmul_(e_s, w_s)
-        if labels is not None:
-            g = torch.addcmul(g.scatter_add_(1, y, minus), e_s.pow_(tau), w_1, out=e_s)
-        if g is not d:
-            d.copy_(g)
-    return ds
-
-
 def power_of(tau):
     """Which power of exp(x / tau) is exp(x): saves an exponential per logit at the usual temperatures; 0 for none."""
     return int(tau) if tau in (1.0, 2.0) else 0
@@ -483,7 +386,7 @@ def _forward_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     N, V = s.shape
     if not on_triton(s) or s.dtype == torch.float64:
-        return _forward_rows(s, t, labels, tau)
+        return cpu.forward_rows(s, t, labels, tau)
     kl, ce, stats = (s.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 5)))
     if N == 0:
         return kl, ce, stats
@@ -514,7 +417,7 @@ def _backward_losses(
     N, V = s.shape
     ds = torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)  # padded where s is
     if not on_triton(s) or s.dtype == torch.float64:
-        return _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
+        return cpu.backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
         peel = _peel(s, t, ds)
         most = V + (16 // s.element_size() - 1 if peel else 0)  # places of a row, with those before it

@@ -20,34 +20,12 @@ dropout and residual, where z is x), backward 6 (read z, dy, write dz; 8 with dr
 Legend:  N rows   C width   p probability of dropping
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import on_triton, tl, triton
+from kernels import cpu, on_triton, tl, triton
+from kernels.cpu import BITS
 from kernels.operator import differentiable, opaque
-
-BITS = 16  # random bits that decide about an element
-
-
-class _DropoutCPU(torch.autograd.Function):
-    """Four elements to a draw: PyTorch's own dropout draws a number for each, and that takes most of its time."""
-
-    @staticmethod
-    def forward(ctx, x, p):
-        n, threshold = x.numel(), round(p * 2**BITS)
-        seed = int(torch.randint(2**62, ()))  # PyTorch's generator stays the one source; SFC64 is faster
-        draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-n * BITS // 64)).view(np.int16))[:n]
-        # 0 below the threshold, 1 from there: conversions and arithmetic are vectorised, comparisons are not
-        keep = draws.view(x.shape).float().sub_(threshold - 2 ** (BITS - 1) - 1).clamp_(0, 1)
-        ctx.scale = 2**BITS / (2**BITS - threshold)
-        ctx.save_for_backward(keep.to(torch.uint8))
-        return keep.mul_(ctx.scale).mul_(x) if x.dtype == keep.dtype else x * keep.mul_(ctx.scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (keep,) = ctx.saved_tensors
-        return keep.to(dy.dtype).mul_(ctx.scale).mul_(dy), None
 
 
 def dropout(x, p, training=True):
@@ -57,7 +35,7 @@ def dropout(x, p, training=True):
     """
     if not training or p == 0.0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    return _DropoutCPU.apply(x, p)
+    return cpu.Dropout.apply(x, p)
 
 
 def dropout_add_layer_norm_ref(x, residual, weight, bias, eps, p=0.0):
