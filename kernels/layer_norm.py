@@ -244,7 +244,7 @@ def _backward_kernel(
         _store_columns(dwb_ptr + C, db_b, groups_b, C)
 
 
-def cut(C):
+def split_width(C):
     """(A, B, num_warps): C columns as two powers of two, 8 or more each; 768 = 512 + 256, 1,024 = 1,024 + 0."""
     A = max(8, 1 << (C.bit_length() - 1))
     B = 0 if C <= A else max(8, triton.next_power_of_2(C - A))
@@ -265,7 +265,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(y, z, stats) of x (N, C); z is empty where it is x itself or, without `keep_z`, where nobody reads it."""
     N, C = x.shape
-    A, B, warps = cut(C)
+    A, B, warps = split_width(C)
     y, z, stats = _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z)
     threshold = round(p * 2**BITS)
     if N:
@@ -287,7 +287,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dz, dx, dweight and dbias (2, C)); without dropout dx is dz, and left empty."""
     N, C = z.shape
-    A, B, warps = cut(C)
+    A, B, warps = split_width(C)
     programs = _programs(N, z.device)
     dz, dx, _ = _empty_gradients(dy, z, weight, stats, p, seed)
     dwb = z.new_empty(programs, 2, C, dtype=torch.float32)

@@ -23,16 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import cpu, on_triton, tl, triton
-from kernels.distill_kl import (
-    LOG2E,
-    block_gradient,
-    distill_kl_ref,
-    power_of,
-    row_losses,
-    row_statistics,
-    row_width,
-)
+from kernels.distill_kl import distill_kl_ref, power_of, row_width
 from kernels.operator import differentiable
+from kernels.rows import LOG2E, block_gradient, row_losses, row_statistics
 
 CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, and little memory
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
