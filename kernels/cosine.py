@@ -10,10 +10,11 @@ b comes from the frozen teacher and has no gradient. The clamps are those of F.c
 distance 1 and a finite gradient. PyTorch clamps the value of |a| but differentiates |a| as if it were not clamped; the
 formula above and the kernels do the same.
 
-One warp reads a whole row, so that the sums over columns need no barrier. `split_width` of layer_norm.py makes two powers
-of two of the width (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both rows and
-stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The forward
-kernel writes one distance per row; `sum` adds the distances in a fixed order, so that repeated runs give the same bits.
+One warp reads a whole row, so that the sums over columns need no barrier. `split_width` of layer_norm.py makes two
+powers of two of the width (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both
+rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The
+forward kernel writes one distance per row; `sum` adds the distances in a fixed order, so that repeated runs give the
+same bits.
 
 Arithmetic, statistics and the result are fp32 for every dtype of a and b; the gradient has the dtype of a. As in
 PyTorch's fp32 expression, norms must stay below 1.8e19, where their squares overflow.
