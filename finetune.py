@@ -1,19 +1,19 @@
-"""Does the student still know it? Fine-tunes a model on GLUE, IMDb or SQuAD and reports the official score.
+"""Fine-tunes a model on GLUE, IMDb or SQuAD and reports the official score.
 
-    python finetune.py --task sst2 --model runs/demo --data GLUE                 one task; GLUE is the official folder
+    python finetune.py --task sst2 --model runs/demo --data GLUE                 one task; GLUE: the official folder
     python finetune.py --task all --model bert-base-uncased --data GLUE --seeds 5    all nine, and the macro score
     python finetune.py --task squad --model runs/demo --data SQUAD --teacher runs/finetune-squad    second distillation
     python finetune.py --task sst2 --model bilstm --words bert-base-uncased --data GLUE    a baseline without attention
 
-Each task leaves in --out/TASK the best run's model, which transformers loads, and in --out/scores.json all runs.
-The last line of stdout is one JSON object:
+The best run's model of each task is in --out/TASK, which transformers loads; --out/scores.json holds all runs. The last
+line of stdout is one JSON object:
 
     {"out", "tasks": {TASK: {"score": median, "lowest", "highest", "lr", "seeds", metrics}}, "macro", "seconds", ...}
 
-Scores are in percent and follow the GLUE leaderboard: the mean of a task's metrics. Of several --lr, the first seed
-chooses on the dev set, as BERT's authors did (Devlin et al. 2018, appendix A.3).
+Scores are in percent and follow the GLUE leaderboard: the mean of a task's metrics. With several --lr, the dev score of
+the first seed selects one, as BERT's authors did (Devlin et al. 2018, appendix A.3).
 
-Legend:  B examples in a batch   T tokens of its longest   K labels
+Legend:  B examples in a batch   T tokens of the longest one   K labels
 """
 
 import dataclasses
@@ -45,39 +45,39 @@ from minidistil.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Settings:
-    # what
+    # model and data
     task: str = option(None, f"{', '.join(TASKS)}, squad; several with commas; all: the nine of GLUE", required=True)
-    model: str = option(None, "what to fine-tune: folder, name on the Hugging Face Hub, or bilstm", required=True)
+    model: str = option(None, "model to fine-tune: folder, name on the Hugging Face Hub, or bilstm", required=True)
     data: str = option(None, "GLUE folder, folder of the task, or (imdb, squad) a single file", required=True)
-    out: str = option(None, "output folder; without it, runs/finetune-TASK, a fresh one each time")
-    words: str = option(None, "whose word vectors and vocabulary a bilstm has (default: the teacher's)")
-    # how long
+    out: str = option(None, "output folder (default: runs/finetune-TASK, a new one each time)")
+    words: str = option(None, "model that gives a bilstm its word vectors and vocabulary (default: the teacher)")
+    # length
     epochs: float = option(3.0, "passes over the training set")
     batch: int = option(32, "examples in an update")
-    seq_len: int = option(None, "tokens of an example at most (default: 128; imdb 512; squad 384)")
-    examples: int = option(None, "train on this many examples only, drawn at random but always the same")
-    seeds: int = option(1, "runs from different heads and orders; the median is reported")
+    seq_len: int = option(None, "maximum tokens of an example (default: 128; imdb 512; squad 384)")
+    examples: int = option(None, "train on a fixed random subset of this many examples")
+    seeds: int = option(1, "runs with different heads and data orders; the median is reported")
     # optimiser: AdamW with betas (0.9, 0.999), weight decay 0.01 on matrices
-    lr: str = option(None, "peak learning rates to choose from, with commas (default: a grid of three)")
-    warmup: float = option(0.1, "share of the updates over which the learning rate rises; then it falls to zero")
-    clip: float = option(1.0, "largest norm of the gradient")
-    # a teacher that was fine-tuned for the task
-    teacher: str = option(None, "its folder, or an --out that holds one for each task; with commas: an ensemble")
+    lr: str = option(None, "peak learning rates to try, with commas (default: a grid of three)")
+    warmup: float = option(0.1, "share of the updates with a rising learning rate, which then decays to zero")
+    clip: float = option(1.0, "maximum norm of the gradient")
+    # distillation from a teacher that was fine-tuned for the task
+    teacher: str = option(None, "its folder, or an --out with one for each task; several with commas: an ensemble")
     temperature: float = option(2.0, "softens both distributions in the KL term")
     alpha_task: float = option(0.5, "with a teacher, weight of the task's own loss")
     alpha_ce: float = option(0.5, "weight of tau^2 KL to the teacher's distribution (stsb: of the squared difference)")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
-    augment: int = option(0, "copies of each example, words masked or exchanged, that the teacher alone labels")
-    # machine
-    dtype: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    augment: int = option(0, "copies of each example with masked or replaced words, labelled by the teacher alone")
+    # hardware
+    dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    seed: int = option(0, "of the first run; the others follow")
-    # keeping
-    resume: bool = option(False, "go on in --out: runs that ended are kept, the one that was interrupted goes on")
+    seed: int = option(0, "seed of the first run; the next runs count up from it")
+    # checkpoints
+    resume: bool = option(False, "continue in --out: finished runs are kept, the interrupted one continues")
     save_every: float = option(10.0, "minutes between checkpoints")
 
 
-# settings that may differ between a run and its resumption: none of them enters the arithmetic of a single run
+# Settings that may differ when a run resumes, because they do not affect the arithmetic of a single run.
 MAY_CHANGE_ON_RESUME = set("task out seeds lr dtype resume save_every data".split())
 
 
@@ -85,7 +85,7 @@ MAY_CHANGE_ON_RESUME = set("task out seeds lr dtype resume save_every data".spli
 
 
 def check(settings):
-    """Refuses values that cannot work, before anything is read or written."""
+    """Raises UserError for values that cannot work, before anything is read or written."""
     for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -105,11 +105,11 @@ def check(settings):
         raise UserError("--resume needs to know which run: name its folder with --out")
 
 
-# ---- one run: a fresh head, one learning rate, one seed
+# ---- one run: a new head, one learning rate, one seed
 
 
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
-    """Trains `model` in place; returns what is kept of the run, or None where a signal ended it (and it is saved)."""
+    """Trains `model` in place; returns the record of the run, or None where a signal interrupted it (it is saved)."""
     items, targets = task.train
     lengths = np.array([len(ids) for ids, _ in items])
     per_epoch = -(-len(items) // settings.batch)
@@ -121,18 +121,18 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
     progress = Progress(total, 0, *trial.resume(model, optimizer, scaler))
     order = None
     while not progress.done:
-        epoch, place = divmod(progress.update, per_epoch)
-        if place == 0 or order is None:
+        epoch, position = divmod(progress.update, per_epoch)
+        if position == 0 or order is None:
             order = batches(lengths, settings.batch, trial.seed, epoch)
-        chosen = order[place]
-        torch.manual_seed(int(mix(trial.seed, 6, progress.update)[0] >> np.uint64(1)))  # dropout's only source
+        chosen = order[position]
+        torch.manual_seed(int(mix(trial.seed, 6, progress.update)[0] >> np.uint64(1)))  # of the dropout
         for group in optimizer.param_groups:
             group["lr"] = lr_at(progress.update, total, trial.lr, settings.warmup)
         inputs = padded(items, chosen, pad_id, device)
         with autocast():
             logits = model(*inputs)
-        of_teacher = [pad_logits([arrays[i] for i in chosen], logits.shape, device) for arrays in task.teacher]
-        loss = objective.loss(logits, targets[chosen].to(device), *of_teacher)
+        teacher_targets = [pad_logits([arrays[i] for i in chosen], logits.shape, device) for arrays in task.teacher]
+        loss = objective.loss(logits, targets[chosen].to(device), *teacher_targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -160,11 +160,11 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
     return {"epochs": trial.epochs, "updates": progress.update, "seconds": round(progress.seconds, 1)}
 
 
-# ---- all of them
+# ---- all tasks and runs
 
 
 def source_folder(settings, names):
-    """The folder of the encoder to fine-tune, or of the words that a bilstm has."""
+    """Returns the folder of the encoder to fine-tune, or of the word vectors of a bilstm."""
     if settings.model != "bilstm":
         return hub.resolve(settings.model)
     if "squad" in names:
@@ -178,7 +178,7 @@ def source_folder(settings, names):
 
 
 def open_state(settings, out, identity, dtype):
-    """What scores.json holds: a fresh state, or with --resume that of the run in `out`, which must be the same run."""
+    """Returns the contents of scores.json: a new state, or with --resume that of the same run in `out`."""
     if not settings.resume:
         return {"identity": identity, "dtype": dtype, "data": {}, "runs": {}}
     if not (out / "scores.json").is_file():
@@ -191,17 +191,17 @@ def open_state(settings, out, identity, dtype):
 
 def describe(task, augment):
     items = task.train[0]
-    length = sum(len(ids) for ids, _ in items) / len(items)
-    also = f" and {augment} augmented copies of each" if augment else ""
+    mean_length = sum(len(ids) for ids, _ in items) / len(items)
+    copies = f" and {augment} augmented copies of each" if augment else ""
     sizes = " + ".join(f"{len(split):,}" for split in task.dev)
-    return f"{task.name}: {len(items):,} items of {length:.0f} tokens{also}, dev {sizes}"
+    return f"{task.name}: {len(items):,} items of {mean_length:.0f} tokens{copies}, dev {sizes}"
 
 
 def finetune(settings, argv=()):
-    """Fine-tunes on each task as `settings` say; returns the summary that the last line prints.
+    """Fine-tunes on each task as `settings` describe; returns the summary that the last line prints.
 
-    `argv` is the command line, for the line that tells how to resume. Raises UserError, and SystemExit(128 + signal)
-    once an interrupted run is saved.
+    `argv` is the command line, from which the resume command is made. Raises UserError, and SystemExit(128 + signal)
+    after an interrupted run is saved.
     """
     check(settings)
     names = task_names(settings.task, settings.data)
@@ -215,7 +215,7 @@ def finetune(settings, argv=()):
     if len(tokenizer.vocab) != config.vocab_size:
         raise UserError(f"{folder} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: copy it again")
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
-    teachers = [place for place in (settings.teacher or "").split(",") if place]
+    teachers = [folder for folder in (settings.teacher or "").split(",") if folder]
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "weights": [files.sha256(path) for path in weights.weight_files(folder)],
@@ -233,7 +233,7 @@ def finetune(settings, argv=()):
                 raise UserError(f"{out} was begun with other data for {name}: give the same --data, or a new --out")
             runs = state["runs"].setdefault(name, [])
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
-                continue  # done before the resumption: its teachers are not asked again
+                continue  # finished before the resumption: its teachers need not predict again
             print(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}", flush=True)
             if settings.augment:
                 task.train = with_copies(task, settings.augment, tokenizer)
@@ -243,18 +243,18 @@ def finetune(settings, argv=()):
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, identity)
                 model = build_model(folder, task, trial.seed, as_bilstm).to(device)
-                done = fine_tune(settings, trial, model, task, tokenizer.pad_id, device, state["dtype"], stop)
-                if done is None:
-                    how = resume_command(["python"], "finetune.py", argv, out)
-                    print(f"saved within {trial.key}; go on with: {how}", flush=True)
+                record = fine_tune(settings, trial, model, task, tokenizer.pad_id, device, state["dtype"], stop)
+                if record is None:
+                    how_to_resume = resume_command(["python"], "finetune.py", argv, out)
+                    print(f"saved within {trial.key}; resume with: {how_to_resume}", flush=True)
                     raise SystemExit(128 + stop.signal)
-                if all(done["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs):
+                if all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs):
                     export(out / name, model.cpu().eval(), task, tokenizer, config)
-                runs.append({"lr": trial.lr, "seed": trial.seed, **done})
+                runs.append({"lr": trial.lr, "seed": trial.seed, **record})
                 files.write_json(out / "scores.json", state)
                 (out / CHECKPOINT).unlink(missing_ok=True)
 
-    # ---- what it comes to
+    # ---- summary
     summaries = {name: summarise(state["runs"][name]) for name in names}
     for name, s in summaries.items():
         print(f"{name:>6} {s['score']:6.2f}  [{s['lowest']:.2f}, {s['highest']:.2f}]  lr {s['lr']:g}")

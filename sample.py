@@ -1,12 +1,12 @@
-"""What do teacher and student put in the blank? The likeliest words of both models, side by side.
+"""Fills in [MASK]: the likeliest words of teacher and student, side by side.
 
-    python sample.py                                            the newest run and its teacher, on a sentence of ours
+    python sample.py                                            the newest run and its teacher, on a default prompt
     python sample.py "Paris is the [MASK] of France."           any sentence, with one [MASK] or several
     python sample.py "I [MASK] it." --model DIR --teacher bert-base-uncased --temperature 2 -k 10
 
-Probabilities are softmax(logits / temperature) over the whole vocabulary. Of several blanks, each is predicted on its
-own, all others left blank; the sentence below the tables is filled greedily from left to right, each blank seeing the
-words before it. With --json, stdout is one line; for several blanks "student" holds one such list for each:
+Probabilities are softmax(logits / temperature) over the whole vocabulary. Several blanks are predicted independently,
+each with all others left blank; the sentence below the tables is filled greedily from left to right, so each blank sees
+the words before it. With --json, stdout is one line; for several blanks "student" holds one such list per blank:
 
     {"prompt", "predictions": {"student": [[token, probability], ...], "teacher": the same, or null without one}}
 """
@@ -29,24 +29,24 @@ from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PROMPT = "Returns the [MASK] of the elements along the given axis."
 BLANK = SPECIAL_TOKENS["mask"]
-EIGHTHS, HASHES = " ▏▎▍▌▋▊▉█", " #"  # what bars are made of, from an empty cell to a full one
+EIGHTHS, HASHES = " ▏▎▍▌▋▊▉█", " #"  # characters of the bars, from an empty cell to a full one
 
 
 @dataclasses.dataclass
 class Settings:
     prompt: str = option(dataclasses.MISSING, f"a sentence with [MASK] in it (default: {PROMPT})", nargs="?")
-    model: str = option(None, "student: a folder or a name; without it, the newest model in runs/")
-    teacher: str = option(None, "folder, name or none; without it, the teacher that the model's run.json names")
+    model: str = option(None, "student: folder or name (default: the newest model in runs/)")
+    teacher: str = option(None, "folder, name or none (default: the teacher in the model's run.json)")
     k: int = option(20, "words to show for each blank", short="-k")
-    temperature: float = option(1.0, "above 1 brings out what a model holds for less likely, below 1 hides it")
+    temperature: float = option(1.0, "above 1 raises the unlikely words, below 1 lowers them")
     json: bool = option(False, "print one line of JSON and nothing else")
 
 
-# ---- which models
+# ---- models
 
 
 def newest_run():
-    """Returns the folder in runs/ whose model was written last."""
+    """Returns the folder in runs/ with the newest model."""
     written = pathlib.Path("runs").glob("*/model.safetensors")
     files = [path for path in written if path.with_name("config.json").is_file()]
     if not files:
@@ -55,7 +55,7 @@ def newest_run():
 
 
 def teacher_of(student):
-    """Returns the folder of the teacher that run.json names; None, with a word on stderr, where it cannot be found."""
+    """Returns the folder of the teacher that run.json names; None, with a note on stderr, where it cannot be found."""
     try:
         name = json.loads((student / "run.json").read_text(encoding="utf-8"))["settings"]["teacher"]
         teacher = None if name == "none" else hub.resolve(name)
@@ -69,7 +69,7 @@ def teacher_of(student):
 
 
 def find_folders(settings):
-    """Returns {"teacher": folder, "student": folder}, in the order of the columns; the teacher may be absent."""
+    """Returns {"teacher": folder, "student": folder}, in the order of the columns; the teacher may be missing."""
     student = newest_run() if settings.model is None else hub.resolve(settings.model)
     if settings.teacher == "none":
         return {"student": student}
@@ -78,7 +78,7 @@ def find_folders(settings):
 
 
 def check(settings):
-    """Refuses a command line that cannot work, before anything is read."""
+    """Raises UserError for a command line that cannot work, before anything is read."""
     if BLANK not in settings.prompt:
         how = "in capitals" if BLANK in settings.prompt.upper() else "where a word is missing"
         raise UserError(f"the prompt has no [MASK]: write [MASK] {how}")
@@ -88,25 +88,25 @@ def check(settings):
         raise UserError(f"--temperature is {settings.temperature}: it must be greater than 0")
 
 
-def check_fit(settings, who, config, tokenizer, ids):
-    """Refuses a model that does not go with its vocabulary, the prompt's ids or -k."""
+def check_fit(settings, role, config, tokenizer, ids):
+    """Raises UserError for a model that does not fit its vocabulary, the prompt's ids or -k."""
     V = len(tokenizer.vocab)
     if config.vocab_size != V:
-        raise UserError(f"the {who} has {config.vocab_size} words, its vocabulary {V}: give it the model's own")
+        raise UserError(f"the {role} has {config.vocab_size} words, its vocabulary {V}: give it the model's own")
     if settings.k > V:
         raise UserError(f"-k is {settings.k}, but the vocabulary has {V} words: use -k {V} or less")
     if len(ids) > config.positions:
-        raise UserError(f"the prompt is {len(ids)} tokens long, the {who} reads {config.positions}: shorten it")
+        raise UserError(f"the prompt is {len(ids)} tokens long, the {role} reads {config.positions}: shorten it")
 
 
-# ---- what they say
+# ---- predictions
 
 
 @torch.no_grad()
 def predict(model, ids, positions, temperature=1.0):
-    """Returns the probabilities (N, V) fp64 of every word at N positions of a sequence of ids (a list)."""
+    """Returns the probabilities (N, V), fp64, of every word at N positions of a sequence of ids (a list)."""
     logits = model.logits(model(torch.tensor([ids]))[0, positions]).double()
-    # the largest becomes 0 first, so that no temperature overflows
+    # the maximum is subtracted first, so that no temperature overflows
     return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
 
 
@@ -118,7 +118,7 @@ def likeliest(probabilities, k, vocab):
 
 
 def fill(model, ids, positions, prompt, vocab):
-    """Returns the prompt with each blank's first guess in place, from left to right."""
+    """Returns the prompt, its blanks filled greedily from left to right."""
     ids, (text, *rest) = list(ids), prompt.split(BLANK)
     for position, after in zip(positions, rest, strict=True):
         ids[position] = predict(model, ids, [position]).argmax().item()
@@ -127,28 +127,28 @@ def fill(model, ids, positions, prompt, vocab):
     return text
 
 
-# ---- how it looks
+# ---- output
 
 
 def bar(share, width, blocks):
-    """Draws `share` of `width` cells, as finely as there are `blocks`, and pads it."""
+    """Returns a bar of `share` of `width` cells, padded; `blocks` are its characters from empty to full."""
     full, part = divmod(round(share * width * (len(blocks) - 1)), len(blocks) - 1)
     return (blocks[-1] * full + blocks[part]).ljust(width)[:width]
 
 
 def columns_of(text):
-    """Returns the columns that text takes in a terminal, where East Asian wide characters take two."""
+    """Returns the number of terminal columns of a text; East Asian wide characters take two."""
     return len(text) + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
 
 
 def table(guesses, width, blocks):
-    """Returns the lines for one blank; guesses are {model: [[token, probability], ...]}, all bars on one scale."""
+    """Returns the lines for one blank; guesses: {model: [[token, probability], ...]}; all bars have one scale."""
     rows = list(zip(*guesses.values(), strict=True))
     longest = max(columns_of(token) for row in rows for token, _ in row)
     most = max(p for row in rows for _, p in row)
     margin = len(str(len(rows))) + 2
-    room = max(1, (width - margin + 3) // len(guesses) - 3 - longest - 10)  # for a bar; 3 between columns, 10 a figure
-    lines = [" " * margin + "   ".join(who.ljust(longest + 10 + room) for who in guesses)]
+    room = max(1, (width - margin + 3) // len(guesses) - 3 - longest - 10)  # for a bar; 3 between columns, 10 a number
+    lines = [" " * margin + "   ".join(role.ljust(longest + 10 + room) for role in guesses)]
     for rank, row in enumerate(rows, 1):
         cells = []
         for token, p in row:
@@ -161,22 +161,22 @@ def table(guesses, width, blocks):
 
 def show(settings, folders, models, blanks, sentences):
     """Prints the models, a table for each blank, and the filled sentences."""
-    sys.stdout.reconfigure(errors="replace")  # a vocabulary has words that a terminal may not
+    sys.stdout.reconfigure(errors="replace")  # a vocabulary may hold characters that the terminal cannot show
     try:
         EIGHTHS.encode(sys.stdout.encoding)
         blocks = EIGHTHS
     except UnicodeEncodeError:
         blocks = HASHES
     print(settings.prompt + (f"   (temperature {settings.temperature:g})" if settings.temperature != 1 else ""))
-    for who, folder in folders.items():
-        config = models[who].config
-        print(f"{who}: {folder}, {config.layers} layers x {config.width}, {num_params(config):,} parameters")
+    for role, folder in folders.items():
+        config = models[role].config
+        print(f"{role}: {folder}, {config.layers} layers x {config.width}, {num_params(config):,} parameters")
     for i, guesses in enumerate(blanks, 1):
         print(f"\n[MASK] {i} of {len(blanks)}, the others left blank" if len(blanks) > 1 else "")
         print(table(guesses, shutil.get_terminal_size().columns, blocks))
     print("\nfilled from left to right, each blank seeing the words before it" if len(blanks) > 1 else "")
-    for who, sentence in sentences.items():
-        print(f"{who}: {sentence}")
+    for role, sentence in sentences.items():
+        print(f"{role}: {sentence}")
     if "teacher" in models:
         agreed = sum(guesses["teacher"][0][0] == guesses["student"][0][0] for guesses in blanks)
         print(f"same first guess in {agreed} of {len(blanks)}   (= marks the same word at the same rank)")
@@ -187,27 +187,27 @@ def main(argv):
     settings = Settings(**{**values, "prompt": PROMPT if values["prompt"] is None else values["prompt"]})
     check(settings)
     folders = find_folders(settings)
-    tokenizers = {who: Tokenizer.load(folder) for who, folder in folders.items()}
+    tokenizers = {role: Tokenizer.load(folder) for role, folder in folders.items()}
     tokenizer = tokenizers["student"]
     if any(other.digest != tokenizer.digest for other in tokenizers.values()):
         raise UserError("student and teacher have different vocabularies: name its own teacher, or use --teacher none")
     ids = tokenizer.encode_prompt(settings.prompt)
     positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
     models, predictions = {}, {}
-    for who, folder in folders.items():
-        models[who] = weights.load_model(folder)
-        check_fit(settings, who, models[who].config, tokenizer, ids)
-        p = predict(models[who], ids, positions, settings.temperature)  # (N, V)
-        predictions[who] = likeliest(p, settings.k, tokenizer.vocab)
+    for role, folder in folders.items():
+        models[role] = weights.load_model(folder)
+        check_fit(settings, role, models[role].config, tokenizer, ids)
+        p = predict(models[role], ids, positions, settings.temperature)  # (N, V)
+        predictions[role] = likeliest(p, settings.k, tokenizer.vocab)
 
     if settings.json:
-        lists = {who: predictions.get(who) for who in ("student", "teacher")}
+        lists = {role: predictions.get(role) for role in ("student", "teacher")}
         if len(positions) == 1:
-            lists = {who: each and each[0] for who, each in lists.items()}
+            lists = {role: each and each[0] for role, each in lists.items()}
         print(json.dumps({"prompt": settings.prompt, "predictions": lists}, separators=(",", ":")))
     else:
         blanks = [dict(zip(predictions, row, strict=True)) for row in zip(*predictions.values(), strict=True)]
-        sentences = {who: fill(models[who], ids, positions, settings.prompt, tokenizer.vocab) for who in models}
+        sentences = {role: fill(models[role], ids, positions, settings.prompt, tokenizer.vocab) for role in models}
         show(settings, folders, models, blanks, sentences)
 
 

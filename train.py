@@ -1,9 +1,9 @@
-"""Distil a student from a BERT teacher. Reads from top to bottom.
+"""Distils a student from a BERT teacher. Reads from top to bottom.
 
     python train.py                                              the demo: two minutes on two CPU cores
-    python train.py --teacher bert-base-uncased --accum 64       any BERT, by folder or by name
+    python train.py --teacher bert-base-uncased --accum 64       any BERT, a folder or a name
     python train.py --teacher none --student-config FILE --data DIR    masked-LM training without a teacher
-    torchrun --nproc-per-node 8 train.py ...                     any of these in several processes, as one
+    torchrun --nproc-per-node 8 train.py ...                     any of these in several processes
 
 Every run leaves in --out a folder that transformers loads (`AutoModelForMaskedLM`, `AutoTokenizer`), run.json,
 metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON object:
@@ -42,76 +42,76 @@ from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
-EVAL_SEED = 20191002  # of the held-out masks, the same for every run
+EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 
 
 @dataclasses.dataclass
 class Settings:
-    # what
+    # models and data
     teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
-    data: str = option(None, "folder that data/prepare.py wrote; without it, the docs corpus, prepared once")
-    out: str = option(None, "output folder; without it, runs/NAME, a fresh one each time")
-    # how long
+    data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once)")
+    out: str = option(None, "output folder (default: runs/NAME, a new one each time)")
+    # length
     steps: int = option(None, "updates; overrides --epochs")
     epochs: float = option(3.0, "passes over the corpus")
     batch: int = option(5, "sequences in a micro-batch")
     accum: int = option(50, "micro-batches in an update")
-    micro_batch: str = option(None, "sequences at once: splits batch * accum anew; auto: the most that fit on a GPU, "
-                               "a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
+    micro_batch: str = option(None, "sequences per forward pass, a divisor of batch * accum; auto: as many as fit on a "
+                               "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
     seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = option(5e-4, "peak learning rate")
-    warmup: float = option(0.05, "share of the updates over which the learning rate rises; then it falls to zero")
-    clip: float = option(5.0, "largest norm of the gradient")
+    warmup: float = option(0.05, "share of the updates with a rising learning rate, which then decays to zero")
+    clip: float = option(5.0, "maximum norm of the gradient")
     # objective
     temperature: float = option(2.0, "softens both distributions in the KL term")
     alpha_ce: float = option(5.0, "weight of tau^2 KL to the teacher's distribution")
     alpha_mlm: float = option(2.0, "weight of the masked-LM cross-entropy")
     alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
-    kd_rows: str = option("all", "where the teacher's distribution is learnt", choices=("all", "masked"))
-    mask_smoothing: float = option(0.7, "mask rare words first: weight count^-this; 0 is uniform")
+    kd_rows: str = option("all", "tokens on which teacher logits are learnt", choices=("all", "masked"))
+    mask_smoothing: float = option(0.7, "prefer rare words for masking: weights count^-FLOAT; 0: uniform")
     # student
-    student_layers: str = option(None, "how many of the teacher's layers, or which: 6, or 0,2,4 (default: half)")
-    student_init: str = option(None, "teacher, random, or a folder (default: teacher where there is one)")
-    student_config: str = option(None, "config.json of a student of another shape; its weights are random")
-    dropout: float = option(None, "dropout of the student in this run, attention included (default: its config's)")
-    # machine
-    dtype: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
+    student_init: str = option(None, "initial weights: teacher, random, or a model (default: teacher if there is one)")
+    student_config: str = option(None, "config.json of a student of another shape, with random weights")
+    dropout: float = option(None, "dropout of the student, attention included (default: its config's)")
+    # hardware
+    dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    compile: bool = option(False, "compile the models first: takes a minute, for long runs")
-    price_per_hour: float = option(None, "of one device: adds costs to progress, metrics.jsonl and run.json")
-    seed: int = option(0, "of data order, masks, dropout and fresh weights")
-    # keeping
-    resume: bool = option(False, "go on from the checkpoint in --out, to the same bits as without the interruption")
-    eval_every: int = option(0, "updates between held-out evaluations; 0: ten in a run")
-    eval_data: str = option(None, "corpus whose held-out part to evaluate on (default: that of --data)")
-    eval_tokens: int = option(32768, "held-out tokens to evaluate on, at most")
+    compile: bool = option(False, "compile both models first: takes a minute, for long runs")
+    price_per_hour: float = option(None, "of one device: adds costs to progress lines, metrics.jsonl and run.json")
+    seed: int = option(0, "seed of data order, masks, dropout and random weights")
+    # evaluation and checkpoints
+    resume: bool = option(False, "continue from the checkpoint in --out, to the bits of an uninterrupted run")
+    eval_every: int = option(0, "updates between held-out evaluations; 0: ten per run")
+    eval_data: str = option(None, "corpus whose held-out part is evaluated (default: that of --data)")
+    eval_tokens: int = option(32768, "maximum number of held-out tokens")
     save_every: float = option(10.0, "minutes between checkpoints")
-    time_limit: float = option(None, "minutes after which to save, evaluate and end; --resume goes on")
+    time_limit: float = option(None, "minutes after which the run saves, evaluates and ends; --resume continues it")
 
 
-# What `python train.py` changes in the published recipe to show it in two minutes on two CPU cores: short sequences,
-# small updates at a higher rate, uniform masks as in the evaluation, KL on masked tokens only; and, text being short
-# here, more of the teacher's hidden states than of true words (LOG.md).
+# The demo's changes to the published recipe, for a run of two minutes on two CPU cores: short sequences, small updates
+# at a higher learning rate, uniform masks as in the evaluation, KL on masked tokens only. With so little text, the
+# cosine term has more weight and the masked-LM term less (LOG.md).
 DEMO = dict(
     steps=1000, batch=8, accum=1, seq_len=128, lr=1.2e-3, alpha_mlm=0.5, alpha_cos=10.0, mask_smoothing=0.0,
     kd_rows="masked", eval_every=200,
 )  # fmt: skip
 
-# settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
-# (epochs enters as steps; batch, accum and the number of ranks as their product; the chosen dtype is in the checkpoint)
+# Settings that may differ when a run resumes, because they do not affect the arithmetic of an update. (epochs counts
+# as steps; batch, accum and the number of ranks count as their product; the checkpoint holds the chosen dtype.)
 MAY_CHANGE_ON_RESUME = {
     "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "eval_every",
     "eval_data", "eval_tokens", "save_every", "time_limit",
 }  # fmt: skip
 
 
-# ---- what a run is made of
+# ---- models and data
 
 
 def load_models(settings, ranks):
-    """Returns (teacher or None, its folder or None, student, tokenizer, the folder that the tokenizer is from).
+    """Returns (teacher or None, its folder or None, student, tokenizer, folder of the tokenizer).
 
     Both models are fp32 on the CPU; the teacher is frozen.
     """
@@ -129,7 +129,7 @@ def load_models(settings, ranks):
 
 
 def open_corpus(settings, tokenizer, tokenizer_folder):
-    """Opens --data, or prepares (once) and opens the docs corpus in this tokenizer's vocabulary."""
+    """Opens --data, or prepares (once) and opens the docs corpus, tokenised with this tokenizer."""
     if settings.data:
         corpus = Corpus(settings.data)
     else:
@@ -159,7 +159,7 @@ def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
 
 
 def identity_of(settings, total, G, corpus, teacher_folder):
-    """All that enters the arithmetic of an update: a resumed run must have the same."""
+    """Returns everything that affects the arithmetic of an update: it must not change when a run resumes."""
     return {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "steps": total,
@@ -170,7 +170,7 @@ def identity_of(settings, total, G, corpus, teacher_folder):
 
 
 def dropout_seed(seed, update, rank):
-    """Of the one source of an update's dropout: another on each rank, on rank 0 that of a run of one process."""
+    """Seed of an update's dropout, different on each rank; rank 0 has the seed of a single-process run."""
     return int(mix(seed, 6, update + (rank << 40))[0] >> np.uint64(1))
 
 
@@ -178,10 +178,10 @@ def dropout_seed(seed, update, rank):
 
 
 def train(settings, argv=()):
-    """Runs a distillation as `settings` say; returns the summary that the last line prints.
+    """Runs the distillation that `settings` describe; returns the summary that the last line prints.
 
-    `argv` is the command line, for the line that tells how to resume. Raises UserError, and SystemExit(128 + signal)
-    once an interrupted run is saved.
+    `argv` is the command line, from which the resume command is made. Raises UserError, and SystemExit(128 + signal)
+    after an interrupted run is saved.
     """
     check_settings(settings)
     ranks = Distributed()
@@ -191,7 +191,7 @@ def train(settings, argv=()):
     out = ranks.broadcast(lambda: choose_folder(settings.out, stem, settings.resume, CHECKPOINT))
     keep_freed_memory()
 
-    # ---- models and data: update u takes sequences u * G ... (u + 1) * G - 1, and each rank its share of them
+    # ---- models and data: update u uses sequences u * G ... (u + 1) * G - 1, split evenly over the ranks
     teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, ranks)
     corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
     eval_corpus = open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder)
@@ -205,7 +205,7 @@ def train(settings, argv=()):
     objective = Objective.of(settings)
     check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
 
-    # ---- optimiser (AdamW without weight decay, as published), and where an earlier run stands
+    # ---- optimiser (AdamW without weight decay, as published) and state of an earlier run
     student.to(device)
     if teacher:
         teacher.to(device)
@@ -214,7 +214,7 @@ def train(settings, argv=()):
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
     held_out = None
-    if ranks.first:  # fixed blocks with fixed uniform masks, in fp32
+    if ranks.first:  # fixed blocks, fixed uniform masks, fp32
         val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
         held_out = HeldOut(*val.batch(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
@@ -240,7 +240,7 @@ def train(settings, argv=()):
             run.save(student, optimizer, state)
         progress.reset("save")
 
-    def goes_on(done, A):  # after a micro-batch: a signal ends a run of one process at once
+    def after_micro_batch(done, A):  # returns whether to continue: a signal ends a single-process run at once
         if done < A and progress.due("line", max(10.0, progress.line_every)):  # an update may take minutes
             ranks.print0(f"  update {progress.update + 1}/{total}: micro-batch {done}/{A}")
         return stop.signal is None or ranks.size > 1
@@ -249,31 +249,32 @@ def train(settings, argv=()):
         save()
     metrics = run.history[-1].get("held_out") if run.history else evaluate()
     how_to_resume = resume_command(ranks.launcher, "train.py", argv, out)
+    lost_rank_hint = f"resume from the last checkpoint with: {how_to_resume}"
     eval_every = settings.eval_every or max(1, total // 10)
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     progress.restart(progress.seconds)
-    with SignalFlag() as stop, run.metrics, ranks.report_lost_rank(f"resume from the last checkpoint: {how_to_resume}"):
-        signals = late = False
-        while not (progress.done or signals or late):
+    with SignalFlag() as stop, run.metrics, ranks.report_lost_rank(lost_rank_hint):
+        signals = timed_out = False
+        while not (progress.done or signals or timed_out):
             update = progress.update
             torch.manual_seed(dropout_seed(settings.seed, update, ranks.rank))
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # the gradient of the update: a sum over micro-batches and ranks of shares of one mean
+            # gradient of the update, summed over micro-batches and ranks; each loss is a share of one mean
             ids, labels = batches(update)  # (share, T)
             (masked,) = ranks.sum((labels != IGNORE).sum().item())
-            terms = distiller.accumulate(ids, labels, B, Denominators(G * T, int(masked)), goes_on)
+            terms = distiller.accumulate(ids, labels, B, Denominators(G * T, int(masked)), after_micro_batch)
             if terms is None:
-                break  # an update that was begun is not counted: the resumed run takes it again, to the same bits
+                break  # the unfinished update does not count: the resumed run repeats it, with the same bits
             norm = distiller.clip(optimizer, settings.clip)
-            numbers = torch.cat([*terms, norm[None]]).cpu()  # the one place where the host waits for the device
+            numbers = torch.cat([*terms, norm[None]]).cpu()  # the only place where the host waits for the device
             terms, norm = numbers[:-1].view(-1, 5), numbers[-1]  # loss, kl, ce, cos, mse of each micro-batch
 
-            # all ranks see the same losses, a signal to any of them, and the clock of rank 0: they end together
-            ends = [stop.signal or 0, ranks.first and progress.elapsed > limit]
-            loss, kl, ce, cos, mse, signals, late = ranks.sum(*terms.sum(0).tolist(), *ends)
+            # every rank gets the same losses, a signal to any rank, and rank 0's clock, so that all end together
+            end = [stop.signal or 0, ranks.first and progress.elapsed > limit]
+            loss, kl, ce, cos, mse, signals, timed_out = ranks.sum(*terms.sum(0).tolist(), *end)
             if not math.isfinite(loss) or not (norm.isfinite() or distiller.scaler.is_enabled()):
                 raise UserError(not_finite(update, terms[:, 0], norm, B, share, ranks, out))
             distiller.step(optimizer)
@@ -288,7 +289,7 @@ def train(settings, argv=()):
         if progress.update > progress.first or stop.signal is not None:
             save()
         if stop.signal is not None or signals:
-            ranks.print0(f"saved after update {progress.update} of {total}; go on with: {how_to_resume}")
+            ranks.print0(f"saved after update {progress.update} of {total}; resume with: {how_to_resume}")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
         if ranks.first and "held_out" not in run.history[-1]:  # the time limit came between evaluations
             metrics = evaluate()
@@ -297,7 +298,7 @@ def train(settings, argv=()):
 
 
 def not_finite(update, losses, norm, B, share, ranks, out):
-    """Says which update and which sequences gave a loss or gradient that is not a number, and what is safe."""
+    """Returns the error for a loss or gradient that is not finite: which update and sequences, and what is safe."""
     G, bad = share * ranks.size, (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         first = update * G + ranks.rank * share + bad[0] * B
@@ -315,7 +316,7 @@ def main(argv):
     values = parse_args(Settings, argv, __doc__)
     demo = DEMO if values.get("teacher", "demo") == "demo" else {}
     summary = train(Settings(**{**demo, **values}), argv)
-    if summary:  # rank 0 has it
+    if summary:  # on rank 0 only
         print(json.dumps(summary, separators=(",", ":")))
 
 

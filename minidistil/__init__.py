@@ -1,3 +1,3 @@
-"""minidistil: distil BERT into DistilBERT with code that fits in one's head."""
+"""minidistil: distil BERT into DistilBERT with little code."""
 
 __version__ = "0.1.0"

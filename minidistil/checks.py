@@ -1,4 +1,4 @@
-"""What cannot work is refused in one line, before a run has a folder: settings, and how they fit models and text."""
+"""Refuses settings that cannot work, or that do not fit the models or the text, before a run has a folder."""
 
 import math
 
@@ -7,7 +7,7 @@ from minidistil.losses import Objective
 
 
 def check_settings(settings):
-    """Raises UserError for values of train.py's settings that cannot work, before anything is read."""
+    """Raises UserError for settings of train.py that cannot work, before anything is read."""
     positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens")
     for name in positive:
         value = getattr(settings, name)
@@ -47,16 +47,16 @@ def check_settings(settings):
 
 
 def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G):
-    """Raises UserError for combinations that would fail, or mislead, later. G: sequences in an update."""
+    """Raises UserError for combinations that would fail or mislead later. G: sequences in an update."""
     shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
-    for who, config in shapes:
+    for role, config in shapes:
         if config.vocab_size != len(tokenizer.vocab):
             raise UserError(
-                f"the {who} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
+                f"the {role} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
                 "give it the vocabulary that it was trained with"
             )
         if config.positions < settings.seq_len:
-            raise UserError(f"the {who} has {config.positions} positions: use --seq-len {config.positions} or less")
+            raise UserError(f"the {role} has {config.positions} positions: use --seq-len {config.positions} or less")
     if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
         raise UserError(
             f"student and teacher are {student.config.width} and {teacher.config.width} wide: their hidden states "

@@ -1,7 +1,7 @@
-"""Command lines made from dataclasses: a setting is one line, an error is one line.
+"""Command lines from dataclasses: each setting and each error is one line.
 
-Every script declares a `@dataclass` whose fields are `option(default, help)`; `--help`, types and the refusal of
-unknown flags follow from it. Exit codes: 0 success, 2 a wrong command line, 1 anything else the user can mend.
+Every script declares a `@dataclass` whose fields are `option(default, help)`; argparse derives `--help`, types and the
+refusal of unknown flags from it. Exit codes: 0 success, 2 a wrong command line, 1 any other error that a user can fix.
 """
 
 import argparse
@@ -26,10 +26,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_args(settings_class, argv=None, description=None):
-    """Returns only what the command line says, as a dict; `settings_class(**parse_args(...))` adds the defaults.
+    """Returns the options given on the command line as a dict; `settings_class(**parse_args(...))` adds the defaults.
 
-    A field without a default is positional. Underscores become hyphens; a bool is a switch.
-    Exits with 2 and one line where the command line is wrong.
+    A field without a default is positional. Underscores become hyphens; a bool is a flag without value.
+    Exits with 2 and one line on a wrong command line.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(settings_class):
@@ -53,8 +53,8 @@ def parse_args(settings_class, argv=None, description=None):
     return values
 
 
-# what an operating system's refusal means to the person at the keyboard
-_MEND = {
+# errno -> what the user can do
+_REMEDIES = {
     errno.ENOSPC: "free some space or write elsewhere",
     errno.EDQUOT: "free some space or write elsewhere",
     errno.EACCES: "choose a path that you may write and read",
@@ -69,13 +69,13 @@ _MEND = {
 
 
 def describe_os_error(error):
-    """Returns one line for an OSError: what the system refused, on which path, and how to mend it."""
+    """Returns one line for an OSError: what failed, on which path, and how to fix it."""
     path = f" ({os.fsdecode(error.filename)})" if error.filename is not None else ""
-    return f"{(error.strerror or str(error)).lower()}{path}: {_MEND.get(error.errno, 'see --debug')}"
+    return f"{(error.strerror or str(error)).lower()}{path}: {_REMEDIES.get(error.errno, 'see --debug')}"
 
 
 def run_script(main, argv=None):
-    """Calls `main(argv)` and ends the process with its exit code; what the user can mend becomes one line on stderr."""
+    """Calls `main(argv)` and exits with its code; an error that the user can fix becomes one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     program = os.path.basename(sys.argv[0])
     try:
@@ -83,7 +83,7 @@ def run_script(main, argv=None):
     except (UserError, OSError, MemoryError) as error:
         if "--debug" in argv:
             raise
-        if isinstance(error, BrokenPipeError):  # `| head` closed our output: not worth a word
+        if isinstance(error, BrokenPipeError):  # the reader (`| head`) closed our output: no message
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         if isinstance(error, OSError):
@@ -96,10 +96,10 @@ def run_script(main, argv=None):
             print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        # PyTorch's ways of saying that memory has run out, on either device, and that rank 0 has ended with a message
+        # PyTorch's errors for exhausted memory, on either device, and for a rank 0 that has ended with a message
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-        alone = os.environ.get("RANK", "0") != "0" and "onnection" in str(error)
-        if "--debug" in argv or not (out_of_memory or alone):
+        lost_rank_0 = os.environ.get("RANK", "0") != "0" and "onnection" in str(error)
+        if "--debug" in argv or not (out_of_memory or lost_rank_0):
             raise
         if out_of_memory:
             print(f"{program}: error: {OUT_OF_MEMORY}", file=sys.stderr)

@@ -1,15 +1,14 @@
-"""A token file becomes packed, masked sequences, in an order that needs no memory of itself.
+"""Token file -> packed, masked sequences, in an order that is a pure function of seed and index.
 
 `data/prepare.py` writes tokens.bin as one stream: document [SEP] document [SEP] ... A sequence is
-[CLS] + T - 2 consecutive tokens of that stream + [SEP]: always full, so that there is no padding and no attention mask.
+[CLS] + T - 2 consecutive tokens of that stream + [SEP]: always full, so it needs no padding and no attention mask.
 
-Which block of the stream the g-th sequence of a run is, and which of its tokens are masked, are pure functions of
-(seed, g). Update u takes sequences u * G ... (u + 1) * G - 1 whatever the split into micro-batches, and a resumed run
-finds its place without any saved state.
+The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...
+(u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
 
-Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence, never a special one,
-drawn without replacement with weight count^-smoothing (rare words first); of these 80 % become [MASK], 10 % a random
-token, 10 % stay.
+Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens per sequence, never a special token,
+drawn without replacement with weight count^-smoothing, which prefers rare words. Of these, 80 % become [MASK], 10 % a
+random token, and 10 % stay.
 """
 
 import concurrent.futures
@@ -32,7 +31,7 @@ MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
 
 
 def meta_digest(meta):
-    """SHA-256 of meta.json's contents without its own digest: a changed digit anywhere shows."""
+    """SHA-256 of meta.json's contents without its own digest, which detects any change."""
     rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -40,8 +39,8 @@ def meta_digest(meta):
 class TokenFile:
     """A file of token ids, read a slice at a time: `len(tokens)`, `tokens[start:stop]` (an array).
 
-    Not memory-mapped: every page that a random block touches would count as this process's memory until the system
-    wants it back, ten gigabytes of them for a file of that size. Threads may share it.
+    It is not memory-mapped: every page that a random block touches would count as memory of this process until the
+    system reclaims it, ten gigabytes for a file of that size. Threads may share it.
     """
 
     def __init__(self, path, dtype):
@@ -64,8 +63,8 @@ class TokenFile:
 class Corpus:
     """A folder that `data/prepare.py` wrote: `train` and `val` TokenFiles, `counts` (V,) int64, `meta`.
 
-    Every byte is checked against meta.json's hashes first (about a second per 2 GB), so that a damaged file is an
-    error now, not a bad model later. Raises UserError.
+    Opening it checks every byte against the hashes in meta.json (about a second per 2 GB), so a damaged file raises
+    UserError instead of giving a bad model.
     """
 
     def __init__(self, folder):
@@ -73,12 +72,12 @@ class Corpus:
         again = "prepare the corpus again with data/prepare.py"
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            sound = self.meta["meta_sha256"] == meta_digest(self.meta)
+            valid = self.meta["meta_sha256"] == meta_digest(self.meta)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.folder} is no corpus (no meta.json): make one with data/prepare.py") from None
         except (ValueError, KeyError, TypeError, RecursionError):
-            sound = False
-        if not sound:
+            valid = False
+        if not valid:
             raise UserError(f"{self.folder / 'meta.json'} is damaged: {again}")
         if self.meta["format"] != 1:
             raise UserError(f"{self.folder} has corpus format {self.meta['format']}, this program reads 1: {again}")
@@ -92,7 +91,7 @@ class Corpus:
         self.counts = np.load(self.folder / "counts.npy")
 
     def check_tokenizer(self, tokenizer, owner):
-        """Raises UserError where the corpus was tokenised with another vocabulary than that of `owner`."""
+        """Raises UserError where the corpus was tokenised with another vocabulary than `owner`'s."""
         if self.meta["tokenizer"] != tokenizer.digest:
             raise UserError(
                 f"{self.folder} was tokenised with another vocabulary than {owner}'s: "
@@ -106,15 +105,15 @@ class Corpus:
 class Sequences:
     """Masked sequences of T tokens from a stream of ids; `batch(first, n)` is a pure function of its arguments.
 
-    With `shuffle`, each epoch permutes the blocks anew and starts them at another offset; without (evaluation),
-    sequence g is block g. `smoothing` 0 masks uniformly, 0.7 is the published preference for rare words.
+    With `shuffle`, each epoch has a new permutation of the blocks and a new offset of their boundaries; without
+    (evaluation), sequence g is block g. `smoothing`: 0 masks uniformly, 0.7 is the published preference for rare words.
     """
 
     def __init__(self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False):
         self.tokens, self.T, self.tokenizer, self.seed, self.shuffle = tokens, T, tokenizer, seed, shuffle
         self.vocab_size = len(tokenizer.vocab)
         self.block = T - 2  # [CLS] and [SEP] take two places
-        spare = self.block - 1 if shuffle else 0  # room for the epoch's offset
+        spare = self.block - 1 if shuffle else 0  # for the epoch's offset
         self.per_epoch = max(0, (len(tokens) - spare) // self.block)
         counts = np.ones(self.vocab_size) if counts is None else np.maximum(counts, 1)
         self.weights = counts.astype(np.float64) ** -smoothing
@@ -126,13 +125,13 @@ class Sequences:
         """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where not masked."""
         index = np.arange(first, first + n, dtype=np.uint64)
         if self.shuffle:
-            epoch, place = np.divmod(index, np.uint64(self.per_epoch))
+            epoch, position = np.divmod(index, np.uint64(self.per_epoch))
             start = np.empty(n, np.int64)
             for e in np.unique(epoch):
-                here = epoch == e
+                in_epoch = epoch == e
                 offset = (mix(self.seed, 1, e)[0] % np.uint64(self.block)).astype(np.int64)
-                blocks = permuted(place[here], self.per_epoch, self.seed, 2, e).astype(np.int64)
-                start[here] = blocks * self.block + offset
+                blocks = permuted(position[in_epoch], self.per_epoch, self.seed, 2, e).astype(np.int64)
+                start[in_epoch] = blocks * self.block + offset
         else:
             start = index.astype(np.int64) * self.block
         ids = np.empty((n, self.T), np.int64)
@@ -143,13 +142,13 @@ class Sequences:
 
     def _mask(self, ids, index):
         position = np.arange(self.T, dtype=np.uint64)[None]
-        # Efraimidis and Spirakis 2006: the k smallest -log(u) / w are a weighted draw without replacement
+        # Efraimidis and Spirakis 2006: the k smallest -log(u) / w are a weighted sample without replacement
         with np.errstate(divide="ignore"):
             keys = -np.log(uniform(self.seed, 3, index, position)) / self.weights[ids]  # (n, T), inf at special tokens
         chosen = np.argpartition(keys, self.masked_per_sequence, axis=1)[:, : self.masked_per_sequence]
         masked = np.zeros(ids.shape, bool)
         np.put_along_axis(masked, chosen, True, axis=1)
-        masked &= np.isfinite(keys)  # a sequence of almost nothing but special tokens has fewer masks
+        masked &= np.isfinite(keys)  # a sequence with hardly any regular tokens has fewer masks
         labels = np.where(masked, ids, IGNORE)
         action = uniform(self.seed, 4, index, position)
         random_ids = (uniform(self.seed, 5, index, position) * self.vocab_size).astype(np.int64)
@@ -162,25 +161,25 @@ class Sequences:
 
 
 class Prefetcher:
-    """make(u) for u one after the other; for a GPU a thread makes the next meanwhile, so that it never waits for data.
+    """Calls make(u) for consecutive u; for a GPU, a thread makes batch u + 1 while the GPU works on batch u.
 
-    `make` returns numpy arrays; they become tensors, pinned for a GPU, so that copying them there waits for nothing. On
-    a CPU the thread would only take time from the model.
+    `make` returns numpy arrays, which become tensors, pinned for a GPU so that the copy to it is asynchronous. On a CPU
+    the thread would only take time from the model.
     """
 
     def __init__(self, make, device):
         self.make, self.cuda = make, device.type == "cuda"
-        self.pool, self.coming = concurrent.futures.ThreadPoolExecutor(1) if self.cuda else None, {}
+        self.pool, self.pending = concurrent.futures.ThreadPoolExecutor(1) if self.cuda else None, {}
 
     def __call__(self, u):
         if self.pool is None:
             return self._tensors(u)
-        now = self.coming.pop(u, None) or self.pool.submit(self._tensors, u)
-        self.coming = {u + 1: self.pool.submit(self._tensors, u + 1)}
-        return now.result()
+        current = self.pending.pop(u, None) or self.pool.submit(self._tensors, u)
+        self.pending = {u + 1: self.pool.submit(self._tensors, u + 1)}
+        return current.result()
 
     def _tensors(self, u):
-        import torch  # which preparing a corpus does without
+        import torch  # preparing a corpus does not need it
 
         tensors = [torch.from_numpy(array) for array in self.make(u)]
         return [tensor.pin_memory() for tensor in tensors] if self.cuda else tensors

@@ -1,4 +1,4 @@
-"""What this computer is and can do: device, precision, memory, versions."""
+"""Device, precision, memory and software versions."""
 
 import contextlib
 import ctypes
@@ -32,10 +32,10 @@ def choose_device(name):
 
 
 def choose_dtype(name, device):
-    """Returns fp32, bf16 or fp16 by name: what is asked for, or what is fast on this device.
+    """Returns "fp32", "bf16" or "fp16": `name`, or for "auto" the dtype that is fast on this device.
 
-    A CPU's bf16 is fast with AMX; dot products of AVX512-BF16 alone are half as fast as fp32 (LOG.md). It is not timed:
-    a busy computer would change a run's precision.
+    On a CPU bf16 is fast with AMX; with AVX512-BF16 alone it is half as fast as fp32 (LOG.md). The choice does not
+    depend on a timing, because a busy computer would change a run's precision.
     """
     if name != "auto":
         return name
@@ -48,15 +48,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def precision(dtype, device):
-    """Returns (context of a forward pass, loss scaler) for fp32, bf16 or fp16 by name; only fp16 scales its loss."""
+    """Returns (context of a forward pass, loss scaler) for a dtype by name; only fp16 scales the loss."""
     autocast = contextlib.nullcontext if dtype == "fp32" else lambda: torch.autocast(device.type, DTYPES[dtype])
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
 
 def cast_products(model, dtype):
-    """Stores the weights of a frozen model's linear layers in fp32, bf16 or fp16 by name.
+    """Casts the weights of a frozen model's linear layers to fp32, bf16 or fp16 by name.
 
-    Autocast would cast them to the same bits in each forward pass, since it remembers only what takes gradients.
+    Autocast would cast them to the same bits in each forward pass: it caches only weights that require gradients.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -67,14 +67,14 @@ def cast_products(model, dtype):
 
 
 def status_kib(name):
-    """A figure of this process that Linux keeps: VmRSS, resident memory, or VmHWM, its peak."""
+    """Returns a memory value of this process in KiB from /proc: VmRSS, resident memory, or VmHWM, its peak."""
     return int(re.search(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 
 
 def peak_rss_mib():
     """Returns the peak resident memory, in MiB, of the largest of this process and its finished children."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    try:  # ru_maxrss of this process would be at least that of the one that started it: it outlives exec
+    try:  # ru_maxrss survives exec, so it would be at least that of the parent process
         own = status_kib("VmHWM")
     except (OSError, TypeError):
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -84,8 +84,8 @@ def peak_rss_mib():
 def keep_freed_memory():
     """Tells glibc to keep freed blocks for the next allocation; without glibc, does nothing.
 
-    It would return those of 30 to 50 MB (a gradient of the vocabulary, a chunk of logits) to the kernel, and get zeroed
-    pages back one fault at a time: 15 ms for 31 MB, longer than the matrix product that fills them.
+    glibc would return blocks of 30 to 50 MB (a gradient of the vocabulary, a chunk of logits) to the kernel and get
+    zeroed pages back, one page fault each: 15 ms for 31 MB, longer than the matrix product that fills them.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -104,8 +104,8 @@ def peak_mib(device):
 # ---- versions
 
 
-def printed(*command):
-    """What a command prints, or None where it is not installed or fails."""
+def output_of(*command):
+    """Returns the output of a command, or None where it is not installed or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -120,20 +120,20 @@ def triton_version():
 
 
 def versions():
-    """Versions of what a run's figures depend on; the revision where git knows it, a GPU's software where one is."""
-    found = {
+    """Returns the versions of the software that a run depends on, with git revision and, on a GPU, driver."""
+    result = {
         "minidistil": minidistil.__version__,
-        "git": printed("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "git": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version(),
         "numpy": np.__version__,
     }
     if torch.cuda.is_available():
-        driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        found |= {
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        result |= {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "driver": driver and driver.splitlines()[0],
         }
-    return found
+    return result

@@ -1,7 +1,7 @@
-"""Several processes as one program: which of them this is, and what they must agree on.
+"""The processes of a distributed run: rank, collectives, gradient averaging.
 
-`torchrun` starts them and says so in the environment; alone, every function here does nothing. Source: PyTorch's
-`torch.distributed` (gloo on CPUs, nccl on GPUs).
+`torchrun` starts the processes and sets environment variables; in a single process every function here does nothing.
+Source: PyTorch's `torch.distributed` (gloo on CPUs, nccl on GPUs).
 """
 
 import contextlib
@@ -13,29 +13,29 @@ import torch.distributed as dist
 
 from minidistil.errors import RankLost
 
-PATIENCE = datetime.timedelta(hours=2)  # rank 0 evaluates and saves while the others wait
+TIMEOUT = datetime.timedelta(hours=2)  # the others wait while rank 0 evaluates and saves
 
 
 class Distributed:
-    """rank 0 ... size - 1 of the processes of a run; `first` alone prints, evaluates and writes."""
+    """This process among the `size` processes of a run; only the `first` (rank 0) prints, evaluates and writes."""
 
     def __init__(self):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
-        here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of them on this machine
-        self.launcher = ["python"] if self.size == 1 else ["torchrun", "--nproc-per-node", here]
+        local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")  # processes on this machine
+        self.launcher = ["python"] if self.size == 1 else ["torchrun", "--nproc-per-node", local_size]
 
     def device(self, name):
-        """The device's name for this process: with several on a machine, each has a GPU of its own."""
+        """Returns the name of this process's device: each process on a machine has its own GPU."""
         several = self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
         return f"cuda:{os.environ['LOCAL_RANK']}" if several else name
 
     def join(self, device):
-        """Meets the other processes; they part when `train` ends."""
+        """Joins the process group; `train` leaves it at its end."""
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
     def leave(self):
         if self.size > 1:
@@ -47,7 +47,7 @@ class Distributed:
             print(line, flush=True)
 
     def sum(self, *numbers):
-        """The sums of each of some numbers over all ranks, a list: the same bits on all."""
+        """Returns the sum of each number over all ranks, a list with the same bits on every rank."""
         if self.size == 1:
             return numbers
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -56,7 +56,7 @@ class Distributed:
         return numbers.tolist()
 
     def min(self, number):
-        """The smallest of all ranks' integers."""
+        """Returns the minimum of an integer over all ranks."""
         if self.size == 1:
             return number
         numbers = [None] * self.size
@@ -64,7 +64,7 @@ class Distributed:
         return min(numbers)
 
     def broadcast(self, make):
-        """What `make()` gives on rank 0, on every rank."""
+        """Returns on every rank what `make()` returns on rank 0."""
         if self.size == 1:
             return make()
         values = [make() if self.first else None]
@@ -72,21 +72,21 @@ class Distributed:
         return values[0]
 
     def rank0_first(self, make):
-        """Calls `make` on every rank: on rank 0, then on the first of each other machine, then on the rest.
+        """Calls `make` on rank 0, then on the first rank of each other machine, then on the rest; returns its result.
 
-        It may fetch or prepare what the others then find, whether machines share their folders or not.
+        An earlier rank may download or prepare what the later ones then find, with or without shared folders.
         """
         if self.size == 1:
             return make()
-        mine = 0 if self.first else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+        own_turn = 0 if self.first else 1 if os.environ["LOCAL_RANK"] == "0" else 2
         for turn in range(3):
-            if turn == mine:
-                made = make()
+            if turn == own_turn:
+                result = make()
             dist.barrier()
-        return made
+        return result
 
     def wrap(self, model, device):
-        """The model whose backward pass averages gradients over all ranks: a loss times `size` gives their sum."""
+        """Returns the model whose backward pass averages gradients over ranks; a loss times `size` gives their sum."""
         if self.size == 1:
             return model
         devices = [device] if device.type == "cuda" else None
@@ -95,16 +95,16 @@ class Distributed:
         )
 
     def no_sync(self, model, last):
-        """A context in which gradients stay on their rank: for all micro-batches of an update but the last."""
+        """Returns a context without gradient exchange, for all micro-batches of an update but the last."""
         return contextlib.nullcontext() if last or self.size == 1 else model.no_sync()
 
     @contextlib.contextmanager
-    def report_lost_rank(self, how_to_go_on):
-        """Turns the loss of another rank into one line, which ends with `how_to_go_on`."""
+    def report_lost_rank(self, hint):
+        """Turns the loss of another rank into a one-line error that ends with `hint`."""
         try:
             yield
-        except RuntimeError as error:  # gloo and nccl have no class of their own in common
+        except RuntimeError as error:  # gloo and nccl have no common class
             lost = isinstance(error, dist.DistError) or "onnection" in str(error)
             if self.size == 1 or not lost:
                 raise
-            raise RankLost(f"rank {self.rank} has lost another rank, which has ended: {how_to_go_on}") from error
+            raise RankLost(f"rank {self.rank} has lost another rank, which has ended: {hint}") from error

@@ -1,9 +1,9 @@
-"""Errors that a user can mend: every script shows them as one line."""
+"""Errors that a user can fix: every script prints them as one line."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the message reads `what is wrong: how to mend it`."""
+    """An error that the user can fix; the message reads `what is wrong: how to fix it`."""
 
 
 class RankLost(UserError):
-    """Another process of the run has ended: worth a line on whichever is left, where else rank 0 alone speaks."""
+    """Another process of the run has ended; printed on any rank, whereas other errors are printed on rank 0 only."""

@@ -1,19 +1,19 @@
-"""Held-out metrics on fixed masks: what the teacher knows, what the student kept, how often they agree."""
+"""Held-out metrics of teacher and student on fixed masks, and their agreement."""
 
 import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
 
-ROWS = 256  # logits at a time: 256 x 30,522 fp32 is 31 MB
+ROWS = 256  # rows of logits at a time: 256 x 30,522 fp32 is 31 MB
 
 
 class HeldOut:
-    """Fixed, uniformly masked held-out sequences, and the teacher's view of them, computed once.
+    """Fixed, uniformly masked held-out sequences; the teacher's hidden states on them are computed once.
 
-    ids, labels (n, T) int64 from `Sequences.take`; `teacher` may be None. Arithmetic is fp32. Metrics are over masked
-    positions only: `mlm_loss` in nats, `top1` and `agreement` (same first guess as the teacher) as shares, `kl` in nats
-    at temperature 1 from teacher to student.
+    ids, labels (n, T) int64 from `Sequences.batch`; `teacher` may be None. Arithmetic is fp32. Metrics are over masked
+    positions only: `mlm_loss` in nats; `top1` and `agreement` (same first guess as the teacher) are shares; `kl` is
+    KL(teacher || student) at temperature 1, in nats.
     """
 
     def __init__(self, ids, labels, teacher=None, device="cpu", batch=8):
@@ -27,7 +27,7 @@ class HeldOut:
 
     @torch.no_grad()
     def _rows(self, model):
-        """Hidden states of the masked positions, after the head's transform: (M, C)."""
+        """Returns the hidden states of the M masked positions after the head's transform: (M, C)."""
         training = model.training
         model.eval()
         rows = []
@@ -39,7 +39,7 @@ class HeldOut:
 
     @torch.no_grad()
     def _metrics(self, model, rows):
-        against = self.teacher_rows is not None and model is not self.teacher
+        with_teacher = self.teacher_rows is not None and model is not self.teacher
         mlm_loss = top1 = kl = agreement = 0.0
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)
@@ -47,12 +47,12 @@ class HeldOut:
             guess = log_q.argmax(-1)
             mlm_loss += F.nll_loss(log_q, self.targets[part], reduction="sum").item()
             top1 += (guess == self.targets[part]).sum().item()
-            if against:
+            if with_teacher:
                 log_p = F.log_softmax(F.linear(self.teacher_rows[part], *self.teacher.decoder), -1)
                 kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
                 agreement += (guess == log_p.argmax(-1)).sum().item()
         metrics = {"mlm_loss": mlm_loss, "top1": top1}
-        if against:
+        if with_teacher:
             metrics |= {"kl": kl, "agreement": agreement}
         return {name: round(total / max(len(rows), 1), 6) for name, total in metrics.items()}
 

@@ -1,6 +1,6 @@
-"""What differs between the families of models: names in config.json, names of tensors, and the heads of fine-tuning.
+"""What differs between model families: keys of config.json, tensor names, and fine-tuning heads.
 
-One table a family, and nothing else of the program asks which family a model is of by anything but its `Config.family`.
+Each family has one table. All other code identifies the family of a model by `Config.family` alone.
 Source: transformers' BertConfig, DistilBertConfig and their models, arXiv 1810.04805 and 1910.01108.
 """
 
@@ -9,17 +9,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family, as its checkpoints are found on the Hugging Face Hub."""
+    """One family, as its checkpoints on the Hugging Face Hub are."""
 
-    architecture: str  # what its class names there begin with
+    architecture: str  # prefix of the class names in transformers
     config_keys: dict  # field of Config -> key of config.json
-    config_constants: dict  # other keys that are written: what the model computes, in transformers' words
-    tensors: dict  # our module -> theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
-    tied: tuple  # (name of a second copy that some files hold, name of the tensor that it must equal)
+    config_constants: dict  # other keys to write, which describe our model in transformers' terms
+    tensors: dict  # our module -> theirs; `query|key|value`: one matrix of ours is three of theirs, in this order
+    tied: tuple  # (name of a copy in some files, name of the tensor that it must equal)
     head_activation: str  # of the classifier's dense layer on [CLS]
     classifier_dropout: float | None  # None: the encoder's
     span_dropout: float
-    keeps_pooler: bool  # whether a checkpoint's `pool` is of use to a new classifier: BERT's pooler was trained
+    keeps_pooler: bool  # whether a new classifier starts from the checkpoint's `pool`: BERT's pooler is trained
 
 
 BERT = Family(
@@ -83,7 +83,7 @@ DISTILBERT = Family(
         "mlp_width": "hidden_dim",
         "dropout": "dropout",
         "attention_dropout": "attention_dropout",
-        "norm_eps": "layer_norm_eps",  # which a DistilBertConfig has not: written only where it is unusual
+        "norm_eps": "layer_norm_eps",  # not a key of DistilBertConfig: written only where it is not the default
         "init_range": "initializer_range",
         "pad_id": "pad_token_id",
     },
@@ -120,15 +120,15 @@ DISTILBERT = Family(
 
 FAMILIES = {"bert": BERT, "distilbert": DISTILBERT}
 
-# settings of config.json that change what a model computes, and the one value of each that this program computes
-ONLY = (
+# keys of config.json that change what a model computes, and the one supported value of each
+SUPPORTED = (
     ("hidden_act", "gelu"),
     ("activation", "gelu"),
     ("position_embedding_type", "absolute"),
     ("is_decoder", False),
     ("add_cross_attention", False),
 )
-# what a file may hold that another head than its own has no use for, and what it is
+# tensors of a file that the wanted head does not use, and what they are
 IGNORED = [
     (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
     (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, synced, renamed."""
+"""Atomic file writes: a temporary file is written, synced and renamed."""
 
 import contextlib
 import hashlib
@@ -9,9 +9,9 @@ import pathlib
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields a temporary path in the same folder; on success it takes the place of `path`, on failure it vanishes.
+    """Yields a temporary path in the same folder, which replaces `path` on success and is removed on failure.
 
-    The data reach the disk before the name does, so that a power cut leaves the old file or the new one.
+    The data reach the disk before the name does, so a power cut leaves the old file or the new one.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def replacing(path):
 
 
 def sync_folder(folder):
-    """Makes renames in `folder` durable; a no-op where folders cannot be opened."""
+    """Makes renames in `folder` durable; does nothing where folders cannot be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -55,6 +55,6 @@ def write_json(path, value):
 
 
 def sha256(path):
-    """Returns the hexadecimal SHA-256 of a file, read in pieces."""
+    """Returns the hexadecimal SHA-256 of a file, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

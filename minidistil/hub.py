@@ -1,6 +1,6 @@
-"""A name or a path -> a local folder that holds a model.
+"""Model name or path -> local folder.
 
-In this order: a local folder; `demo`, shipped with this repository; the Hugging Face cache; a download into that cache.
+In this order: a local folder; `demo`, which this repository contains; the Hugging Face cache; a download into it.
 """
 
 import os
@@ -15,16 +15,15 @@ VOCABULARIES = ("vocab.txt", "tokenizer.json")
 TOKENIZER = [*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"]
 SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
-# the Hub's first models have moved from one-word names to these organisations; a cache may hold them under either
+# the Hub moved its first models from one-word names to these organisations; a cache may hold them under either name
 ORGANISATIONS = {"bert-": "google-bert/", "distilbert-": "distilbert/"}
-TIMEOUT = 10  # seconds that a server may take to answer
+TIMEOUT = 10  # seconds for a server to answer
 
 
 def resolve(name):
     """Returns the folder (pathlib.Path) of the model called `name`: a path, `demo`, or a Hugging Face name.
 
-    The network is asked last. Raises UserError where there is no such model, saying what was looked for and how to go
-    on.
+    The network comes last. Raises UserError where there is no such model, with the places that were tried and a remedy.
     """
     folder = pathlib.Path(name).expanduser()
     if name == "demo" and not folder.is_dir():
@@ -41,15 +40,15 @@ def resolve(name):
     for known in _names(name):
         place = cache_folder() / f"models--{known.replace('/', '--')}"
         snapshot = _snapshot(place)
-        lack = _lack(snapshot) if snapshot else "absent"
-        if not lack:
+        missing = _missing(snapshot) if snapshot else "absent"
+        if not missing:
             return snapshot
-        looked.append(f"{place.name}: {lack}")
+        looked.append(f"{place.name}: {missing}")
     return _download(name, f"{cache_folder()} ({', '.join(looked)})")
 
 
 def _names(name):
-    """Returns the names under which the Hub has known a model, today's first."""
+    """Returns the names of a model on the Hub, the current one first."""
     short = name.rpartition("/")[2]
     for start, organisation in ORGANISATIONS.items():
         if short.startswith(start) and name in (short, organisation + short):
@@ -66,15 +65,15 @@ def cache_folder():
 
 
 def _snapshot(place):
-    """Returns the folder of the main revision in a model's part of the cache, or None."""
+    """Returns the folder of a cached model's main revision, or None."""
     reference = place / "refs" / "main"
     commit = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
     folder = place / "snapshots" / commit
     return folder if re.fullmatch(r"\w+", commit, re.ASCII) and folder.is_dir() else None
 
 
-def _lack(folder):
-    """Returns what a folder lacks of a whole model with its vocabulary: "no vocab.txt"; else ""."""
+def _missing(folder):
+    """Returns what a folder lacks of a complete model with its vocabulary, such as "no vocab.txt", or ""."""
     if not (folder / "config.json").is_file():
         return "no config.json"
     try:
@@ -85,7 +84,7 @@ def _lack(folder):
 
 
 def _download(name, cache):
-    """Returns the folder of a snapshot fetched into the cache; UserError says why not, and two ways on."""
+    """Returns the folder of a snapshot downloaded into the cache; UserError says why not, and two remedies."""
     hub_name = _names(name)[0]
     failed = f"{name} is not a folder, nor whole in the cache {cache}"
     ways = (
@@ -95,10 +94,10 @@ def _download(name, cache):
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             raise UserError(f"{failed}, and {variable} forbids a download: {ways}")
-    import huggingface_hub  # reads HF_ENDPOINT and its kin when it is imported
+    import huggingface_hub  # reads HF_ENDPOINT and similar variables at import
 
     try:
-        # asked first, since it fails at once where there is no network or no such model; the download tries for long
+        # first, because it fails at once without a network or such a model, where the download retries for long
         info = huggingface_hub.HfApi().model_info(hub_name, timeout=TIMEOUT)
         safe = any(re.fullmatch(r"model(-.*)?\.safetensors", file.rfilename) for file in info.siblings or [])
         folder = huggingface_hub.snapshot_download(
@@ -107,12 +106,12 @@ def _download(name, cache):
             allow_patterns=["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)],
             etag_timeout=TIMEOUT,
         )
-    except Exception as error:  # the library's errors and those of its HTTP client share no base class
+    except Exception as error:  # the library's and its HTTP client's errors share no base class
         unknown = type(error).__name__ == "RepositoryNotFoundError"
         reason = "no such model there" if unknown else " ".join(str(error).split()) or type(error).__name__
         source = huggingface_hub.constants.ENDPOINT
         raise UserError(f"{failed}, nor to be had from {source} ({reason}): {ways}") from error
-    lack = _lack(pathlib.Path(folder))
-    if lack:
-        raise UserError(f"{hub_name} has {lack} on the Hub: name another model")
+    missing = _missing(pathlib.Path(folder))
+    if missing:
+        raise UserError(f"{hub_name} has {missing} on the Hub: name another model")
     return pathlib.Path(folder)

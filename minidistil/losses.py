@@ -1,13 +1,13 @@
-"""The distillation objective: which rows, which weights, which denominators; the arithmetic is in kernels/.
+"""The distillation objective: rows, weights and denominators; the arithmetic is in kernels/.
 
     L = alpha_ce  * tau^2 * mean over R of KL(softmax(t / tau) || softmax(s / tau))     Hinton et al. 2015, section 2
       + alpha_mlm * mean over masked of -log softmax(s)[label]                          Devlin et al. 2018, section 3.1
       + alpha_cos * mean over all tokens of 1 - cos(h_s, h_t)                           Sanh et al. 2019, section 3
       + alpha_mse * mean over R of sum_v (s - t)^2
 
-for student logits s, teacher logits t and last hidden states h. R is every token (the published recipe) or the masked
-ones (`kd_rows`: all | masked). Every mean has the denominator of the *whole update*, so that the gradient does not
-depend on how an update is split into micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened
+for student logits s, teacher logits t and last hidden states h. R is all tokens (the published recipe) or the masked
+ones (`kd_rows`: all | masked). The denominator of every mean is that of the *whole update*, so the gradient does
+not depend on the split into micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened
 gradient shrinks: d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)).
 
 Legend:  B batch   T tokens per sequence   N rows   C width   s, t student and teacher   tau temperature
@@ -24,7 +24,7 @@ from minidistil.data import IGNORE
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Weights of the four terms; the defaults are those of the released DistilBERT (5 / 2 / 1 / 0, tau = 2)."""
+    """Weights of the four terms; the defaults are the released DistilBERT's (5 / 2 / 1 / 0, tau = 2)."""
 
     alpha_ce: float = 5.0
     alpha_mlm: float = 2.0
@@ -35,7 +35,7 @@ class Objective:
 
     @classmethod
     def of(cls, settings):
-        """The objective that the settings of train.py name; without a teacher only its masked-LM term is left."""
+        """Returns the objective of train.py's settings; without a teacher, only the masked-LM term."""
         values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
         if settings.teacher == "none":
             values |= {"alpha_ce": 0.0, "alpha_cos": 0.0, "alpha_mse": 0.0}
@@ -43,7 +43,7 @@ class Objective:
 
     @property
     def on_logits(self):
-        """True where teacher logits are needed."""
+        """Whether a term needs the teacher's logits."""
         return bool(self.alpha_ce or self.alpha_mse)
 
     @property
@@ -53,7 +53,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Denominators:
-    """Denominators of one update, over all its micro-batches: tokens, and masked tokens."""
+    """Number of tokens, and of masked tokens, in one update over all micro-batches and ranks."""
 
     tokens: int
     masked: int
@@ -62,19 +62,15 @@ class Denominators:
         return self.tokens if objective.kd_rows == "all" else self.masked
 
 
-# ---- the whole objective
-
-
 def distillation_loss(
     objective, denominators, labels, student, h_s, teacher=None, h_t=None, teacher_decoder=None, masked=None
 ):
-    """One micro-batch's share of the update's loss.
+    """Returns one micro-batch's share of the update's loss L, differentiable, and of its terms.
 
-    labels (B, T) int64, of which `masked` are not IGNORE (counted where it is None, which makes the host wait for a
-    GPU); h_s, h_t (B, T, C) last hidden states of the `MaskedLM`s `student` and `teacher`; `teacher_decoder` is the
-    teacher's as `decoder_for` converted it, so that no micro-batch does that again. The shares of all
-    micro-batches add up to L. Returns (loss, parts): parts is fp32 (4,), this micro-batch's share of the means
-    (kl, ce, cos, mse), unweighted.
+    labels (B, T) int64, of which `masked` are not IGNORE (None: counted here, which makes the host wait for a GPU).
+    h_s, h_t (B, T, C) are the last hidden states of the `MaskedLM`s `student` and `teacher`. `teacher_decoder` is the
+    teacher's decoder as `decoder_for` converted it once. The shares of all micro-batches sum to L. Returns (loss,
+    parts): parts, fp32 (4,), is this micro-batch's share of the unweighted means (kl, ce, cos, mse).
     """
     h_s_rows, row_labels = h_s.flatten(0, 1), labels.flatten()
     h_t_rows = None if h_t is None else h_t.flatten(0, 1)
@@ -82,18 +78,18 @@ def distillation_loss(
     if objective.alpha_cos:
         cos = cosine_distance(h_s_rows, h_t_rows) / denominators.tokens
     if objective.kd_rows == "masked" or not objective.on_logits:
-        # no other row is scored, so no other row meets the vocabulary
-        here = row_labels != IGNORE
-        chosen = torch.nonzero_static(here, size=int(here.sum()) if masked is None else masked).squeeze(1)
+        # no other row has a loss on its logits, so only these are projected
+        is_masked = row_labels != IGNORE
+        chosen = torch.nonzero_static(is_masked, size=int(is_masked.sum()) if masked is None else masked).squeeze(1)
         row_labels, h_s_rows = row_labels[chosen], h_s_rows[chosen]
         h_t_rows = None if h_t_rows is None else h_t_rows[chosen]
-    on_teacher = (None, None, None)
+    teacher_inputs = (None, None, None)
     if objective.on_logits:
         with torch.no_grad():
-            on_teacher = (teacher.head(h_t_rows), *(teacher_decoder or teacher.decoder))
+            teacher_inputs = (teacher.head(h_t_rows), *(teacher_decoder or teacher.decoder))
     kd_denominator, mlm_denominator = max(denominators.kd_rows(objective), 1), max(denominators.masked, 1)
     loss, kl, ce, mse = linear_distill_kl(
-        student.head(h_s_rows), *student.decoder, *on_teacher, row_labels, objective.temperature,
+        student.head(h_s_rows), *student.decoder, *teacher_inputs, row_labels, objective.temperature,
         objective.alpha_ce / kd_denominator, objective.alpha_mlm / mlm_denominator,
         objective.alpha_mse / kd_denominator,
     )  # fmt: skip

@@ -3,7 +3,7 @@
     BERT        Devlin et al. 2018, arXiv 1810.04805
     DistilBERT  Sanh et al. 2019, arXiv 1910.01108: half the layers, no token types, no pooler
 
-Both are one `Config`, which names its family. No pooler and no next-sentence head exist here, since masked-LM
+Both have one `Config`, which names the family. There is no pooler and no next-sentence head, because masked-LM
 distillation uses neither.
 
 Legend:  B batch   T tokens per sequence   N gathered rows   C width   H heads   D = C/H head width
@@ -27,7 +27,7 @@ class Config:
 
     vocab_size: int = 30522
     positions: int = 512  # longest sequence
-    token_types: int = 2  # 0: the family has none
+    token_types: int = 2  # 0: none
     layers: int = 12
     heads: int = 12
     width: int = 768  # C
@@ -35,7 +35,7 @@ class Config:
     dropout: float = 0.1  # after embeddings, attention output and MLP
     attention_dropout: float = 0.1  # on attention probabilities
     norm_eps: float = 1e-12
-    init_range: float = 0.02  # standard deviation of fresh weights
+    init_range: float = 0.02  # standard deviation of initial weights
     pad_id: int = 0
     family: str = "bert"  # a key of families.FAMILIES
 
@@ -65,18 +65,18 @@ class Embeddings(nn.Module):
         self.types = nn.Embedding(config.token_types, config.width) if config.token_types else None
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.dropout = config.dropout
-        self.tied = False  # whether a decoder shares the words
+        self.tied = False  # whether a decoder shares the word vectors
 
     def forward(self, ids, types=None):
         T = ids.shape[1]
         if T > self.positions.num_embeddings:
             raise ValueError(f"sequence of {T} tokens, but the model has {self.positions.num_embeddings} positions")
-        # the decoder's gradient is a table already, to which a sparse one adds its few rows in place of a second table;
-        # not on a GPU, which would make the host wait for the number of rows
+        # tied weights: the decoder's gradient is a (V, C) table already, and a sparse gradient of the embedding adds
+        # its few rows to it without a second table; CPU only: on a GPU the host would wait for the number of rows
         sparse = self.tied and not ids.is_cuda and not torch.compiler.is_compiling()
         x = F.embedding(ids, self.words.weight, sparse=sparse)  # (B, T, C)
         if self.types is not None:
-            # before the positions, as in transformers, whose bits ours then are; a single-segment input is all type 0
+            # before the positions, for the same bits as transformers; a single segment is all type 0
             x = x + (self.types.weight[0] if types is None else self.types(types))
         x = x + self.positions.weight[:T]
         x = dropout_add_layer_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps)
@@ -86,8 +86,8 @@ class Embeddings(nn.Module):
 def attention_ref(q, k, v, mask=None, p=0.0):
     """softmax(q k^T / sqrt(D)) v for q, k, v of shape (B, H, T, D); mask (B, 1, 1, T) is True where a key may be seen.
 
-    What `scaled_dot_product_attention` computes without keeping (B, H, T, T); `p` drops probabilities. Vaswani et al.
-    2017, section 3.2.1.
+    The definition of `scaled_dot_product_attention`, which does not store (B, H, T, T); `p` drops probabilities.
+    Source: Vaswani et al. 2017, section 3.2.1.
     """
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, T)
     if mask is not None:
@@ -95,23 +95,23 @@ def attention_ref(q, k, v, mask=None, p=0.0):
     return dropout(torch.softmax(scores, dim=-1), p) @ v  # (B, H, T, D)
 
 
-# All of PyTorch's GPU back ends but cuDNN, which PyTorch prefers on an H100: cuDNN may round a dropout probability to
+# All of PyTorch's GPU backends except cuDNN, which PyTorch prefers on an H100: cuDNN may round a dropout probability to
 # sixteenths and still scale for the exact one (pytorch#174245), and its masked backward pass can give NaN (#196678).
 GPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(q, k, v, mask=None, p=0.0):
-    """`attention_ref` by the fastest means: on a GPU flash attention, or memory-efficient attention under a mask."""
+    """`attention_ref` by the fastest backend: on a GPU flash attention, or memory-efficient attention with a mask."""
     if q.is_cuda:
         with sdpa_kernel(GPU_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    if p:  # here PyTorch would do the same with a slower dropout
+    if p:  # on a CPU PyTorch computes the same with a slower dropout
         return attention_ref(q, k, v, mask, p)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, every token seeing every other; q, k and v come from one matrix product."""
+    """Bidirectional multi-head self-attention; one matrix product computes q, k and v."""
 
     def __init__(self, config):
         super().__init__()
@@ -121,10 +121,10 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
 
     def forward(self, x, mask=None, first=None):
-        """(B, T, C) -> (B, T, C); only the first few tokens' rows where `first` says how many."""
+        """(B, T, C) -> (B, T, C), or (B, first, C): the rows of the first tokens only."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
-        # unbind, whose gradient is one stack: that of a permutation would copy each of the three once more
+        # the gradient of unbind is one stack; that of a permutation would copy q, k and v once more
         q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (B, H, T, D)
         y = attention(q[:, :, :first], k, v, mask, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, -1, C))
@@ -143,7 +143,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Post-norm: LayerNorm comes after the residual sum, as in BERT (GPT-2 and later normalise before)."""
+    """Post-norm: LayerNorm follows the residual sum, as in BERT (GPT-2 and later models normalise before it)."""
 
     def __init__(self, config):
         super().__init__()
@@ -171,9 +171,9 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
     def forward(self, ids, mask=None, types=None, first=None):
-        """mask (B, T) bool is True at real tokens; None, as in packed training, means that there is no padding.
+        """mask (B, T) bool is True at real tokens; None: no padding, as in packed training.
 
-        `first` 1 gives [CLS] alone, (B, 1, C): the last block's other rows, which nobody reads, are not computed.
+        With `first` 1 the result is that of [CLS] only, (B, 1, C): the last block does not compute the other rows.
         """
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, T), broadcast over heads and queries
@@ -200,11 +200,11 @@ class Head(nn.Module):
 class MaskedLM(nn.Module):
     """An encoder with its masked-LM head, whose decoder weight *is* the word-embedding table.
 
-    `forward` stops at the hidden states. Logits cost V numbers a row (122 kB in fp32), so that a caller first gathers
-    the rows it will score, then asks for `head(rows)` and hands them, with `decoder`, to the loss.
+    `forward` returns hidden states. Logits cost V numbers per row (122 kB in fp32), so a caller first gathers the rows
+    to score, then passes `head(rows)` and `decoder` to the loss.
     """
 
-    hub_name = "MaskedLM"  # as transformers' class names end
+    hub_name = "MaskedLM"  # suffix of the class names in transformers
 
     def __init__(self, config, seed=None):
         super().__init__()
@@ -223,12 +223,12 @@ class MaskedLM(nn.Module):
         return self.encoder.embeddings.words.weight, self.head.bias
 
     def logits(self, rows):
-        """Vocabulary logits (N, V) of hidden rows (N, C): for evaluation and sampling, never inside training."""
+        """Vocabulary logits (N, V) of hidden rows (N, C): for evaluation and sampling, not for training."""
         return F.linear(self.head(rows), *self.decoder)
 
 
 def initialise(model, std, seed=None):
-    """Fresh weights: normal(0, std) for matrices, zero for biases, one for LayerNorm weights."""
+    """Initialises weights: normal(0, std) for matrices, zero for biases, one for LayerNorm weights."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -239,7 +239,7 @@ def initialise(model, std, seed=None):
 
 
 def num_params(config):
-    """Number of weights, the tied decoder counted once: 109,514,298 for BERT-base, 66,985,530 for DistilBERT."""
+    """Number of parameters, the tied decoder counted once: 109,514,298 for BERT-base, 66,985,530 for DistilBERT."""
     C, F_, V = config.width, config.mlp_width, config.vocab_size
     embeddings = (V + config.positions + config.token_types) * C + 2 * C
     block = 4 * (C * C + C) + (C * F_ + F_) + (F_ * C + C) + 2 * 2 * C
@@ -248,10 +248,10 @@ def num_params(config):
 
 
 def flops_per_token(config, T, head_rows=1.0):
-    """Multiply-adds of one forward pass, times two, per token of a sequence of T; a backward pass costs twice that.
+    """FLOPs per token of a forward pass on sequences of T, two per multiply-add; a backward pass costs twice as much.
 
-    `head_rows` is the share of rows that meet the vocabulary (1.0 all, 0.15 masked only). Matrix products only:
-    per block 4 C^2 (q, k, v, out) + 2 C F (MLP) + 2 T C (scores and their product with v).
+    `head_rows` is the share of rows that are projected to the vocabulary (1.0 all, 0.15 masked only). Matrix products
+    only: per block 4 C^2 (q, k, v, out) + 2 C F (MLP) + 2 T C (scores, and their product with v).
     """
     C, F_ = config.width, config.mlp_width
     body = config.layers * 2 * (4 * C * C + 2 * C * F_ + 2 * T * C)

@@ -1,4 +1,4 @@
-"""How far a run is: the learning rate, the clock, the speed, what is left, and what it costs."""
+"""Progress of a run: learning-rate schedule, clock, speed, remaining time, cost."""
 
 import contextlib
 import math
@@ -10,10 +10,10 @@ import torch
 from minidistil.data import MASK_SHARE
 from minidistil.model import flops_per_token
 
-PUBLISHED_TOKENS = 12.6e9  # of the released DistilBERT: three passes over Wikipedia and books, by arithmetic
+PUBLISHED_TOKENS = 12.6e9  # of the released DistilBERT, computed: three passes over Wikipedia and books
 
-# TFLOP/s of dense bf16 or fp16 matrix products with fp32 sums, from the makers' data sheets (those with sparsity are
-# twice that); the first name that is part of the device's name counts
+# TFLOP/s of dense bf16 or fp16 matrix products with fp32 accumulation, from the vendors' data sheets (half of the
+# values with sparsity); the first name that is part of the device's name applies
 PEAKS = [
     ("B200", 2250), ("H200", 989), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("L40S", 362), ("L4", 121),
     ("A10", 125), ("T4", 65), ("V100", 125), ("MI300X", 1307),
@@ -23,7 +23,7 @@ PEAKS = [
 def lr_at(update, total, peak, warmup):
     """Learning rate of update 0 ... total - 1: linear warm-up to `peak` over the first `warmup` share, linear decay.
 
-    Neither the first nor the last update is wasted: the line starts one step above zero and would reach it at `total`.
+    No update has a learning rate of zero: warm-up starts one step above it, and the decay would reach it at `total`.
     """
     rising = min(math.ceil(total * warmup), total)
     if update < rising:
@@ -38,9 +38,9 @@ def duration(seconds):
 
 
 class Progress:
-    """Counts updates and seconds of a run of `total` updates of so many tokens; the speed leaves out what is `paused`.
+    """Counts updates and seconds of a run of `total` updates of `tokens` tokens; the speed excludes `paused` time.
 
-    `update` and `seconds_before` are where a resumed run stands.
+    A resumed run starts at `update`, after `seconds_before`.
     """
 
     def __init__(self, total, tokens=0, update=0, seconds_before=0.0):
@@ -50,16 +50,16 @@ class Progress:
         self.restart()
 
     def restart(self, seconds_before=None):
-        """Starts the clock of training: what came before counts as time of the run, but not of training."""
+        """Starts the clock of training: time before it counts for the run, but not for the speed."""
         self.before = self.before if seconds_before is None else seconds_before
-        self.began, self.aside, self.last = time.monotonic(), 0.0, {}
+        self.began, self.paused_seconds, self.last = time.monotonic(), 0.0, {}
 
     @contextlib.contextmanager
     def paused(self):
-        """Evaluating and saving are part of the run, but not of its speed."""
+        """Excludes the time within, such as evaluation, from the speed but not from the run."""
         start = time.monotonic()
         yield
-        self.aside += time.monotonic() - start
+        self.paused_seconds += time.monotonic() - start
 
     @property
     def elapsed(self):
@@ -68,12 +68,12 @@ class Progress:
 
     @property
     def seconds(self):
-        """Seconds of the whole run, interruptions left out."""
+        """Seconds of the whole run without interruptions."""
         return self.before + self.elapsed
 
     @property
     def updates_per_second(self):
-        return (self.update - self.first) / max(self.elapsed - self.aside, 1e-9)
+        return (self.update - self.first) / max(self.elapsed - self.paused_seconds, 1e-9)
 
     @property
     def tokens_per_second(self):
@@ -88,14 +88,14 @@ class Progress:
         return self.update >= self.total
 
     def due(self, what, seconds):
-        """Whether `what` last happened more than `seconds` ago; if so, it counts as happening now."""
+        """Whether `what` is due: it last happened more than `seconds` ago. If so, records it as happening now."""
         if time.monotonic() - self.last.get(what, self.began) <= seconds:
             return False
         self.reset(what)
         return True
 
     def line_due(self):
-        """Whether to print a line: often to a person, seldom into a file, always after the first and last update."""
+        """Whether to print a line: often to a terminal, seldom to a file, always after the first and last update."""
         if self.due("line", self.line_every):
             return True
         if self.update in (self.first + 1, self.total):
@@ -107,13 +107,13 @@ class Progress:
         self.last[what] = time.monotonic()
 
 
-# ---- arithmetic and costs
+# ---- FLOPs and cost
 
 
 def training_flops_per_token(objective, teacher, student, T):
-    """FLOPs of one token of training: the student's forward and backward pass (three forwards), the teacher's forward.
+    """FLOPs per training token: forward and backward pass of the student (3 forward passes), forward of the teacher.
 
-    `teacher` and `student` are Configs, teacher None where there is none. Counts the rows that meet the vocabulary.
+    `teacher` (or None) and `student` are Configs. Only rows that the objective scores count for the projection.
     """
     rows = 1.0 if objective.on_logits and objective.kd_rows == "all" else MASK_SHARE
     flops = 3 * flops_per_token(student, T, rows)
@@ -123,7 +123,7 @@ def training_flops_per_token(objective, teacher, student, T):
 
 
 def peak_tflops(device, dtype):
-    """Dense peak of a device for matrix products in bf16 or fp16, TFLOP/s; None where we do not know it."""
+    """Dense peak of a device for matrix products in bf16 or fp16, TFLOP/s; None where it is unknown."""
     if device.type != "cuda" or dtype == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -131,10 +131,10 @@ def peak_tflops(device, dtype):
 
 
 def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price_per_hour=None):
-    """Returns what a run of so many tokens at this speed (of all ranks) amounts to.
+    """Returns the estimated cost of a run of `tokens` tokens at this speed (of all ranks together).
 
-    {"tflops_per_second" a rank, "utilisation" of `peak` TFLOP/s (None: unknown), "device_hours", "cost", and
-    "published_device_hours", "published_cost" of the published recipe's tokens}; costs None without a price.
+    {"tflops_per_second" per rank, "utilisation" of `peak` TFLOP/s (None: unknown), "device_hours", "cost", and
+    "published_device_hours", "published_cost" for the tokens of the published recipe}; without a price, costs are None.
     """
     tflops = tokens_per_second * flops_per_token / 1e12 / ranks
     estimate = {"tflops_per_second": round(tflops, 3), "utilisation": peak and round(tflops / peak, 4)}

@@ -1,4 +1,4 @@
-"""What a run says while it goes on, and what it leaves: lines of progress, metrics, model, curve and run.json."""
+"""The output of a run: progress lines, metrics, model, curve and run.json."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ from minidistil.run import draw_curve
 
 
 class RunReport:
-    """What a run says and writes about itself."""
+    """Prints and logs the progress of a run, and writes its result."""
 
     def __init__(self, settings, run, progress, distiller, dtype, ranks):
         self.settings, self.run, self.progress, self.ranks = settings, run, progress, ranks
         self.dtype, self.device = dtype, distiller.device
         self.student, self.teacher = distiller.student, distiller.teacher
         shapes = self.teacher and self.teacher.config, self.student.config
-        self.flops = training_flops_per_token(distiller.objective, *shapes, settings.seq_len)  # of a token
+        self.flops = training_flops_per_token(distiller.objective, *shapes, settings.seq_len)  # per token
         self.peak = peak_tflops(self.device, dtype)
 
     def begin(self, corpus, A, B, T, held_out):
@@ -30,10 +30,10 @@ class RunReport:
             f"{self.device}; {self.run.out}"
         )
         if ranks.first and held_out.teacher_metrics:
-            ranks.print0(f"held-out, teacher: {shown(held_out.teacher_metrics)}")
+            ranks.print0(f"held-out, teacher: {format_metrics(held_out.teacher_metrics)}")
 
     def cost(self):
-        """At this speed, of the whole run and of the published one."""
+        """Returns the estimated cost, at this speed, of the whole run and of the published one."""
         progress, price = self.progress, self.settings.price_per_hour
         tokens = progress.total * progress.tokens
         return estimate_cost(tokens, progress.tokens_per_second, self.flops, self.peak, self.ranks.size, price)
@@ -50,13 +50,13 @@ class RunReport:
         share = f" ({cost['utilisation']:.0%} of peak)" if self.peak else ""
         price = "" if cost["cost"] is None else f"  {cost['cost']:,.2f} in all"
         self.ranks.print0(
-            f"update {progress.update:>6}/{progress.total}  {shown(terms)}  {speed:,.0f} tokens/s  "
+            f"update {progress.update:>6}/{progress.total}  {format_metrics(terms)}  {speed:,.0f} tokens/s  "
             f"{cost['tflops_per_second']:.2f} TFLOP/s{share}{price}  {progress.left} left  {memory:,.0f} MiB"
         )
 
     def evaluated(self, metrics):
         self.run.log({"step": self.progress.update, "held_out": metrics})
-        self.ranks.print0(f"held-out, student after {self.progress.update}: {shown(metrics)}")
+        self.ranks.print0(f"held-out, student after {self.progress.update}: {format_metrics(metrics)}")
 
     def finish(self, corpus, tokenizer, held_out, metrics):
         """Writes the student, its tokenizer, the curve and run.json; returns the summary."""
@@ -90,6 +90,6 @@ class RunReport:
         return summary
 
 
-def shown(metrics):
-    """Metrics for a line of progress; a term that is not part of the objective is left out."""
+def format_metrics(metrics):
+    """Returns metrics as text for a progress line, without terms that are 0 because the objective lacks them."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value)

@@ -1,7 +1,7 @@
-"""The output folder of a run: what it was begun with, its metrics, its checkpoint, and how to go on with it.
+"""The output folder of a run: identity, metrics, checkpoint, resumption.
 
-The order of the data and the random numbers are functions of (seed, update), so that a checkpoint is small: weights,
-AdamW's two moments, the loss scale, and the number of updates done.
+Data order and random numbers are functions of (seed, update), so a checkpoint holds only weights, AdamW's two moments,
+the loss scale and the number of finished updates.
 """
 
 import dataclasses
@@ -24,30 +24,29 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def choose_folder(out, stem, resume, resume_marker):
-    """Returns the folder `out`, or runs/`stem` for the first number that is free; no run is ever written over.
+    """Returns the folder `out`, or the first free one of runs/`stem`, runs/`stem`-2 ...; never overwrites a run.
 
-    A folder that holds the file `resume_marker` can be resumed. Raises UserError for another folder with something in
-    it.
+    A folder that contains the file `resume_marker` can be resumed. Raises UserError for any other non-empty folder.
     """
     if out is None:
         numbers = (("" if n == 1 else f"-{n}") for n in range(1, 10**6))
         return next(p for p in (pathlib.Path("runs") / f"{stem}{n}" for n in numbers) if not p.exists())
     out = pathlib.Path(out)
     if out.is_dir() and any(out.iterdir()) and not resume:
-        how = "add --resume to go on, or choose" if (out / resume_marker).exists() else "choose"
+        how = "add --resume to continue, or choose" if (out / resume_marker).exists() else "choose"
         raise UserError(f"--out {out} is not empty: {how} another --out")
     return out
 
 
 def resume_command(launcher, script, argv, out):
-    """The command line that goes on with a run in `out`, given the one that began it."""
+    """Returns the command line that resumes the run in `out`, from the one that started it."""
     words = [*launcher, script, *(a for a in argv if a != "--resume"), "--resume"]
     named = any(a == "--out" or a.startswith("--out=") for a in argv)
     return shlex.join(words + ([] if named else ["--out", str(out)]))
 
 
 def require_same(before, now, out):
-    """Raises UserError unless two identities (dicts) are the same: a resumed run takes the same updates, or none."""
+    """Raises UserError unless two identities (dicts) are equal: a resumed run must compute the same updates."""
     different = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
     if different:
         changes = ", ".join(different)
@@ -71,7 +70,7 @@ def save_checkpoint(out, model, optimizer, info):
 
 
 def load_checkpoint(out):
-    """Returns (info, tensors) of the checkpoint in `out`; UserError where there is none or it is damaged."""
+    """Returns (info, tensors) of the checkpoint in `out`; UserError where it is missing or damaged."""
     path = pathlib.Path(out) / CHECKPOINT
     if not path.is_file():
         raise UserError(f"nothing to resume in {out} (no {path}): start without --resume")
@@ -81,11 +80,11 @@ def load_checkpoint(out):
 
 @torch.no_grad()
 def restore(tensors, model, optimizer, adam_steps):
-    """Puts the tensors of `load_checkpoint` into a model and into its optimiser, which has taken `adam_steps` steps."""
+    """Copies the tensors of `load_checkpoint` into a model and its optimiser, which has run `adam_steps` steps."""
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"student.{name}"])
         if f"exp_avg.{name}" in tensors:
-            # the step counter stays where the fused optimiser keeps it: beside the parameter, in fp32
+            # the fused optimiser keeps its step counter beside the parameter, in fp32
             state = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(adam_steps, device=parameter.device), **state}
 
@@ -95,26 +94,26 @@ def restore(tensors, model, optimizer, adam_steps):
 
 @dataclasses.dataclass
 class State:
-    """Where a run stands besides its tensors; the defaults are those of a fresh one."""
+    """The state of a run besides its tensors; the defaults are those of a new run."""
 
     update: int = 0
     seconds: float = 0.0
-    dtype: str = None  # of matrix products, chosen once
-    scale: dict = dataclasses.field(default_factory=dict)  # the loss scaler's state, fp16 only
-    searched: int = None  # the micro-batch that a search found
+    dtype: str = None  # precision of matrix products, chosen once
+    scale: dict = dataclasses.field(default_factory=dict)  # state of the loss scaler, fp16 only
+    searched: int = None  # result of the micro-batch search
 
 
 class Run:
     """metrics.jsonl and checkpoint/ in the folder `out`; only the first rank `writes`.
 
-    `identity` (a JSON-able dict) is all that enters the arithmetic of an update.
+    `identity` (a JSON-able dict) is everything that affects the arithmetic of an update.
     """
 
     def __init__(self, out, identity, writes):
         self.out, self.identity, self.writes, self.history = out, identity, writes, []
 
     def resume(self, student, optimizer, dtype):
-        """Restores student and optimiser; returns the State. Raises UserError unless this is the same run."""
+        """Restores student and optimiser; returns the State. Raises UserError for another run."""
         saved, tensors = load_checkpoint(self.out)
         wanted = self.identity if dtype == "auto" else {**self.identity, "dtype": dtype}
         require_same({**saved["identity"], "dtype": saved["dtype"]}, wanted, self.out)
@@ -126,7 +125,7 @@ class Run:
             save_checkpoint(self.out, student, optimizer, {**dataclasses.asdict(state), "identity": self.identity})
 
     def open(self, update):
-        """Opens metrics.jsonl for `log`; records of updates after `update`, which will be done again, are dropped."""
+        """Opens metrics.jsonl for `log`; drops records after `update`, because these updates will be repeated."""
         path = self.out / "metrics.jsonl" if self.writes else os.devnull
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ class Run:
 
 
 def read_metrics(path):
-    """Returns the records of a metrics.jsonl; the last line may be cut short by a crash."""
+    """Returns the records of a metrics.jsonl; a crash may have truncated the last line."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -176,9 +175,9 @@ def draw_curve(path, history, teacher_metrics):
 
 
 class SignalFlag:
-    """Turns Ctrl-C and SIGTERM into a flag that a loop reads where it can stop; a second one kills at once.
+    """Turns Ctrl-C and SIGTERM into a flag that a loop reads; a second signal ends the process at once.
 
-    Within a second it counts as the same: `torchrun` passes on to its processes what the terminal sent them already.
+    A second signal within one second is ignored: `torchrun` forwards to its processes what the terminal sent them too.
     """
 
     def __init__(self):

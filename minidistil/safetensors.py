@@ -1,8 +1,9 @@
 """The safetensors file format, read and written by hand.
 
-8 bytes, the header's length as a little-endian integer; a JSON header that maps each name to
-{"dtype", "shape", "data_offsets": [begin, end]}; then the data, which those ranges cover without hole or overlap.
-Source: https://huggingface.co/docs/safetensors. A file is not trusted: whatever its bytes are, it loads or is refused.
+A file is 8 bytes, the length of the header as a little-endian integer; a JSON header that maps each name to
+{"dtype", "shape", "data_offsets": [begin, end]}; and the data, which these ranges cover without gap or overlap.
+Source: https://huggingface.co/docs/safetensors. Files are not trusted: any sequence of bytes either loads or raises
+UserError.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-ZERO_DIGEST = "0" * 64  # stands in for the digest while it is computed
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the format
+ZERO_DIGEST = "0" * 64  # placeholder of the digest while it is computed
 
 
 def damaged(path, fault):
@@ -34,9 +35,9 @@ def damaged(path, fault):
 def read_safetensors(path, checksum=False):
     """Returns (tensors by name, metadata str -> str) of a safetensors file.
 
-    The tensors are views of a private memory map: read them, do not write to them, and leave the file alone meanwhile.
-    With `checksum`, the file must hold the digest that `write_safetensors(checksum=True)` gave it, and agree with it.
-    Raises UserError, naming the file and the fault, for anything that the format forbids.
+    The tensors are views of a private memory map: do not write to them, and do not change the file while they exist.
+    With `checksum`, the file must contain the digest of `write_safetensors(checksum=True)` and match it. Raises
+    UserError, with file and fault, for anything that the format forbids.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -57,14 +58,14 @@ def read_safetensors(path, checksum=False):
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
         part = data[8 + length + begin : 8 + length + end]
-        # a header of odd length leaves the data unaligned, which no view can be
+        # a header of odd length leaves the data unaligned, and a view must be aligned
         part = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
         tensors[name] = part.view(dtype).view(shape)
     return tensors, metadata
 
 
 def _parse_header(header, data_size):
-    """Returns (metadata, {name: (dtype, shape, begin, end)}); ValueError says what is wrong."""
+    """Returns (metadata, {name: (dtype, shape, begin, end)}); ValueError states the fault."""
     if not header.startswith(b"{"):
         raise ValueError("the header is not a JSON object")
     header = parse_json(header)
@@ -78,7 +79,7 @@ def _parse_header(header, data_size):
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
-        # 64 dimensions are torch's limit; a product beyond 2^63 would overflow its strides, even beside a zero
+        # torch has at most 64 dimensions; a product beyond 2^63 would overflow the strides, even with a zero size
         sane = _are_sizes(shape) and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 2**63
         if not sane or not _are_sizes(offsets) or len(offsets) != 2:
             raise ValueError(f"{name!r} has an impossible shape or data_offsets")
@@ -96,12 +97,12 @@ def _parse_header(header, data_size):
 
 
 def _are_sizes(values):
-    """Whether `values` is a list of integers, none negative; JSON's true is no integer."""
+    """Whether `values` is a list of integers, none negative; true does not count as one."""
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def parse_json(data):
-    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, NaN and doubled keys too."""
+    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, including NaN and repeated keys."""
 
     def unique(pairs):
         values = dict(pairs)
@@ -122,12 +123,12 @@ def parse_json(data):
 
 
 def _checksum_field(digest):
-    """Returns the one place of a header that can hold these bytes: in a string, the quotes would be escaped."""
+    """Returns the digest's bytes in a header; no JSON string can contain them, because it would escape the quotes."""
     return f'"sha256":"{digest}"'.encode()
 
 
 def _verify(path, header, data, digest):
-    """Raises UserError unless the file, its own digest blanked, hashes to that digest."""
+    """Raises UserError unless the file, with zeros for its digest, hashes to that digest."""
     if not re.fullmatch("[0-9a-f]{64}", digest) or _checksum_field(digest) not in header:
         raise damaged(path, "it holds no checksum")
     hasher = hashlib.sha256(header.replace(_checksum_field(digest), _checksum_field(ZERO_DIGEST)))
@@ -146,7 +147,7 @@ def write_safetensors(path, tensors, metadata=None, checksum=False):
     if checksum:
         metadata["sha256"] = ZERO_DIGEST
     header, position = {"__metadata__": dict(sorted(metadata.items()))}, 0
-    # widest types first, so that every tensor begins at a multiple of its item size
+    # widest types first, so that every tensor is aligned to its item size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in names:
         dtype, shape, end = tensors[name].dtype, list(tensors[name].shape), position + tensors[name].nbytes

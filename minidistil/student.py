@@ -1,4 +1,4 @@
-"""How a student begins: from its teacher's layers, from a folder, or from random weights."""
+"""Student initialisation: from teacher layers, from a folder, or with random weights."""
 
 import pathlib
 import re
@@ -11,9 +11,9 @@ from minidistil.model import MaskedLM
 
 
 def student_layers(teacher_layers, k=None):
-    """Returns the k teacher layers (default half) to begin a student with, evenly spread: 0, 2, 4, 7, 9, 11 of 12.
+    """Returns k evenly spread teacher layers (default half): 0, 2, 4, 7, 9, 11 of 12, as in the published recipe.
 
-    Those of the published recipe. Raises UserError unless 1 <= k <= teacher_layers.
+    Raises UserError unless 1 <= k <= teacher_layers.
     """
     k = max(1, teacher_layers // 2) if k is None else k
     if not 1 <= k <= teacher_layers:
@@ -22,10 +22,10 @@ def student_layers(teacher_layers, k=None):
 
 
 def student_from_teacher(teacher, layers):
-    """Returns a DistilBERT-shaped MaskedLM, in training mode: copies of some of a teacher's layers and all the rest.
+    """Returns a DistilBERT-shaped MaskedLM in training mode, with copies of these teacher layers, embeddings and head.
 
-    BERT adds token-type row 0 to every position of a single segment; here it is folded into the position table, so
-    that a student of all layers computes what its teacher does. Raises UserError for a layer that there is not.
+    BERT adds token-type row 0 to every position of a single segment; here it is added to the position table, so a
+    student with all layers computes what its teacher does. Raises UserError for a layer that does not exist.
     """
     L = teacher.config.layers
     if not layers or not all(0 <= layer < L for layer in layers):
@@ -43,9 +43,8 @@ def student_from_teacher(teacher, layers):
     return student
 
 
-
-def chosen_layers(text, teacher_layers):
-    """`6` -> six layers spread over the teacher's; `0,2,4` -> these; None -> half of them."""
+def parse_layers(text, teacher_layers):
+    """Parses --student-layers: `6` -> six evenly spread teacher layers; `0,2,4` -> these; None -> half of them."""
     try:
         numbers = [int(n) for n in text.split(",")] if text else []
     except ValueError:
@@ -59,10 +58,10 @@ def chosen_layers(text, teacher_layers):
 
 
 def build_student(settings, teacher, init):
-    """Makes the student in fp32 on the CPU, as the settings of train.py say.
+    """Returns the student in fp32 on the CPU that train.py's settings describe.
 
-    `teacher` is a MaskedLM or None, `init` the folder that --student-init names, or None. Raises UserError where the
-    settings contradict each other or the teacher.
+    `teacher` is a MaskedLM or None, `init` the folder of --student-init or None. Raises UserError where the settings
+    contradict each other or the teacher.
     """
     source = settings.student_init or ("teacher" if teacher and not settings.student_config else "random")
     if init:
@@ -70,13 +69,13 @@ def build_student(settings, teacher, init):
             raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
         student = weights.load_model(init, fresh_head=True)
     elif source == "teacher":
-        student = student_from_teacher(teacher, chosen_layers(settings.student_layers, teacher.config.layers))
+        student = student_from_teacher(teacher, parse_layers(settings.student_layers, teacher.config.layers))
     else:
         if settings.student_config:
             path = pathlib.Path(settings.student_config)
             config = weights.read_config(path.parent if path.name == "config.json" else path)
         elif teacher:
-            config = teacher.config.student(len(chosen_layers(settings.student_layers, teacher.config.layers)))
+            config = teacher.config.student(len(parse_layers(settings.student_layers, teacher.config.layers)))
         else:
             raise UserError("a student without a teacher needs a shape: add --student-config or --student-init")
         student = MaskedLM(config, seed=settings.seed)
@@ -86,7 +85,7 @@ def build_student(settings, teacher, init):
 
 
 def set_dropout(model, p):
-    """Sets every dropout probability of a model, attention included; what it is saved with stays its config's."""
+    """Sets every dropout probability of a model, attention included, but not its config, which is saved."""
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout = p

@@ -1,8 +1,8 @@
-"""Models in and out of Hugging Face folders, by the tables of families.py.
+"""Loads and saves models as Hugging Face folders, by the tables of families.py.
 
-A folder's weights are model.safetensors or pytorch_model.bin, whole or in shards. Every tensor of the files is used or
-ignored with a reason, and every parameter of the model is filled. A file is not trusted: whatever its bytes are, it
-loads or is refused.
+A folder's weights are model.safetensors or pytorch_model.bin, whole or in shards. Every tensor of the files is used, or
+ignored with a reason, and every parameter of the model is filled. Files are not trusted: any sequence of bytes either
+loads or raises UserError.
 """
 
 import pathlib
@@ -11,12 +11,12 @@ import re
 import torch
 
 from minidistil.errors import UserError
-from minidistil.families import FAMILIES, IGNORED, ONLY
+from minidistil.families import FAMILIES, IGNORED, SUPPORTED
 from minidistil.files import write_json
 from minidistil.model import Config, MaskedLM
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
-# ---- the weights of a folder, whatever its files
+# ---- weight files
 
 # the first one present counts
 WEIGHT_FILES = [
@@ -61,7 +61,7 @@ def read_weights(folder):
 
 
 def read_json(path):
-    """Returns the JSON object in a file, with a fault as UserError."""
+    """Returns the JSON object in a file; raises UserError for anything else."""
     with open(path, "rb") as file:
         data = file.read(HEADER_LIMIT)
     try:
@@ -71,7 +71,7 @@ def read_json(path):
 
 
 def _read_index(path):
-    """Returns the shards that an index names, sorted: plain file names, so that no path leads out of the folder."""
+    """Returns the shards in an index, sorted; only plain file names are allowed, so no path leads out of the folder."""
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise damaged(path, "it has no weight_map")
@@ -83,12 +83,12 @@ def _read_index(path):
 
 
 def _read_bin(path):
-    """Returns the tensors of a pytorch_model.bin; its pickle may name tensors and dicts, and is never executed."""
+    """Returns the tensors of a pytorch_model.bin; its pickle may hold only tensors and dicts, and never runs."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # else the format of torch before 1.6, which cannot be mapped
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # damaged pickles fail in every way there is
+    except Exception as error:  # damaged pickles raise all kinds of exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or holds more than tensors ({reason}): use a safetensors file") from error
     if not isinstance(tensors, dict) or not all(
@@ -99,7 +99,7 @@ def _read_bin(path):
 
 
 def _is_plain(tensor):
-    """Whether this is a dense CPU tensor with memory behind every element (stride 0 makes terabytes of four bytes)."""
+    """Whether this is a dense CPU tensor with memory for every element (stride 0 makes terabytes of four bytes)."""
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.layout == torch.strided
@@ -112,23 +112,23 @@ def _is_plain(tensor):
 # ---- config.json
 
 REQUIRED = ("vocab_size", "positions", "layers", "heads", "width", "mlp_width")
-SIZE_LIMIT = 2**24  # of any one number, so that products stay below 2^63
-LAYER_LIMIT = 256  # the same for a model built without memory, in about a second
+SIZE_LIMIT = 2**24  # of any number, so that products stay below 2^63
+LAYER_LIMIT = 256  # a model on the meta device is built in about a second
 
 
 def read_config(folder):
     """Returns the Config in a folder's config.json.
 
-    Raises UserError for another architecture, a missing or impossible number, or a setting that this model has not.
+    Raises UserError for another architecture, a missing or impossible number, or an unsupported setting.
     """
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model")
     values = read_json(path)
     family = _family(path, values)
-    for key, only in ONLY:
-        if values.get(key, only) not in (only, None):
-            raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {only!r}")
+    for key, supported in SUPPORTED:
+        if values.get(key, supported) not in (supported, None):
+            raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {supported!r}")
     numbers = {"family": family}
     for ours, theirs in FAMILIES[family].config_keys.items():
         if values.get(theirs) is not None:
@@ -147,7 +147,7 @@ def read_config(folder):
 
 
 def _family(path, values):
-    """Returns a key of FAMILIES; old files name the family in `architectures` only, or only by their keys."""
+    """Returns a key of FAMILIES; old files name the family only in `architectures`, or show it only by their keys."""
     family = values.get("model_type")
     if not family and values.get("architectures"):
         match = re.match(r"\['(\w+?)(?:For|Model)", str(values["architectures"]))
@@ -161,7 +161,7 @@ def _family(path, values):
 
 
 def _number(path, ours, theirs, value):
-    """Returns one number of config.json, checked for type and range."""
+    """Returns one number of config.json; raises UserError where its type or range is wrong."""
     if isinstance(getattr(Config, ours), int):
         least = 0 if ours == "pad_id" else 1
         most = LAYER_LIMIT if ours == "layers" else SIZE_LIMIT
@@ -188,14 +188,15 @@ def write_config(folder, config, head="MaskedLM", **extra):
 
 # ---- names
 
-def _plain(name):
-    """Their name less what differs between files: prefixes of wrappers, and gamma and beta from TensorFlow."""
+
+def _canonical(name):
+    """Returns their name without wrapper prefixes, and with weight and bias for TensorFlow's gamma and beta."""
     name = re.sub(r"^(module\.)?(bert\.|distilbert\.)?", "", name)
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
 def _names(config, parameters):
-    """Returns {our parameter: [their name, ...]} for parameters of a model of this shape."""
+    """Returns {our parameter: [their name, ...]} for the parameters of a model with this config."""
     rules = FAMILIES[config.family].tensors
     names = {}
     for ours in parameters:
@@ -213,11 +214,11 @@ def _names(config, parameters):
 def load_model(folder, fresh_head=False):
     """Returns the MaskedLM of a Hugging Face folder in fp32 on the CPU, in eval mode.
 
-    `fresh_head` gives a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder.
-    Raises UserError unless every tensor of the file has a place or a reason to have none, and every parameter a tensor.
+    `fresh_head` adds a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder. Raises
+    UserError unless every tensor of the file is used or ignored with a reason, and every parameter has a tensor.
     """
     config = read_config(folder)
-    with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced below
+    with torch.device("meta"):  # allocates and draws nothing: every tensor is replaced below
         model = MaskedLM(config)
     source, names = named_weights(folder, model)
     fresh = {}
@@ -237,7 +238,7 @@ def named_weights(folder, model):
 
 
 def fill(folder, model, source, names, fresh=()):
-    """Gives a model that was made without memory the tensors of `fresh`, by our names, and all others of `source`."""
+    """Fills a model on the meta device with the tensors of `fresh` (by our names), and of `source` for all others."""
     state = dict(fresh)
     wanted = [ours for ours in names if ours not in state]
     missing = [name for ours in wanted for name in names[ours] if name not in source]
@@ -256,12 +257,12 @@ def fill(folder, model, source, names, fresh=()):
 
 
 def _by_their_names(folder, tensors, places):
-    """Returns the tensors by the names `places`, less those tied and ignored; UserError names one without a place."""
+    """Returns the tensors by the names `places` without tied and ignored ones; UserError names an unknown tensor."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
-    known = {_plain(name): name for name in places + [copy for copy, _ in tied]}
+    known = {_canonical(name): name for name in places + [copy for copy, _ in tied]}
     found, unknown = {}, []
     for name, tensor in tensors.items():
-        plain = _plain(name)
+        plain = _canonical(name)
         if plain not in known:
             unknown += [] if any(re.fullmatch(pattern, plain) for pattern, _ in IGNORED) else [name]
         elif known[plain] in found:
@@ -280,17 +281,17 @@ def _by_their_names(folder, tensors, places):
 
 
 def _some(names):
-    """Returns the first of some names, and how many more there are."""
+    """Returns the first of some names and the number of the others."""
     return min(names) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _check(name, tensor, shape):
-    """Raises UserError unless a tensor of the file is floating point, finite and of this shape."""
+    """Raises UserError unless a tensor of the file is floating-point, finite and of this shape."""
     if tuple(tensor.shape) != shape:
         raise UserError(f"{name} has shape {tuple(tensor.shape)}, but config.json asks for {shape}: correct it")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UserError(f"{name} is {tensor.dtype}: convert it to float32, float16 or bfloat16")
-    if not all(end.isfinite() for end in tensor.aminmax()):  # one pass, no temporary; both are NaN where one value is
+    if not all(end.isfinite() for end in tensor.aminmax()):  # one pass without a temporary; both NaN if a value is
         raise UserError(f"{name} holds values that are not finite: take an earlier checkpoint")
 
 
@@ -306,10 +307,10 @@ def _fresh_head(config):
 
 
 def save_model(folder, model, **extra):
-    """Writes config.json and model.safetensors of an fp32 model as transformers does; its loader inverts it.
+    """Writes config.json and model.safetensors of an fp32 model as transformers does; `load_model` inverts it.
 
-    A MaskedLM becomes a BertForMaskedLM, or a DistilBertForMaskedLM without token types; the tied decoder is left out.
-    A Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering. `extra` goes into
+    A MaskedLM becomes a BertForMaskedLM or DistilBertForMaskedLM, by its family; the tied decoder is left out. A
+    Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering. `extra` goes into
     config.json.
     """
     state = model.state_dict()
@@ -318,5 +319,3 @@ def save_model(folder, model, **extra):
         tensors |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
     write_config(folder, model.config, model.hub_name, **extra)
     write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)
-
-

@@ -111,7 +111,7 @@ def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
             break
     said = process.stdout.read()
     process.wait(60)
-    assert re.search(r"saved after update \d+ of 60; go on with: torchrun --nproc-per-node 2 train.py", said)
+    assert re.search(r"saved after update \d+ of 60; resume with: torchrun --nproc-per-node 2 train.py", said)
     _, info = parameters(tmp_path / "b")
     assert 0 < info["update"] < 60
     assert torchrun(tiny, tmp_path / "b", resume=True, **few).returncode == 0
@@ -134,7 +134,7 @@ def test_a_rank_that_is_killed(tiny, tmp_path):
     assert time.monotonic() - began < 30 and process.returncode != 0
     ours = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
     assert len(ours) == 1 and "rank 0 has lost another rank" in ours[0]
-    assert re.search("go on from the last checkpoint with: torchrun .* --resume$", ours[0])
+    assert re.search("resume from the last checkpoint with: torchrun .* --resume$", ours[0])
     saved = load_checkpoint(tmp_path / "out")[0]["update"]
     train.main(flags(tiny, tmp_path / "out", accum=4, resume=True, **few | dict(steps=2000, time_limit=0.01)))
     assert load_checkpoint(tmp_path / "out")[0]["update"] > saved

@@ -242,7 +242,7 @@ def test_resumed_is_uninterrupted(n, tiny, glue, tmp_path, monkeypatch, capsys):
         interrupted_at(n, patch)
         tuned(tiny, glue, tmp_path / "b", **few)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert re.search(r"go on with: python finetune.py --task sst2 --resume", capsys.readouterr().out)
+    assert re.search(r"resume with: python finetune.py --task sst2 --resume", capsys.readouterr().out)
     found = tuned(tiny, glue, tmp_path / "b", **few, resume=True)
     assert found["tasks"] == expected["tasks"]
     a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
@@ -349,7 +349,7 @@ def test_examples_longer_than_the_model(tiny, glue, tmp_path):
 
 
 def test_another_run_is_not_written_over(tiny, glue, sst2):
-    with pytest.raises(UserError, match="is not empty: add --resume to go on, or choose another --out"):
+    with pytest.raises(UserError, match="is not empty: add --resume to continue, or choose another --out"):
         tuned(tiny, glue, sst2[1])
     with pytest.raises(UserError, match=r"begun with other settings \(batch 8 -> 9\)"):
         tuned(tiny, glue, sst2[1], batch=9, resume=True)

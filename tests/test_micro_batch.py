@@ -90,7 +90,7 @@ def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeyp
     monkeypatch.setattr(micro_batch, "largest_that_fits", trial)
     monkeypatch.setattr(micro_batch, "can_search", lambda device: True)
     train.train(settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto"))
-    assert sizes == [(8, micro_batch.MOST_TOKENS // 32), (4, micro_batch.MOST_TOKENS // 32)]
+    assert sizes == [(8, micro_batch.MAX_TOKENS // 32), (4, micro_batch.MAX_TOKENS // 32)]
     assert same_bits(tmp_path / "given", tmp_path / "found")
     # a resumed run looks for no more than the first found: on the same device, the same bits
     again = settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto", resume=True)

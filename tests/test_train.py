@@ -310,8 +310,8 @@ def test_signal_saves_and_says_how_to_go_on(tiny, uninterrupted, tmp_path, numbe
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number and stderr == ""
     last = stdout.splitlines()[-1]
-    assert "go on with: python train.py" in last and last.endswith("--resume")
-    again = last.split("go on with: python ")[1].split()
+    assert "resume with: python train.py" in last and last.endswith("--resume")
+    again = last.split("resume with: python ")[1].split()
     assert again[0] == "train.py"
     done = call([sys.executable, str(ROOT / "train.py"), *again[1:]])
     assert done.returncode == 0, done.stderr
