@@ -1,1 +1,1 @@
-"""Text to token files, and text to vocabularies."""
+"""Text to token files and to vocabularies."""

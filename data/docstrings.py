@@ -1,8 +1,8 @@
-"""English that is already on this computer: the documentation strings of installed Python packages.
+"""The `docs` corpus: English from the documentation strings of installed Python packages.
 
-Harvested with `ast` from the standard library, torch, numpy, sympy and networkx, in sorted order, so that one
-set of versions gives one text on every run. What is kept is prose: doctests, code and formula blocks, tables
-and reStructuredText markers go.
+Extracted with `ast` from the standard library, torch, numpy, sympy and networkx, in sorted order, so the same versions
+give the same text on every run. Only prose is kept: no doctests, code and formula blocks, tables or reStructuredText
+markers.
 """
 
 import ast
@@ -22,7 +22,7 @@ _MINIMUM_WORDS = 5
 
 
 def python_files():
-    """Returns the sorted paths of the sources that `docs` reads; a package that is not installed is left out."""
+    """Returns the sorted paths of the source files of `docs`, without packages that are not installed."""
     roots = [sysconfig.get_path("stdlib")]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -36,10 +36,10 @@ def python_files():
 
 
 def harvest(paths):
-    """Returns the documents of some Python files, in order: one per docstring that holds a sentence of prose."""
+    """Returns the documents of some Python files, in order: one per docstring with a sentence of prose."""
     documents = []
     collecting = gc.isenabled()
-    gc.disable()  # syntax trees are millions of small objects without cycles: collecting among them doubles the time
+    gc.disable()  # syntax trees are millions of small objects without cycles: collecting them doubles the time
     try:
         for path in paths:
             source = pathlib.Path(path).read_bytes()
@@ -52,12 +52,12 @@ def harvest(paths):
 
 
 def _docstrings(source):
-    """Yields the documentation strings of one source, outer before inner; none where it is not valid Python."""
+    """Yields the docstrings of one source file, outer before inner; none where it is not valid Python."""
     try:
-        with warnings.catch_warnings():  # "\d" in somebody's plain string is not our concern
+        with warnings.catch_warnings():  # such as "\d" in a plain string
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):  # templates, other versions of Python
+    except (SyntaxError, ValueError, RecursionError):  # templates, or another version of Python
         return
     waiting = [tree]
     while waiting:
@@ -68,7 +68,7 @@ def _docstrings(source):
                 yield text
         elif isinstance(node, ast.Expr):
             yield from _attached(node.value)
-        # statements only: an expression never holds a docstring, and expressions are most of a tree
+        # statements only: expressions contain no docstrings, and are most of a tree
         if not isinstance(node, _FUNCTIONS):
             for part in ("orelse", "body"):
                 waiting += reversed(getattr(node, part, ()))
@@ -83,7 +83,7 @@ def _attached(call):
                 yield node.value
 
 
-# lines that say nothing: underlines, borders of tables, placeholders, headings of the doctests that go
+# lines without prose: underlines, table borders, placeholders, headings of removed doctests
 _NOISE = re.compile(r"([-=~^\"'*+#_.|: ]+|\{\w+\}|Examples?:*)$")
 _DIRECTIVE = re.compile(r"\.\. +([\w:+-]+?) *::\s*")
 _NO_PROSE = set(
@@ -101,7 +101,7 @@ def prose(docstring):
     """Returns the readable part of a docstring: no doctests, code or formula blocks, rules, roles or directives."""
     kept = []
     in_doctest = in_fence = False
-    block = None  # indentation of the line that opened a block to drop
+    block = None  # indentation of the line that opened a block without prose
     for line in inspect.cleandoc(docstring).split("\n"):
         text = line.strip()
         indent = len(line) - len(line.lstrip())
@@ -122,7 +122,7 @@ def prose(docstring):
             continue
         if directive:
             text = text[directive.end() :].lstrip("0123456789.")  # versionadded:: 2.1
-        elif text.endswith("::"):  # what follows, indented, is code
+        elif text.endswith("::"):  # the indented block that follows is code
             block = indent
             text = text[:-1] if len(text) > 2 else ""
         kept.append(_plain(text))
@@ -134,7 +134,7 @@ def _is_formula(line):
 
 
 def _plain(line):
-    """Returns a line without inline markup; a formula stays where it reads as text, such as n or 2x."""
+    """Returns a line without inline markup; a formula that reads as text, such as n or 2x, stays."""
     if "`" in line:
         line = _FORMULA.sub(lambda m: "" if "\\" in m[0] else m[0], line)
         line = _LINK.sub(r"\1", _ROLE.sub("`", line)).replace("`", "")

@@ -1,4 +1,4 @@
-"""Documents to token ids: the part of prepare.py that runs in the workers."""
+"""Documents -> token ids: the part of prepare.py that runs in the workers."""
 
 import hashlib
 import re
@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 HASHES = 1 << 63  # document hashes are below this
-PIECE = 1 << 16  # characters of a document that are split into words at once: the list of them takes 15 times the text
+PIECE = 1 << 16  # characters of a document to split at once: the list of words takes 15 times the memory of the text
 _SPACE = re.compile(r"[ \t\r\n]")
 
 
@@ -18,7 +18,7 @@ def token_dtype(vocab_size):
 def encoder(tokenizer):
     """Returns the function from a Batch to (hashes, tokens, bytes: (n,) each; ids of all documents, as bytes).
 
-    Documents without any token, such as blank lines, are left out.
+    Documents without tokens, such as blank lines, are skipped.
     """
     dtype = token_dtype(len(tokenizer.vocab))
 
@@ -28,10 +28,10 @@ def encoder(tokenizer):
             document = tokenizer.encode_documents(pieces(text))
             if len(document) == 0:
                 continue
-            if len(text) > PIECE:  # [SEP] after each piece: only the last stays
+            if len(text) > PIECE:  # [SEP] after each piece: only the last one stays
                 document = np.append(document[document != tokenizer.sep_id], document[-1])
             ids.append(document)
-            data = text.encode("utf-8", "replace")  # JSON and Python can spell half a surrogate pair
+            data = text.encode("utf-8", "replace")  # JSON and Python strings can contain half a surrogate pair
             hashes.append(document_hash(data))
             sizes.append(len(data))
         tokens = np.array([len(document) for document in ids], np.int64)
@@ -42,12 +42,12 @@ def encoder(tokenizer):
 
 
 def document_hash(data):
-    """Returns the number in [0, HASHES) that decides on which side the document with these UTF-8 bytes falls."""
+    """Returns the hash, in [0, HASHES), that assigns the document with these UTF-8 bytes to a split."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") % HASHES
 
 
 def pieces(text):
-    """Yields a long text in pieces cut at white space, where cutting changes no token."""
+    """Yields a long text in pieces, split at white space, where a split changes no token."""
     start = 0
     while len(text) - start > PIECE:
         space = _SPACE.search(text, start + PIECE)

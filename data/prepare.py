@@ -1,14 +1,13 @@
-"""Text to token file: streams any amount of text, in constant memory, to the same bytes for any number of workers.
+"""Text -> token file: streams any amount of text in constant memory; the result does not depend on the workers.
 
     python data/prepare.py docs --vocab data/demo --out runs/docs
     python data/prepare.py books/ wikipedia:enwiki-pages-articles.xml.bz2 --vocab vocab.txt --out runs/corpus
 
 The output folder holds train.bin and val.bin (token ids, each document followed by [SEP], little-endian uint16, or
 uint32 for more than 65,536 tokens), counts.npy ((V,) int64, how often train.bin holds each id), the tokenizer's files
-and meta.json, whose hashes vouch for all of it. The folder appears whole or not at all.
+and meta.json with hashes of all of them. The folder is written atomically.
 
-A document is held out if the hash of its text says so: the same text always falls on the same side, whatever stands
-around it.
+The hash of its text decides whether a document is held out, so equal texts are always in the same split.
 """
 
 import collections
@@ -40,7 +39,7 @@ from minidistil.device import peak_rss_mib
 from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
 
-SMALLEST_VAL = 2048  # tokens: a corpus so small that its share is less holds out more, up to a tenth
+SMALLEST_VAL = 2048  # tokens: a small corpus holds out more than its share to reach this, up to a tenth
 
 
 @dataclasses.dataclass
@@ -50,15 +49,15 @@ class Settings:
     )
     vocab: str = option(None, "vocab.txt, or a model: folder, name on the Hugging Face Hub, or demo", required=True)
     out: str = option(None, "folder to write; must not exist", required=True)
-    val_share: float = option(0.01, "share of the documents that is held out")
+    val_share: float = option(0.01, "share of held-out documents")
     workers: int = option(None, "processes (default: the cores of this computer)")
-    field: str = option("text", "field of .jsonl, column of .tsv files that holds the text")
+    field: str = option("text", "field of .jsonl files, or column of .tsv files, with the text")
 
 
 def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True):
     """Writes the folder `out` from `sources` of text (see data/sources.py), tokenised with `vocab`; returns its meta.
 
-    Raises UserError or OSError; `out` then does not exist, and what stood there before is as it was.
+    Raises UserError or OSError; then `out` is unchanged.
     """
     sources, out = list(map(str, sources)), pathlib.Path(os.path.abspath(out))
     workers = cores(workers)
@@ -68,7 +67,7 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
     size = text_sources.check(sources)
 
     def encode_all(threshold):
-        silent = None if progress else True  # None: silent unless a person looks on
+        silent = None if progress else True  # None: silent unless stderr is a terminal
         with tqdm.tqdm(total=size or None, unit="B", unit_scale=True, disable=silent, leave=False) as bar:
             return _encode(text_sources.batches(sources, field), tokenizer, threshold, workers, folder, bar)
 
@@ -100,17 +99,17 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
 
 @contextlib.contextmanager
 def _building(out):
-    """Yields a new folder beside `out` that takes its name on success and vanishes on failure."""
+    """Yields a new folder beside `out`, which is renamed to `out` on success and removed on failure."""
     if (out / "meta.json").exists():
         raise UserError(f"{out} already holds a prepared corpus: use it, remove it or choose another --out")
     if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} already exists and holds something else: choose another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.{socket.gethostname()}-"
-    for left in out.parent.iterdir():
-        owner = left.name.removeprefix(prefix).removesuffix(".tmp")
-        if left.name == f"{prefix}{owner}.tmp" and not _alive(owner):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in out.parent.iterdir():
+        owner = leftover.name.removeprefix(prefix).removesuffix(".tmp")
+        if leftover.name == f"{prefix}{owner}.tmp" and not _alive(owner):  # from a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
     folder = out.with_name(f"{prefix}{os.getpid()}.tmp")
     try:
         folder.mkdir()
@@ -126,7 +125,7 @@ def _building(out):
 
 
 def _alive(owner):
-    """Returns whether another process of this computer has this id."""
+    """Whether another process on this computer has this id."""
     try:
         os.kill(int(owner), 0)
     except (ProcessLookupError, ValueError, OverflowError):
@@ -136,8 +135,8 @@ def _alive(owner):
     return int(owner) != os.getpid()
 
 
-class _Side:
-    """train.bin or val.bin while it is written: the file, its hash and its statistics."""
+class _Split:
+    """train.bin or val.bin during writing: the file, its hash and its statistics."""
 
     def __init__(self, path, vocab_size):
         self.path = path
@@ -161,32 +160,32 @@ class _Side:
 
 
 def _encode(batches, tokenizer, threshold, workers, folder, bar):
-    """Writes both token files; returns (train, val, the smallest document hashes with their tokens)."""
-    under_way = collections.deque()
+    """Writes both token files; returns (train, val, {hash: tokens} of the documents with the smallest hashes)."""
+    pending = collections.deque()
 
-    def announced():
+    def recorded():
         for batch in batches:
-            under_way.append((batch.progress, batch.unique))
+            pending.append((batch.progress, batch.unique))
             yield batch
 
     seen, smallest = set(), {}
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         train, val = (
-            stack.enter_context(contextlib.closing(_Side(folder / name, len(tokenizer.vocab))))
+            stack.enter_context(contextlib.closing(_Split(folder / name, len(tokenizer.vocab))))
             for name in ("train.bin", "val.bin")
         )
-        answers = ordered_map(workers, encoder, (tokenizer,), announced(), lambda batch: batch.weight)
+        answers = ordered_map(workers, encoder, (tokenizer,), recorded(), lambda batch: batch.weight)
         for hashes, tokens, sizes, ids in stack.enter_context(contextlib.closing(answers)):
-            progress, unique = under_way.popleft()
+            progress, unique = pending.popleft()
             ids = np.frombuffer(ids, train.dtype)
             keep = np.ones(len(hashes), bool)
             if unique:
                 for i, digest in enumerate(hashes.tolist()):
                     keep[i] = digest not in seen
                     seen.add(digest)
-            for side, chosen in ((train, keep & (hashes >= threshold)), (val, keep & (hashes < threshold))):
-                side.write(ids[np.repeat(chosen, tokens)], int(chosen.sum()), int(sizes[chosen].sum()))
+            for split, chosen in ((train, keep & (hashes >= threshold)), (val, keep & (hashes < threshold))):
+                split.write(ids[np.repeat(chosen, tokens)], int(chosen.sum()), int(sizes[chosen].sum()))
             if val.tokens < SMALLEST_VAL or train.tokens == 0:
                 smallest = _merge(smallest, hashes[keep].tolist(), tokens[keep].tolist())
             total = train.tokens + val.tokens
@@ -196,7 +195,7 @@ def _encode(batches, tokenizer, threshold, workers, folder, bar):
 
 
 def _merge(smallest, hashes, tokens):
-    """Returns {hash: tokens} of the smallest hashes: as many as reach SMALLEST_VAL, and one more."""
+    """Returns {hash: tokens} of the smallest hashes: enough to reach SMALLEST_VAL tokens, and one more."""
     for digest, count in zip(hashes, tokens, strict=True):
         smallest[digest] = smallest.get(digest, 0) + count
     kept, total = {}, 0
@@ -209,7 +208,7 @@ def _merge(smallest, hashes, tokens):
 
 
 def _threshold_of_few(smallest, total):
-    """Returns the threshold that holds out SMALLEST_VAL tokens of a small corpus, at most about a tenth of it."""
+    """Returns the hash threshold that holds out SMALLEST_VAL tokens of a small corpus, at most about a tenth."""
     if not smallest:
         raise UserError("the sources hold no text: name others")
     if len(smallest) == 1:
@@ -224,11 +223,11 @@ def _threshold_of_few(smallest, total):
 
 def main(argv):
     settings = Settings(**cli.parse_args(Settings, argv, __doc__))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, like Ctrl-C
     started = time.perf_counter()
     vocab = pathlib.Path(settings.vocab).expanduser()
-    if not vocab.exists() and vocab.suffix not in (".txt", ".json"):  # which would be a file that is not there
-        from minidistil import hub  # brings PyTorch, whose memory preparing does without
+    if not vocab.exists() and vocab.suffix not in (".txt", ".json"):  # these would be missing files
+        from minidistil import hub  # imports PyTorch, whose memory is not needed otherwise
 
         vocab = hub.resolve(settings.vocab)
     meta = prepare(settings.source, vocab, settings.out, settings.val_share, settings.workers, settings.field)

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, a Wikipedia dump, this computer's documentation, a Hugging Face dataset.
+"""Sources of text: files, folders, Wikipedia dumps, installed documentation, Hugging Face datasets.
 
-A source is read in batches of about one megabyte. The process that reads only cuts bytes; decoding them into
-documents is `batch.read(batch.payload)`, which the workers do. Batches do not depend on the number of workers.
+A source is read in batches of about one megabyte. The reading process only splits bytes; the workers decode them into
+documents by `batch.read(batch.payload)`. Batches do not depend on the number of workers.
 """
 
 import bz2
@@ -27,17 +27,17 @@ _TEXT_ENDINGS = (".txt", ".jsonl", ".tsv", ".gz", ".bz2")
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Some documents still to be decoded; `read(payload)` returns them as a list of str."""
+    """Undecoded documents; `read(payload)` returns them as a list of str."""
 
     read: Callable
     payload: Any
     weight: int  # bytes in memory
-    progress: int  # bytes of the source, as stored, since the last batch
-    unique: bool = False  # a document that repeats an earlier one of its source is to be dropped
+    progress: int  # stored bytes of the source since the last batch
+    unique: bool = False  # whether to drop documents that repeat an earlier one of the source
 
 
 def check(sources):
-    """Returns the total of stored bytes of all sources (0 where unknown); raises UserError for what is not there."""
+    """Returns the stored bytes of all sources (0 where unknown); raises UserError for a missing source."""
     if not sources:
         raise UserError("no source of text: name files, folders, `docs`, `wikipedia:DUMP` or `hf:DATASET`")
     total = 0
@@ -60,7 +60,7 @@ def _size(path):
 
 
 def text_files(path):
-    """Returns `path` itself, or the text files below it in sorted order; hidden files and folders are left out."""
+    """Returns `path` itself, or the text files below it in sorted order, without hidden files and folders."""
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise UserError(f"{path} does not exist: check the path, or use docs, wikipedia:DUMP, hf:NAME")
@@ -78,9 +78,8 @@ def text_files(path):
 def batches(sources, field="text"):
     """Yields the `Batch`es of all sources, in the order given.
 
-    A line is a document, unless at least one line in a hundred of the first megabyte is blank: then documents are
-    what stands between blank lines. In .jsonl and .tsv files (with a header, without quoting) a document is the
-    text in `field`.
+    Each line is a document, unless at least one line in a hundred of the first megabyte is blank: then blank lines
+    separate documents. In .jsonl and .tsv files (with a header, without quoting) a document is the text in `field`.
     """
     for source in map(str, sources):
         if source == "docs":
@@ -98,7 +97,7 @@ def batches(sources, field="text"):
 
 
 class _Stored:
-    """An open, perhaps compressed, file: the stream of its contents and how far the stored bytes have been read."""
+    """An open, perhaps compressed, file: the stream of its contents and the number of stored bytes read."""
 
     def __init__(self, path):
         self.path = path
@@ -123,7 +122,7 @@ class _Stored:
 
 
 def _text(path, field):
-    """Yields the batches of one text, .jsonl or .tsv file, cut between documents."""
+    """Yields the batches of one text, .jsonl or .tsv file, split between documents."""
     name = path.lower().removesuffix(".gz").removesuffix(".bz2")
     with _Stored(path) as file:
         lines = file.stream
@@ -152,7 +151,7 @@ def _text(path, field):
 
 
 def _records(file, read, number, *how):
-    """Yields the batches of a file with one record per line, the next of which is line `number`."""
+    """Yields the batches of a file with one record per line; its next line has this `number`."""
     while lines := list(_take(file.stream)):
         payload = b"".join(lines)
         yield Batch(read, (payload, number, file.path, *how), len(payload), file.progress())
@@ -164,17 +163,17 @@ def _listed(names):
 
 
 def _take(lines, to_blank=False, size=BATCH_BYTES):
-    """Yields about `size` bytes of whole lines; up to and with the next blank line if `to_blank`."""
-    taken = 0
+    """Yields about `size` bytes of whole lines; with `to_blank`, up to and including the next blank line."""
+    size_so_far = 0
     for line in lines:
         yield line
-        taken += len(line)
-        if taken >= size and not (to_blank and line.strip()):
+        size_so_far += len(line)
+        if size_so_far >= size and not (to_blank and line.strip()):
             return
 
 
 def _blank_separated(lines):
-    filled = "".join("x" if line.strip() else " " for line in lines).strip()  # the ends separate nothing
+    filled = "".join("x" if line.strip() else " " for line in lines).strip()  # blank lines at the ends separate nothing
     return 0 < len(filled) <= 100 * filled.count(" ")
 
 
@@ -216,7 +215,7 @@ def read_jsonl(payload):
 
 
 def read_tsv(payload):
-    """Returns the text in one column of each line; the last column may hold tabs."""
+    """Returns the text in one column of each line; the last column may contain tabs."""
     data, first, path, column, columns = payload
     documents = []
     for number, line in enumerate(read_lines(data), first):
@@ -232,7 +231,7 @@ def read_tsv(payload):
 
 
 def _docs():
-    """Yields the sources of installed packages, about two megabytes of code (0.4 of prose) at a time."""
+    """Yields batches of Python files, about two megabytes of code (0.4 of prose) each."""
     paths, size = [], 0
     for path in docstrings.python_files():
         paths.append(path)
@@ -245,7 +244,7 @@ def _docs():
 
 
 def _wikipedia(path):
-    """Yields the pages of a MediaWiki XML dump, cut after a `</page>`."""
+    """Yields batches of pages of a MediaWiki XML dump, split after a `</page>`."""
     with _Stored(path) as file:
         rest = b""
         dropped = None
@@ -271,7 +270,7 @@ def _datasets():
 
 
 def _hugging_face(name, field):
-    """Yields the rows of the training split of DATASET[:CONFIG[:COLUMN]], streamed."""
+    """Yields batches of rows of the training split of DATASET[:CONFIG[:COLUMN]], streamed."""
     name, config, column = (name.split(":", 2) + ["", ""])[:3]
     column = column or field
     texts, size = [], 0

@@ -2,10 +2,10 @@
 
     python data/vocab.py docs --size 8192 --out runs/vocab.txt
 
-Byte-pair encoding (Sennrich et al. 2016) over word counts, where a word is what our tokenizer makes of text before it
-looks for pieces. More pieces are learned than needed (by three tenths), and those that WordPiece's greedy longest
-match uses least are dropped: merges that only led to longer ones. Tokens per word of held-out `docs`, 8,192 entries,
-November 2026: 1.052 without that, 1.040 with it; sentencepiece's unigram model 1.150 and 1.144.
+Byte-pair encoding (Sennrich et al. 2016) over the counts of words, as our tokenizer splits them before it looks for
+pieces. It learns three tenths more pieces than needed and drops those that WordPiece's greedy longest match uses least,
+which are merges that only led to longer pieces. Tokens per word of held-out `docs`, 8,192 entries, November 2026: 1.052
+without dropping, 1.040 with it; sentencepiece's unigram model 1.150 and 1.144.
 """
 
 import collections
@@ -30,10 +30,10 @@ from minidistil.cli import option
 from minidistil.errors import UserError
 from minidistil.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, Tokenizer
 
-HELD_OUT = 0.02  # share of the documents that the reported figures are measured on
+HELD_OUT = 0.02  # share of the documents on which the reported metrics are computed
 COVERAGE = 0.99999  # share of all characters that belong to the alphabet, in which any word can be spelled
 SURPLUS = 1.3
-_WORD_START = "\u2581"  # sentencepiece's mark
+_WORD_START = "\u2581"  # sentencepiece's mark of a word start
 
 
 @dataclasses.dataclass
@@ -46,14 +46,14 @@ class Settings:
     cased: bool = option(False, "keep capitals and accents")
     sample_bytes: int = option(500_000_000, "stop reading after so many bytes of text")
     workers: int = option(None, "processes (default: the cores of this computer)")
-    field: str = option("text", "field of .jsonl, column of .tsv files that holds the text")
+    field: str = option("text", "field of .jsonl files, or column of .tsv files, with the text")
 
 
 def learn(counts, size, tokenizer):
-    """Returns a list of `size` entries for words with these counts; `tokenizer` tells which characters stand alone.
+    """Returns a vocabulary of `size` entries for words with these counts; `tokenizer` splits off single characters.
 
-    The order: special tokens, the alphabet, its continuations, then pieces, most used first. Raises UserError where
-    the text is too small, or `size` is.
+    Order: special tokens, the alphabet, its continuations, then pieces, most used first. Raises UserError where the
+    text or `size` is too small.
     """
     alphabet = _alphabet(counts)
     words = {
@@ -61,7 +61,7 @@ def learn(counts, size, tokenizer):
         for word, n in sorted(counts.items())
         if len(word) <= LONGEST_WORD and alphabet.issuperset(word) and _WORD_START not in word
     }
-    # all of printable ASCII besides: code and sums are text too
+    # and all of printable ASCII: code and formulas are text too
     alphabet = sorted(alphabet.union(c for c in map(chr, range(33, 127)) if words_of(tokenizer, c) == [c]))
     base = [*SPECIAL_TOKENS.values(), *alphabet]
     base += [f"##{c}" for c in alphabet if len(words_of(tokenizer, f"a{c}a")) == 1]
@@ -90,7 +90,7 @@ def _alphabet(words):
 
 
 def _byte_pairs(words, size):
-    """Returns up to `size` pieces in the order in which byte-pair encoding merged them, in WordPiece's spelling."""
+    """Returns up to `size` pieces in the merge order of byte-pair encoding, in WordPiece's spelling."""
     with tempfile.TemporaryDirectory() as folder:
         table, model = pathlib.Path(folder, "words.tsv"), pathlib.Path(folder, "model")
         table.write_text("".join(f"{word}\t{n}\n" for word, n in words.items()), encoding="utf-8")
@@ -102,7 +102,7 @@ def _byte_pairs(words, size):
             vocab_size=size,
             hard_vocab_limit=False,
             character_coverage=1.0,
-            normalization_rule_name="identity",  # the words are normalised already, and split as they should be
+            normalization_rule_name="identity",  # the words are already normalised and split
             split_by_unicode_script=False,
             split_by_number=False,
             bos_id=-1,
@@ -156,12 +156,12 @@ def count_words(sources, tokenizer, sample_bytes, workers, field):
     size = text_sources.check(sources)
 
     def sample():
-        taken = 0
+        read = 0
         for batch in text_sources.batches(sources, field):
             yield batch
             bar.update(batch.progress)
-            taken += batch.weight
-            if taken >= sample_bytes:
+            read += batch.weight
+            if read >= sample_bytes:
                 return
 
     totals = collections.Counter(), collections.Counter()
@@ -187,7 +187,7 @@ def main(argv):
         files.write_text(out, "".join(f"{token}\n" for token in vocab))
     else:
         Tokenizer(vocab, lowercase=not settings.cased).save(out, "bert")
-    words = held_out or counts  # a text of few documents may hold out none
+    words = held_out or counts  # with few documents, none may be held out
     used = usage(vocab, words, not settings.cased)
     summary = {
         "out": settings.out,
@@ -201,6 +201,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from data.vocab import main  # under its importable name: workers look up functions by it
+    from data.vocab import main  # under its importable name, by which workers look up functions
 
     cli.run_script(main)

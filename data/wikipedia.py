@@ -1,7 +1,7 @@
-"""A MediaWiki XML dump to readable text: articles only, without redirects, and without most of the markup.
+"""MediaWiki XML dump -> plain text: articles only, without redirects and without most of the markup.
 
-The markup is read in one pass with a stack, so that any input takes linear time: unclosed brackets included, of
-which Wikipedia has many.
+The markup is parsed in one pass with a stack, so any input takes linear time, including the many unclosed brackets of
+Wikipedia.
 """
 
 import html
@@ -15,12 +15,12 @@ _DROPPED_LINKS = {"media", "file", "image", "category"}
 
 
 def dropped_links(header):
-    """Returns the prefixes of links that show no text: file, category, in English and in the language of this dump."""
+    """Returns the prefixes of links without text (file, category ...), in English and in the language of the dump."""
     return _DROPPED_LINKS | {name.decode("utf-8", "replace").lower() for _, name in _NAMESPACE.findall(header)}
 
 
 def articles(payload):
-    """Returns the text of each article among some `<page>` elements; `payload` is (path, XML bytes, dropped_links)."""
+    """Returns the texts of the articles in some `<page>` elements; `payload` is (path, XML bytes, dropped_links)."""
     path, data, dropped = payload
     pages = data[max(data.find(b"<page"), 0) :].decode("utf-8", "replace")
     try:
@@ -34,28 +34,28 @@ def articles(payload):
     return documents
 
 
-# what opens and closes the parts that nest, and the elements whose contents are not wiki markup
+# opening and closing marks of nested parts, and elements whose contents are not wiki markup
 _RAW = "ref|math|chem|ce|nowiki|pre|source|syntaxhighlight|timeline|gallery|score|hiero|imagemap|graph|templatedata"
 _TOKEN = re.compile(
     rf"\{{\{{|\}}\}}|\[\[|\]\]|<!--|<(?P<raw>{_RAW})\b[^<>]*>|^[ \t:*#;]*(?P<table>\{{\|)|^[ \t]*\|\}}(?!\}})",
     re.MULTILINE | re.IGNORECASE,
 )
 _OPENS = {"}}": "{{", "]]": "[[", "|}": "{|"}
-_DEEPEST = 100  # what is nested deeper is noise, and would be copied at every level
+_DEEPEST = 100  # deeper nesting is noise, and its text would be copied at every level
 _EXTERNAL = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]]*[ \t]*([^\[\]\n]*)\]")
 
 
 def plain(markup, dropped=frozenset(_DROPPED_LINKS)):
-    """Returns wiki markup as plain text: paragraphs, list items and headings on lines of their own."""
-    # external links twice: one may stand in the caption of a picture, and a link in the label of one
+    """Returns wiki markup as plain text: one line per paragraph, list item and heading."""
+    # external links twice: one may be in the caption of a picture, and a link in the label of one
     return _lines(_nested(_EXTERNAL.sub(r"\1", markup), dropped))
 
 
 def _nested(markup, dropped):
     """Returns `markup` without templates, tables, comments and raw elements, and with links as the text they show."""
-    frames = [("", [])]  # (what opened it, its text so far)
+    frames = [("", [])]  # (opening mark, text so far)
     depth = {"{{": 0, "[[": 0, "{|": 0}
-    endless = set()  # raw elements that are not closed any more: seeking again would take quadratic time
+    endless = set()  # raw elements without a closing tag in the rest: searching again would take quadratic time
 
     def close():
         opener, parts = frames.pop()
@@ -84,7 +84,7 @@ def _nested(markup, dropped):
             frames.append((mark, []))
             depth[mark] += 1
         elif mark in _OPENS and depth[_OPENS[mark]]:
-            while frames[-1][0] != _OPENS[mark]:  # opened inside and never closed: plain text
+            while frames[-1][0] != _OPENS[mark]:  # opened inside but never closed: plain text
                 inner = close()
                 frames[-1][1].append(inner)
             text = close()
@@ -104,7 +104,7 @@ def _link(text, dropped):
 
 
 def _template(text):
-    """Returns what a few templates show inside sentences; other templates show nothing."""
+    """Returns the text of a few templates that occur inside sentences; "" for other templates."""
     name, *arguments = (part.strip() for part in text.split("|"))
     arguments = [argument for argument in arguments if "=" not in argument]
     name = name.lower()
@@ -121,7 +121,7 @@ _HEADING = re.compile(r"={1,6}[^=]")
 
 
 def _lines(text):
-    """Returns text without inline markup, blank lines, and headings that nothing follows."""
+    """Returns text without inline markup, blank lines, and headings without text below."""
     text = _TAG.sub("", _BREAK.sub("\n", _EXTERNAL.sub(r"\1", text)))
     kept, heading = [], []
     for line in html.unescape(text).replace("\xa0", " ").split("\n"):
@@ -130,7 +130,7 @@ def _lines(text):
             heading = [line.strip("= ")]
             continue
         line = re.sub("'{2,}|__[A-Z]+__", "", line.lstrip("*#:; "))
-        line = re.sub(r"\( ?[,;:]? ?\)", "", line)  # what a dropped template leaves: "Rome ( ; ) is"
+        line = re.sub(r"\( ?[,;:]? ?\)", "", line)  # left by a dropped template: "Rome ( ; ) is"
         line = re.sub(r"\( ?[,;] ?", "(", line)
         line = re.sub(r" {2,}", " ", line).strip()
         if line and line[0] not in "|!{}":  # rows of a table that was never closed

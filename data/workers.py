@@ -1,8 +1,8 @@
-"""A few helper processes that answer in order, in bounded memory, and never outlive the one who asked.
+"""Worker processes that answer in order, in bounded memory, and end with their parent.
 
-Plain child processes with pickles on their pipes, rather than `multiprocessing`: fork is not safe once torch has
-threads, and spawn and forkserver import the caller's script again, torch included, in every worker. A worker
-whose parent dies, even by SIGKILL, reads the end of its input and leaves.
+They are plain child processes with pickles on their pipes instead of `multiprocessing`: fork is not safe once torch has
+threads, and spawn and forkserver import the caller's script again, torch included, in every worker. When the parent
+dies, even by SIGKILL, a worker reads the end of its input and exits.
 """
 
 import collections
@@ -16,12 +16,12 @@ import subprocess
 import sys
 import traceback
 
-if __name__ == "__main__":  # a worker: `data` and `minidistil` are importable from the repository's root
+if __name__ == "__main__":  # in a worker: makes `data` and `minidistil` importable
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 from minidistil.errors import UserError
 
-_WINDOW = 16 << 20  # bytes of unanswered items per worker; one larger item travels alone
+_WINDOW = 16 << 20  # bytes of unanswered items per worker; a larger item is sent alone
 
 
 def cores(wanted=None):
@@ -36,8 +36,8 @@ def cores(wanted=None):
 def ordered_map(count, setup, arguments, items, weigh=lambda item: 0):
     """Yields `handle(item)` for each item, in order, where `handle = setup(*arguments)` runs in `count` processes.
 
-    At most two items per worker, and about 16 MiB of `weigh(item)` per worker, are read ahead of the answers. With
-    one worker the work is done in this process. A `UserError` of a handler is raised here, at its turn.
+    At most two items, and about 16 MiB of `weigh(item)`, per worker are read ahead of the answers. With one worker,
+    this process does the work. A `UserError` of a handler is raised here, in order.
     """
     if count == 1:
         handle = setup(*arguments)
@@ -45,7 +45,7 @@ def ordered_map(count, setup, arguments, items, weigh=lambda item: 0):
         return
     with contextlib.ExitStack() as stack:
         idle = queue.SimpleQueue()
-        threads = concurrent.futures.ThreadPoolExecutor(count)  # one waits on each worker's pipe
+        threads = concurrent.futures.ThreadPoolExecutor(count)  # each waits on one worker's pipe
         stack.callback(threads.shutdown, cancel_futures=True)
         for _ in range(count):
             worker = _start(setup, arguments)
@@ -66,13 +66,13 @@ def ordered_map(count, setup, arguments, items, weigh=lambda item: 0):
 
 
 def _start(setup, arguments):
-    # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
+    # in a separate session: Ctrl-C reaches only the parent, which then ends its workers
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     worker = subprocess.Popen(
         [sys.executable, __file__], stdin=pipe, stdout=pipe, start_new_session=True, env=environment
     )
-    with contextlib.suppress(BrokenPipeError):  # died already: the first question says so
+    with contextlib.suppress(BrokenPipeError):  # already dead: the first question reports it
         pickle.dump((setup, arguments), worker.stdin)
         worker.stdin.flush()
     return worker
@@ -105,10 +105,10 @@ def _ask(idle, item):
 
 
 def _serve():
-    """Answers questions from standard input; ends with an exception of the pipe or its pickle when the parent has."""
+    """Answers questions from standard input; raises an exception of the pipe or of pickle when the parent ends."""
     questions = sys.stdin.buffer
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not end up among the pickles
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not get into the pickles
     setup, arguments = pickle.load(questions)
     handle = None
     while True:
@@ -126,5 +126,5 @@ def _serve():
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):  # the parent is gone, or done with us
+    with contextlib.suppress(BrokenPipeError, EOFError, pickle.UnpicklingError):  # the parent ended or closed the pipe
         _serve()

@@ -7,7 +7,7 @@ def mix(*keys):
     """Hashes integers or uint64 arrays, broadcast together, to uint64: a chain of splitmix64 (Steele et al. 2014)."""
     state = np.zeros(1, np.uint64)
     for key in keys:
-        z = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)  # array arithmetic wraps silently
+        z = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap silently
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = z ^ (z >> np.uint64(31))
@@ -20,7 +20,7 @@ def uniform(*keys):
 
 
 def permuted(index, n, *keys):
-    """Returns the position of each `index` (uint64 array, below n) in the random permutation of n that `keys` determine.
+    """Returns where a random permutation of n, given by `keys`, maps each `index` (uint64 array, below n).
 
     A four-round Feistel network over the next power of four; a result of n or more is permuted again until it is below
     n (cycle walking, Black and Rogaway 2002). It shuffles any number of blocks without memory.

@@ -102,7 +102,7 @@ def _are_sizes(values):
 
 
 def parse_json(data):
-    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, including NaN and repeated keys."""
+    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, NaN and repeated keys too."""
 
     def unique(pairs):
         values = dict(pairs)

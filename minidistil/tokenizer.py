@@ -1,16 +1,16 @@
-"""WordPiece, exactly as the world uses it: the ids of Hugging Face's fast BERT tokenizer, in plain Python and faster.
+"""WordPiece with exactly the ids of Hugging Face's fast BERT tokenizer, in plain Python and faster.
 
     text -> clean -> space around CJK -> strip accents -> lower case -> split at spaces and punctuation -> pieces
 
-    BERT       Devlin et al. 2018, arXiv 1810.04805; the first code is google-research/bert, tokenization.py
-    WordPiece  Wu et al. 2016, arXiv 1609.08144, section 4.1; applied as the greedy longest match first
+    BERT       Devlin et al. 2018, arXiv 1810.04805; first implementation: google-research/bert, tokenization.py
+    WordPiece  Wu et al. 2016, arXiv 1609.08144, section 4.1; here greedy longest-match-first
 
-Implementations differ in the corners of Unicode. The one to match is the Rust crate `tokenizers` (here 0.23.3), which
-fed most of today's checkpoints. Its tables of Unicode are older than Python's in three ways and newer in one; the
-exceptions below were found by comparing all code points, and are written so that they hold from Unicode 13
-(Python 3.10) to Unicode 18.
+Implementations differ in rare Unicode characters. The reference is the Rust crate `tokenizers` (here 0.23.3), because
+most of today's checkpoints were trained with it. Its Unicode tables are older than Python's in three respects and newer
+in one. The exceptions below come from a comparison of all code points; they hold from Unicode 13 (Python 3.10) to
+Unicode 18.
 
-Speed comes from a cache: most chunks of a text have been seen before, and then cost one look-up and one copy.
+A cache makes it fast: most chunks of a text occurred before and cost one look-up and one copy.
 """
 
 import array
@@ -28,27 +28,27 @@ from minidistil.files import write_json, write_text
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
 CACHE_ENTRIES = 2**19  # 90 MB when full of words; IMDb, 33 million characters, has 281 thousand different chunks
-CACHED_LENGTH = 32  # characters; a longer chunk hardly comes twice, and the cache must stay small on any text
+CACHED_LENGTH = 32  # characters; longer chunks hardly repeat, and the cache must stay small on any text
 
 _SPECIAL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS.values())) + ")")
 _NO_SPACE_BEFORE = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")  # in decoded text
 
-# str.split() breaks at these control characters, BERT drops them: "a\x0bb" is one word
+# str.split() splits at these control characters, BERT drops them: "a\x0bb" is one word
 _FALSE_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"
-_CHUNK = re.compile(f"[\\S{_FALSE_SPACES}]+")  # what str.split() yields, and the false spaces inside
-_ASCII_WORD = re.compile("[0-9A-Za-z]+|[^ ]")  # of printable ASCII: what is neither letter nor digit is punctuation
+_CHUNK = re.compile(f"[\\S{_FALSE_SPACES}]+")  # what str.split() yields, with the false spaces inside
+_ASCII_WORD = re.compile("[0-9A-Za-z]+|[^ ]")  # in printable ASCII all but letters and digits are punctuation
 
 
 def _characters(ranges, form="[%s]"):
-    """A pattern for one character out of hexadecimal ranges."""
+    """Returns the pattern of one character in hexadecimal ranges."""
     return re.compile(form % re.sub("[0-9A-F]+ ?", lambda code: f"\\U{code[0].strip():0>8}", ranges))
 
 
-# the blocks of Google's tokenization.py, but extension E from 2B920 where Google has 2B820
+# the blocks of Google's tokenization.py, except that extension E starts at 2B920 instead of 2B820
 _CJK = _characters("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B81F 2B920-2CEAF 2F800-2FA1F")
 
-# Categories as of Unicode 8. In the ranges of _NOT_MARK no code point was a mark (Mn) then, though some are today; what
-# else lies in a range does not matter, so neighbouring exceptions share one. Likewise for the next two.
+# Categories as of Unicode 8. No code point in the ranges of _NOT_MARK was a mark (Mn) then, though some are today.
+# Other code points in a range do not matter, so neighbouring exceptions share one. The same holds for the next two.
 _NOT_MARK = _characters(
     "5C8-5C9 7FD 897-8E1 9FE AFA-AFF B53-B55 C04-C3C D00 D3B-D3C D81 EBA ECE 180F-1886 1ABF-1AF0 1DF6-1DFB A82C A8C5 "
     "A8FF A9BD 10D24-10F85 11070-11074 110C2 111C9 111CF 1123E-11241 1133B 113BB-1145E 1182F-1612F 16F4F 16FE4 "
@@ -62,14 +62,14 @@ _NOT_CONTROL = _characters("890-8E2 110CD-1343F")
 _STILL_MARK = "\u1734\U0001171e"  # today Mc
 _STILL_PUNCTUATION = "\u166d\U000111c9"  # today So and Mn
 
-# Decomposition as of Unicode 12: it happens in the runs between newer characters, which no mark moves across.
+# Decomposition as of Unicode 12: applied to the runs between newer characters, across which no mark moves.
 _DECOMPOSED = _characters(
     "5C8-5C9 7FD 897-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9-105E4 10D24-10F85 11070 1133B "
     "11383-113D0 1145E 11839-11A99 11D42-1612F 16D68-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5",
     form="[^%s]+",
 )
 
-# Lower case as of Unicode 17: the capitals that Unicode 13 did not know, and the distance to their small letters.
+# Lower case as of Unicode 17: capitals that Unicode 13 lacks, and the distance to their lower-case letters.
 _LOWER = {
     chr(code): chr(code + distance)
     for distance, capitals in {
@@ -87,7 +87,7 @@ _LOWER = {
 
 
 class _Table(dict):
-    """A `str.translate` table that asks `replace(character)` once for each character it meets."""
+    """A `str.translate` table that calls `replace(character)` once per distinct character."""
 
     def __init__(self, replace):
         self.replace = replace
@@ -98,7 +98,7 @@ class _Table(dict):
 
 
 class _Cache(dict):
-    """chunk -> compute(chunk), of bounded size: the younger half, once full, takes the place of the older."""
+    """chunk -> compute(chunk), with bounded size: when the younger half is full, it replaces the older half."""
 
     def __init__(self, compute, entries):
         self.compute, self.half, self.older = compute, entries // 2, {}
@@ -116,11 +116,11 @@ class _Cache(dict):
 
 
 class Tokenizer:
-    """A WordPiece vocabulary and the normalisation that belongs to it.
+    """A WordPiece vocabulary with its normalisation.
 
     vocab: tokens in the order of their ids. lowercase, strip_accents (None: as lowercase) and chinese (space around CJK
-    characters) change ids; max_length is what the model can read. Raises UserError where the vocabulary lacks a
-    special token or has it twice. Of any other duplicate the last line counts, as it does elsewhere.
+    characters) affect the ids; max_length is the longest sequence of the model. Raises UserError where the vocabulary
+    lacks a special token or repeats it. For any other duplicate the last line applies, as in other implementations.
     """
 
     def __init__(self, vocab, lowercase=True, strip_accents=None, chinese=True, max_length=512):
@@ -151,9 +151,9 @@ class Tokenizer:
     def load(cls, path):
         """Reads a vocabulary file, or a model's folder: vocab.txt or tokenizer.json, and tokenizer_config.json.
 
-        A file named vocab.txt stands for its folder. Settings come from tokenizer_config.json, else tokenizer.json;
-        where neither says so, text is lowercased unless the vocabulary has tokens with capitals.
-        Raises UserError where a file is absent, broken, contradicts another or is not BERT's.
+        A file named vocab.txt stands for its folder. Settings come from tokenizer_config.json, else from
+        tokenizer.json, else text is lowercased unless the vocabulary has tokens with capitals. Raises UserError where a
+        file is missing, damaged, contradicts another or is not BERT's.
         """
         path = pathlib.Path(path)
         if not path.exists():
@@ -186,7 +186,7 @@ class Tokenizer:
     def save(self, folder, model_type):
         """Writes vocab.txt, tokenizer_config.json, special_tokens_map.json and tokenizer.json for transformers.
 
-        model_type is "bert" or "distilbert"; a DistilBERT tokenizer makes no token_type_ids, which its model refuses.
+        model_type is "bert" or "distilbert"; a DistilBERT tokenizer gives no token_type_ids, which its model rejects.
         """
         folder = pathlib.Path(folder)
         special = {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
@@ -206,20 +206,20 @@ class Tokenizer:
 
     @property
     def digest(self):
-        """SHA-256 of all that decides ids: the vocabulary, lowercase, strip_accents and chinese."""
-        decisive = [self.vocab, self.lowercase, self.strip_accents, self.chinese]
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        """SHA-256 of everything that affects ids: the vocabulary, lowercase, strip_accents and chinese."""
+        state = [self.vocab, self.lowercase, self.strip_accents, self.chinese]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def encode(self, text):
-        """Returns the ids (a list) of plain text: nothing is added, and a literal "[SEP]" is three tokens."""
+        """Returns the ids (a list) of plain text: no special tokens, and a literal "[SEP]" is three tokens."""
         return memoryview(self._encode(text)).cast("I").tolist()
 
     def encode_with_offsets(self, text):
-        """Returns `encode(text)` and where each piece comes from: (ids, starts, ends), three lists of equal length.
+        """Returns `encode(text)` with character offsets: (ids, starts, ends), three lists of equal length.
 
-        text[starts[i] : ends[i]] is how piece i is written in the text, which is not normalised: with its capitals and
-        precomposed accents. What normalisation drops, such as a combining accent, belongs to a piece only inside it;
-        pieces of one character ("한" is three) have the same place.
+        text[starts[i] : ends[i]] is piece i in the original text, with its capitals and precomposed accents. A
+        character that normalisation drops, such as a combining accent, belongs to a piece only inside it; several
+        pieces of one character ("한" is three) have the same offsets.
         """
         ids, starts, ends = [], [], []
         for chunk in _CHUNK.finditer(text):
@@ -231,7 +231,7 @@ class Tokenizer:
         return ids, starts, ends
 
     def encode_documents(self, texts):
-        """Returns the ids of all texts in one uint32 array, each text that has any followed by [SEP]."""
+        """Returns the ids of all texts in one uint32 array, with [SEP] after each text that has ids."""
         end = array.array("I", [self.sep_id]).tobytes()
         return np.frombuffer(b"".join(ids + end for ids in map(self._encode, texts) if ids), np.uint32)
 
@@ -254,13 +254,13 @@ class Tokenizer:
         return "".join(parts)
 
     def _encode(self, text):
-        """The ids of plain text as the bytes of uint32."""
+        """Returns the ids of plain text as the bytes of uint32."""
         if any(map(text.__contains__, _FALSE_SPACES)):
             text = text.translate(dict.fromkeys(map(ord, _FALSE_SPACES)))
         return b"".join(map(self._cache.__getitem__, text.split()))
 
     def _pack(self, chunk):
-        """The ids of text without spaces as the bytes of uint32."""
+        """Returns the ids of text without spaces as the bytes of uint32."""
         ids = []
         for word in self._words(chunk):
             if (i := self._first.get(word)) is not None:
@@ -270,14 +270,14 @@ class Tokenizer:
         return array.array("I", ids).tobytes()
 
     def _locate(self, chunk):
-        """(id, start, end) of each piece of text without spaces: normalised one character at a time."""
-        normal, places = "", []  # the place in the chunk of each normalised character
-        for place, character in enumerate(chunk):
+        """Returns (id, start, end) of each piece of text without spaces, normalised character by character."""
+        normal, offsets = "", []  # offset in the chunk of each normalised character
+        for offset, character in enumerate(chunk):
             new = self._normalise(character)
             normal += new
-            places += [place] * len(new)
+            offsets += [offset] * len(new)
         if normal.split() != self._words(chunk):
-            # NFD changed the order of two marks that stripping spares, such as U+302E and U+1B44: too rare to follow
+            # NFD reordered two marks that stripping keeps, such as U+302E and U+1B44: too rare to trace
             return [(i, 0, len(chunk)) for i in self.encode(chunk)]
         located = []
         for word in re.finditer(r"\S+", normal):
@@ -287,18 +287,18 @@ class Tokenizer:
                     size = len(word[0])
                 else:
                     size = len(self.vocab[i]) - 2 * (at > word.start())  # without its ##
-                located.append((i, places[at], places[at + size - 1] + 1))
+                located.append((i, offsets[at], offsets[at + size - 1] + 1))
                 at += size
         return located
 
     def _words(self, text):
-        """The words of plain text, normalised; each punctuation mark and each CJK character is one."""
+        """Returns the normalised words of plain text; each punctuation mark and each CJK character is a word."""
         if text.isascii() and text.isprintable():
             return _ASCII_WORD.findall(text.lower() if self.lowercase else text)
         return self._normalise(text).split()
 
     def _normalise(self, text):
-        """Plain text after both passes, with spaces between words."""
+        """Returns plain text after both passes, with spaces between words."""
         text = text.translate(self._clean)
         if self.strip_accents:
             text = _DECOMPOSED.sub(lambda run: unicodedata.normalize("NFD", run[0]), text)
@@ -308,7 +308,7 @@ class Tokenizer:
         """First pass: no control characters, plain spaces, space around CJK."""
         if c.isspace() and c not in _FALSE_SPACES:
             return " "
-        category = unicodedata.category(c)  # a lone surrogate (Cs) cannot come from UTF-8; it goes the way of U+FFFD
+        category = unicodedata.category(c)  # a lone surrogate (Cs) cannot come from UTF-8; dropped like U+FFFD
         if c in "\0\ufffd" or (category in ("Cc", "Cf", "Co", "Cs") and not _NOT_CONTROL.match(c)):
             return ""
         return f" {c} " if self.chinese and _CJK.match(c) else c
@@ -320,11 +320,11 @@ class Tokenizer:
             return ""
         if c in _STILL_PUNCTUATION or (category[0] == "P" and not _NOT_PUNCTUATION.match(c)) or c in "$+<=>^`|~":
             return f" {c} "
-        # one character at a time: str.lower() would turn the last letter of "ΟΔΟΣ" into a final sigma
+        # character by character: str.lower() would turn the last letter of "ΟΔΟΣ" into a final sigma
         return (_LOWER.get(c) or c.lower()) if self.lowercase else c
 
     def _pieces(self, word):
-        """The ids of a word's pieces, each the longest that fits; [UNK] for the whole word if some rest fits none."""
+        """Returns the ids of a word's pieces, each the longest match; [UNK] for the word if a rest has none."""
         if len(word) > LONGEST_WORD:
             return [self.unk_id]
         ids, table = [], self._first
@@ -340,7 +340,7 @@ class Tokenizer:
 
 
 def _read(path):
-    """The text of a UTF-8 file."""
+    """Returns the text of a UTF-8 file."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -348,7 +348,7 @@ def _read(path):
 
 
 def _read_json(path):
-    """The object in a JSON file."""
+    """Returns the object in a JSON file."""
     try:
         value = json.loads(_read(path))
     except json.JSONDecodeError as error:
@@ -359,7 +359,7 @@ def _read_json(path):
 
 
 def _read_tokenizer_json(path):
-    """(token -> id, settings) of a tokenizer.json, if its tokenizer is BERT's in every way."""
+    """Returns (token -> id, settings) of a tokenizer.json; raises UserError unless its tokenizer is BERT's."""
     data = _read_json(path)
     for section, key, expected in (
         ("model", "type", "WordPiece"),
@@ -372,7 +372,7 @@ def _read_tokenizer_json(path):
     ):
         found = (data.get(section) or {}).get(key)
         if found is None and (section, key) == ("model", "type"):
-            continue  # early files leave it out
+            continue  # early files omit it
         if found != expected:
             raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
     ids = data["model"].get("vocab")
@@ -387,7 +387,7 @@ def _read_tokenizer_json(path):
 
 
 def _read_tokenizer_config(path):
-    """The settings of a tokenizer_config.json."""
+    """Returns the settings of a tokenizer_config.json."""
     config = _read_json(path)
     kind = config.get("tokenizer_class") or "BertTokenizer"
     if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", str(kind)):
@@ -405,13 +405,13 @@ def _read_tokenizer_config(path):
     length = config.get("model_max_length", 512)
     if not isinstance(length, (int, float)) or length < 1:
         raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
-    if length < 1e9:  # transformers writes 1e30 for "not known"
+    if length < 1e9:  # transformers writes 1e30 for "unknown"
         settings["max_length"] = int(length)
     return settings
 
 
 def _tokenizer_json(tokenizer, strip_accents):
-    """What the crate `tokenizers` needs to give the same ids."""
+    """Returns the tokenizer.json with which the crate `tokenizers` gives the same ids."""
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
     start, end, end_of_pair = (
         {"SpecialToken": {"id": token, "type_id": segment}} for token, segment in ((cls, 0), (sep, 0), (sep, 1))

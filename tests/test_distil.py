@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minidistil.downstream.batches import encode_pair
-from minidistil.downstream.distil import EXCHANGED, MASKED, augment
+from minidistil.downstream.distil import MASKED, REPLACED, augment
 from minidistil.downstream.tasks import compact
 from minidistil.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def test_a_tenth_is_masked_and_a_tenth_exchanged(items, tokenizer):
     exchanged = (after != before) & ~masked
     assert abs(masked.sum() / n - MASKED) < 0.01
     # a fifth of the pool is one word and four fifths are twenty: it is drawn so often, and for itself unseen
-    assert abs(exchanged.sum() / n - EXCHANGED * (1 - 0.2**2 - 20 * 0.04**2)) < 0.01
+    assert abs(exchanged.sum() / n - REPLACED * (1 - 0.2**2 - 20 * 0.04**2)) < 0.01
     often = (after[exchanged] == tokenizer.ids[tokenizer.vocab[40]]).mean()
     assert 0.12 < often < 0.22 and not np.isin(after[exchanged], [tokenizer.cls_id, tokenizer.sep_id]).any()
 

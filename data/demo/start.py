@@ -1,11 +1,11 @@
-"""A fresh model whose first heads look at neighbouring words: where the demo's teacher starts.
+"""The initial weights of the demo's teacher: a random model whose first heads attend to neighbouring words.
 
     python data/demo/start.py runs/start
 
-Masked-LM training from BERT's usual start spends millions of tokens on a plateau, at the frequencies of words, until
-some heads have found that the word beside a blank matters. Here two blocks begin with that knowledge and no other: the
-position table holds sines and cosines, and q and k are set so that a head scores position i + offset highest. All of
-it is trained from there. The rest is random, as ever.
+From BERT's usual initialisation, masked-LM training spends millions of tokens on a plateau, where it predicts word
+frequencies, until some heads attend to the words beside a blank. Here two blocks start with such heads: the position
+table holds sines and cosines, and q and k give position i + offset the highest score. All other weights are random, and
+all weights are trained.
 """
 
 import math
@@ -21,10 +21,10 @@ from minidistil import weights  # noqa: E402
 from minidistil.model import MaskedLM, initialise  # noqa: E402
 from minidistil.tokenizer import Tokenizer  # noqa: E402
 
-OFFSETS = [(-1, 1, -2, 2), (-3, 3, -4, 4)]  # a block, its heads
+OFFSETS = [(-1, 1, -2, 2), (-3, 3, -4, 4)]  # per block, per head
 WORD_STD = 0.05  # of all random matrices: about 1 / sqrt(width)
-AMPLITUDE = 0.15  # of the sines: beside words of 0.05, about half of an embedding's variance is its position
-GAIN = 0.7  # of q and k: neighbours then score about 8 above the rest, which softmax turns into most of the weight
+AMPLITUDE = 0.15  # of the sines: with word vectors of std 0.05, the position is about half of an embedding's variance
+GAIN = 0.7  # of q and k: neighbours then score about 8 above the rest, and softmax gives them most of the weight
 
 
 def fresh(config, seed=0):
@@ -42,13 +42,13 @@ def fresh(config, seed=0):
             q, k, _ = block.attention.qkv.weight.chunk(3)  # views, (C, C) each
             for h, offset in enumerate(offsets[: config.heads]):
                 rows = slice(h * D, (h + 1) * D)
-                turn, n = offset * frequencies, D // 2
+                angle, n = offset * frequencies, D // 2
                 q[rows], k[rows] = 0.0, 0.0
                 k[rows, :D] = GAIN * torch.eye(D)
                 # sin(a + b) and cos(a + b) from sin a and cos a
                 rotation = torch.zeros(D, D)
-                rotation[:n, :n], rotation[:n, n:] = turn.cos().diag(), turn.sin().diag()
-                rotation[n:, :n], rotation[n:, n:] = -turn.sin().diag(), turn.cos().diag()
+                rotation[:n, :n], rotation[:n, n:] = angle.cos().diag(), angle.sin().diag()
+                rotation[n:, :n], rotation[n:, n:] = -angle.sin().diag(), angle.cos().diag()
                 q[rows, :D] = GAIN * rotation
     return model
 

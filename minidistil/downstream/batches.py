@@ -1,7 +1,7 @@
-"""Texts of all lengths become batches with hardly any padding, in an order that needs no memory of itself.
+"""Length-bucketed batches: little padding, in an order that is a pure function of (seed, epoch).
 
-An item is (ids, types): token ids and segment numbers, two lists or arrays of one length. Which items meet in which
-batch is a pure function of (seed, epoch), so that a resumed run finds its place without any saved state.
+An item is (ids, types): token ids and segment numbers, two lists or arrays of equal length. A resumed run needs no
+saved data state.
 """
 
 import numpy as np
@@ -9,13 +9,13 @@ import torch
 
 from minidistil.rng import mix
 
-WINDOW = 50  # batches within which items are sorted by length: long enough for little padding, short enough for chance
+WINDOW = 50  # batches in a window that is sorted by length: enough for little padding, few enough for random batches
 
 
 def encode_pair(tokenizer, first, second, T):
     """Returns the item [CLS] first [SEP], or [CLS] first [SEP] second [SEP], of at most T tokens.
 
-    What is too much is cut from the end of the longer text, as transformers does it: an odd token stays with it.
+    Truncation removes tokens from the end of the longer text, as in transformers; of an odd number it keeps one more.
     """
     a, b = tokenizer.encode(first), [] if second is None else tokenizer.encode(second)
     room = T - 2 - (second is not None)
@@ -27,7 +27,7 @@ def encode_pair(tokenizer, first, second, T):
 
 
 def batches(lengths, batch, seed, epoch):
-    """Returns one epoch as a list of index arrays of `batch` items of about one length; the last may be smaller."""
+    """Returns one epoch: a list of index arrays of `batch` items of similar length; one may be smaller."""
     n = len(lengths)
     order = np.argsort(mix(seed, 7, epoch, np.arange(n)), kind="stable")
     parts = []
@@ -52,7 +52,7 @@ def padded(items, chosen, pad_id, device):
 def predict(model, items, pad_id, device, tokens=8192):
     """Returns a model's logits for each item, fp32 numpy arrays: (K,) of a classifier, (2, T) of a reader.
 
-    About `tokens` of them are computed at once, longest items first, so that memory runs out at once or never.
+    Batches have about `tokens` tokens, the longest items first, so that memory runs out in the first batch or never.
     """
     training, results, done = model.training, [None] * len(items), 0
     model.eval()

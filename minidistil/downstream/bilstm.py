@@ -1,4 +1,4 @@
-"""The baseline without a transformer: a bidirectional LSTM on the teacher's word embeddings.
+"""The baseline without attention: a bidirectional LSTM on the teacher's word embeddings.
 
     student of BERT    Tang et al. 2019, arXiv 1903.12136: single texts and siamese pairs
     pair features      Conneau et al. 2017, arXiv 1705.02364: [u; v; |u - v|; u * v]
@@ -23,9 +23,10 @@ MODEL_TYPE = "minidistil-bilstm"
 
 
 class BiLSTM(nn.Module):
-    """A classifier of texts, or of pairs of texts, with the interface of a transformer's.
+    """A classifier of texts or pairs of texts, with the interface of `heads.Classifier`.
 
-    words (V, C) is copied and trained on. Fresh weights are uniform within 1 / sqrt(columns), biases zero.
+    The word vectors `words` (V, C) are copied and trained. Other weights start uniform within 1 / sqrt(columns), biases
+    at zero.
     """
 
     def __init__(self, words, outputs, pair, hidden=256, dropout=0.1, seed=None):
@@ -42,9 +43,9 @@ class BiLSTM(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
     def forward(self, ids, mask, types):
-        """Logits (B, outputs) of ids (B, T) int64: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
+        """Returns logits (B, outputs) of ids (B, T) int64: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
 
-        mask (B, T) bool is True at real tokens, types (B, T) 1 in the second segment; [CLS] and [SEP] stay words of
+        mask (B, T) bool is True at real tokens, types (B, T) 1 in the second segment; [CLS] and [SEP] count as words of
         their segments.
         """
         if not self.pair:
@@ -57,11 +58,11 @@ class BiLSTM(nn.Module):
         return self.out(self._drop(x))
 
     def encode(self, ids, inside):
-        """Sentence vectors (N, 2H): both directions' last states over the tokens where `inside` (N, T) is True."""
-        order = (~inside).long().argsort(dim=1, stable=True)  # to the front, in their order
-        lengths = inside.sum(1).cpu()  # where packing wants them
+        """Returns sentence vectors (N, 2H): last states of both directions over the tokens `inside` (N, T) bool."""
+        order = (~inside).long().argsort(dim=1, stable=True)  # moves these tokens to the front, in order
+        lengths = inside.sum(1).cpu()  # packing needs them on the CPU
         packed = pack_padded_sequence(ids.gather(1, order), lengths, batch_first=True, enforce_sorted=False)
-        packed = packed._replace(data=self._drop(self.words(packed.data)))  # (tokens, C): padding has no vectors
+        packed = packed._replace(data=self._drop(self.words(packed.data)))  # (tokens, C), without padding
         _, (last, _) = self.lstm(packed)  # (4, N, H): layer, then direction
         return torch.cat([last[2], last[3]], dim=1)
 
@@ -70,7 +71,7 @@ class BiLSTM(nn.Module):
 
 
 def save(folder, model, labels):
-    """Writes config.json and model.safetensors, which `load` reads; labels () are a regression's."""
+    """Writes config.json and model.safetensors, for `load`; a regression has labels ()."""
     (vocab, width), hidden = model.words.weight.shape, model.lstm.hidden_size
     sizes = {"vocab_size": vocab, "width": width, "hidden": hidden, "dropout": model.dropout, "pair": model.pair}
     write_json(pathlib.Path(folder) / "config.json", {"model_type": MODEL_TYPE, **sizes, "labels": list(labels)})
@@ -78,9 +79,9 @@ def save(folder, model, labels):
 
 
 def load(folder):
-    """Returns (BiLSTM in eval mode on the CPU, tuple of labels) of a folder that `save` wrote.
+    """Returns (BiLSTM in eval mode on the CPU, tuple of labels) from a folder that `save` wrote.
 
-    Raises UserError where that is missing or damaged.
+    Raises UserError where it is missing or damaged.
     """
     config, weights = pathlib.Path(folder) / "config.json", pathlib.Path(folder) / "model.safetensors"
     if not (config.is_file() and weights.is_file()):
@@ -90,7 +91,7 @@ def load(folder):
         if values["model_type"] != MODEL_TYPE:
             raise UserError(f"{config} describes a {values['model_type']!r}: give the folder of a trained BiLSTM")
         labels = tuple(values["labels"])
-        with torch.device("meta"):  # no memory: every tensor is replaced below
+        with torch.device("meta"):  # allocates nothing: every tensor is replaced below
             words = torch.empty(values["vocab_size"], values["width"])
             model = BiLSTM(words, len(labels) or 1, values["pair"], values["hidden"], values["dropout"])
     except (LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -1,9 +1,9 @@
-"""Distillation while fine-tuning: teachers that were fine-tuned for the task, the loss, and augmented examples.
+"""Distillation during fine-tuning: fine-tuned teachers, the loss, and data augmentation.
 
-A few thousand examples show a student little of what its teacher makes of other sentences, and a student that is given
-a probability instead of a label needs no true label: copies of the examples, in which words are masked or exchanged,
-are labelled by the teacher alone. After Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation",
-without their part-of-speech tagger and n-grams.
+A few thousand examples are a small sample of the teacher's behaviour. Learning the teacher's probabilities needs no
+true labels, so the teacher alone labels augmented copies of the examples, in which words are masked or replaced.
+Source: Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation", without part-of-speech tagger and
+n-grams.
 """
 
 import dataclasses
@@ -22,31 +22,31 @@ from minidistil.errors import UserError
 from minidistil.rng import mix, uniform
 from minidistil.tokenizer import Tokenizer
 
-MASKED, EXCHANGED = 0.1, 0.1  # share of the tokens, as Tang et al. have them
+MASKED, REPLACED = 0.1, 0.1  # shares of the tokens, as in Tang et al.
 
 
 def augment(items, copies, tokenizer):
-    """Returns `copies` augmented copies of each item: first one of all of them, then a second one, and so on.
+    """Returns `copies` augmented copies of each item: the first copies of all items, then the second copies, and so on.
 
-    items: (ids, types), int32 and int8 arrays (n,). A token becomes [MASK], or a random one out of all items, frequent
-    ones more often; those that frame a text stay. A pure function of its arguments.
+    items: (ids, types), int32 and int8 arrays (n,). A token becomes [MASK], or a token drawn from all items, frequent
+    ones more often; [CLS] and [SEP] stay. A pure function of its arguments.
     """
     ids = np.concatenate([ids for ids, _ in items])  # (all tokens,)
     free = ~np.isin(ids, [tokenizer.cls_id, tokenizer.sep_id])
-    words, place = ids[free], np.arange(len(ids))
+    words, position = ids[free], np.arange(len(ids))
     ends = np.cumsum([len(ids) for ids, _ in items])[:-1]
     result = []
     for copy in range(copies):
-        draw = uniform(0, 10, copy, place)
-        others = words[mix(0, 11, copy, place) % np.uint64(len(words))] if len(words) else ids
-        changed = np.where(free & (draw < MASKED + EXCHANGED), others, ids)
+        draw = uniform(0, 10, copy, position)
+        others = words[mix(0, 11, copy, position) % np.uint64(len(words))] if len(words) else ids
+        changed = np.where(free & (draw < MASKED + REPLACED), others, ids)
         changed = np.where(free & (draw < MASKED), tokenizer.mask_id, changed).astype(ids.dtype)
         result += zip(np.split(changed, ends), (types for _, types in items), strict=True)
     return result
 
 
 def with_copies(task, copies, tokenizer):
-    """(items, targets) of a task's training set with augmented copies, whose target says that they have no label."""
+    """Returns (items, targets) of a training set with augmented copies, whose targets mark them as unlabelled."""
     items, targets = task.train[0] + augment(task.train[0], copies, tokenizer), task.train[1]
     no_label = math.nan if task.regression else IGNORE
     none = targets.new_full((len(items) - len(targets), *targets.shape[1:]), no_label)
@@ -56,15 +56,15 @@ def with_copies(task, copies, tokenizer):
 # ---- teachers
 
 
-def load_teachers(places, task, tokenizer):
-    """Returns the models in some folders, or in their subfolders named after the task: frozen, with the task's labels.
+def load_teachers(folders, task, tokenizer):
+    """Returns the models in `folders`, or in their subfolders named after the task: frozen, with the task's labels.
 
-    Raises UserError for one that was fine-tuned for something else, or has another vocabulary.
+    Raises UserError for a model of another task or with another vocabulary.
     """
     models = []
-    for place in places:
-        folder = pathlib.Path(place) / task.name
-        folder = folder if folder.is_dir() else pathlib.Path(place)
+    for parent in folders:
+        folder = pathlib.Path(parent) / task.name
+        folder = folder if folder.is_dir() else pathlib.Path(parent)
         model, labels = load_finetuned(folder)
         if type(model) is not task.kind or labels != tuple(task.labels):
             raise UserError(f"{folder} was not fine-tuned for {task.name}: give a teacher that was")
@@ -75,32 +75,32 @@ def load_teachers(places, task, tokenizer):
 
 
 def ensemble(logits, tau):
-    """One teacher out of several: (logits whose softmax at tau is the mean of theirs, mean logits), each a list.
+    """Combines teachers: returns (logits whose softmax at tau is the mean of theirs, mean logits), each a list.
 
-    `logits` holds one list a teacher, of an array an item.
+    `logits` holds one list per teacher, with one array per item.
     """
     if len(logits) == 1:
         return logits[0], logits[0]
     soft, mean = [], []
-    for of_item in zip(*logits, strict=True):
-        z = torch.from_numpy(np.stack(of_item)).double()
+    for item_logits in zip(*logits, strict=True):
+        z = torch.from_numpy(np.stack(item_logits)).double()
         soft.append((tau * torch.log_softmax(z / tau, -1).logsumexp(0)).float().numpy())
         mean.append(z.mean(0).float().numpy())
     return soft, mean
 
 
-def teacher_logits(places, task, tokenizer, tau, device):
-    """Returns `ensemble` of what the teachers in `places` say of each training item; prints their dev scores."""
+def teacher_logits(folders, task, tokenizer, tau, device):
+    """Returns the `ensemble` of the teachers' logits on each training item; prints their dev scores."""
     logits = []
-    for teacher in load_teachers(places, task, tokenizer):
+    for teacher in load_teachers(folders, task, tokenizer):
         logits.append(predict(teacher.to(device), task.train[0], tokenizer.pad_id, device))
-        on_dev = [predict(teacher, split, tokenizer.pad_id, device) for split in task.dev]
-        print(f"{task.name}: the teacher's dev score is {task.evaluate(on_dev)['score']:.2f}", flush=True)
+        dev_logits = [predict(teacher, split, tokenizer.pad_id, device) for split in task.dev]
+        print(f"{task.name}: the teacher's dev score is {task.evaluate(dev_logits)['score']:.2f}", flush=True)
     return ensemble(logits, tau)
 
 
 def pad_logits(arrays, shape, device):
-    """The arrays of a batch's items as one tensor of the shape of its logits; padding is MASKED_LOGIT."""
+    """Returns the arrays of a batch's items as one tensor of `shape`, padded with MASKED_LOGIT."""
     stack = np.full(shape, MASKED_LOGIT, np.float32)
     for row, array in enumerate(arrays):
         stack[row, ..., : array.shape[-1]] = array
@@ -112,7 +112,7 @@ def pad_logits(arrays, shape, device):
 
 @dataclasses.dataclass(frozen=True)
 class TaskObjective:
-    """The loss of fine-tuning; the weights count where there is a teacher (Sanh et al. 2019, section 3; Tang et al.).
+    """The fine-tuning loss; the weights apply only with a teacher (Sanh et al. 2019, section 3; Tang et al.).
 
     alpha_task * the task's own loss + alpha_ce * tau^2 KL(teacher || student) + alpha_mse * squared difference
     """
@@ -124,10 +124,10 @@ class TaskObjective:
     temperature: float = 2.0
 
     def loss(self, logits, targets, soft=None, mean=None):
-        """The mean over a batch's examples (over starts and ends of spans).
+        """Returns the mean loss over the examples of a batch (over starts and ends of spans).
 
-        logits (B, K) or (B, 2, T); targets (B,) or (B, 2): NaN (of a regression) or IGNORE where there is no label, and
-        so no loss of the task's own; soft and mean, of `ensemble`, like logits, where there is a teacher.
+        logits (B, K) or (B, 2, T); targets (B,) or (B, 2): NaN (regression) or IGNORE where there is no label, and
+        hence no task loss; with a teacher, `soft` and `mean` of `ensemble` have the shape of the logits.
         """
         logits = logits.float()
         rows, targets = logits.flatten(0, -2), targets.flatten()
@@ -138,7 +138,7 @@ class TaskObjective:
         if soft is None:
             return loss
         loss = self.alpha_task * loss
-        if self.alpha_ce and self.regression:  # one number has no distribution
+        if self.alpha_ce and self.regression:  # a single number is no distribution
             loss = loss + self.alpha_ce * F.mse_loss(logits, mean)
         elif self.alpha_ce:
             kl, _ = distill_kl(rows, soft.flatten(0, -2), None, self.temperature)

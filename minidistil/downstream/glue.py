@@ -1,10 +1,10 @@
-"""GLUE and IMDb from their official files: which tasks there are, how they are read, and what counts as their score.
+"""GLUE and IMDb from their official files: tasks, reading, score.
 
     GLUE    Wang et al. 2018, arXiv 1804.07461: nine tasks in tab-separated files
-    IMDb    Maas et al. 2011: film reviews, one a file, or the lines of a tab-separated one
+    IMDb    Maas et al. 2011: film reviews, one per file, or one per line of a tab-separated file
 
-A quote in these files is text, and a line ends at "\\n" or "\\r\\n" alone: IMDb's reviews hold U+0085, which
-`str.splitlines` would take for an end. Test sets without labels are not read.
+Quotes in these files are text, and only "\\n" or "\\r\\n" ends a line: IMDb's reviews contain U+0085, where
+`str.splitlines` would split. Test sets without labels are not read.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ class Example(typing.NamedTuple):
     """One or two texts and their label."""
 
     first: str
-    second: str  # None where the task is about single texts
+    second: str  # None in tasks on single texts
     label: int  # class id; STS-B: a float from 0 to 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a task asks, how it is scored and how its files are laid out."""
+    """A task: its labels, metrics and file format."""
 
     name: str
     folder: str  # its official name
     labels: tuple  # names in the order of class ids; none: regression
-    metrics: tuple  # names in scores.METRICS
-    texts: tuple  # columns of the first and the second text, in small letters
+    metrics: tuple  # names in metrics.METRICS
+    texts: tuple  # columns of the first and second text, in lower case
     label: str = "label"  # column
-    codes: dict = None  # a file's label -> class id, or None to leave the line out; by default the labels' own names
+    codes: dict = None  # label in the file -> class id, or None to skip the line; default: the names in `labels`
     header: tuple = None  # columns of files that have no header line
     dev: tuple = (("dev", "dev.tsv"),)  # split, file
 
@@ -51,7 +51,7 @@ ENTAILMENT = ("entailment", "not_entailment")
 NUMBERS = {"0": 0, "1": 1}
 NLI = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": None}  # "-": the annotators did not agree
 MNLI_DEV = (("matched", "dev_matched.tsv"), ("mismatched", "dev_mismatched.tsv"))
-TWO = ("sentence1", "sentence2")
+SENTENCES = ("sentence1", "sentence2")
 
 TASKS = {task.name: task for task in [
     Task("cola", "CoLA", ("unacceptable", "acceptable"), ("matthews",), ("sentence",), codes=NUMBERS,
@@ -59,26 +59,26 @@ TASKS = {task.name: task for task in [
     Task("sst2", "SST-2", ("negative", "positive"), ("accuracy",), ("sentence",), codes=NUMBERS),
     Task("mrpc", "MRPC", ("not_equivalent", "equivalent"), ("accuracy", "f1"), ("#1 string", "#2 string"), "quality",
          codes=NUMBERS),
-    Task("stsb", "STS-B", (), ("pearson", "spearman"), TWO, "score"),
+    Task("stsb", "STS-B", (), ("pearson", "spearman"), SENTENCES, "score"),
     Task("qqp", "QQP", ("not_duplicate", "duplicate"), ("accuracy", "f1"), ("question1", "question2"), "is_duplicate",
          codes=NUMBERS),
-    Task("mnli", "MNLI", tuple(NLI)[:3], ("accuracy",), TWO, "gold_label", codes=NLI, dev=MNLI_DEV),
+    Task("mnli", "MNLI", tuple(NLI)[:3], ("accuracy",), SENTENCES, "gold_label", codes=NLI, dev=MNLI_DEV),
     Task("qnli", "QNLI", ENTAILMENT, ("accuracy",), ("question", "sentence")),
-    Task("rte", "RTE", ENTAILMENT, ("accuracy",), TWO),
-    Task("wnli", "WNLI", ("not_entailment", "entailment"), ("accuracy",), TWO, codes=NUMBERS),
+    Task("rte", "RTE", ENTAILMENT, ("accuracy",), SENTENCES),
+    Task("wnli", "WNLI", ("not_entailment", "entailment"), ("accuracy",), SENTENCES, codes=NUMBERS),
     Task("imdb", "aclImdb", ("neg", "pos"), ("accuracy",), ("text",), codes={"neg": 0, "pos": 1, **NUMBERS}),
 ]}  # fmt: skip
 GLUE = list(TASKS)[:9]
 
-# Microsoft's own MRPC files, which stand in for GLUE's; their test set has labels
+# Microsoft's original MRPC files, accepted in place of GLUE's; their test set has labels
 MSR = {"train": "msr_paraphrase_train.txt", "dev": "msr_paraphrase_test.txt"}
 
 
 def load(name, data):
     """Returns (train, {split: dev}), lists of Examples, of one task; MNLI's splits are matched and mismatched.
 
-    `data` is the task's own folder or the one around it; any file may be a .gz. For IMDb it is aclImdb, or a folder
-    with train.tsv and perhaps test.tsv, or one such file. Raises UserError, naming file and line.
+    `data` is the task's folder or its parent; any file may be a .gz. For IMDb it is aclImdb, a folder with train.tsv
+    and optionally test.tsv, or one such file. Raises UserError with file and line.
     """
     task, data = TASKS[name], pathlib.Path(data)
     folder = data / task.folder if (data / task.folder).is_dir() else data
@@ -92,7 +92,7 @@ def load(name, data):
 
 
 def score(task, metrics):
-    """Returns a task's number on the GLUE leaderboard, in percent: the mean of its metrics over its dev sets.
+    """Returns a task's score as on the GLUE leaderboard, in percent: the mean of its metrics over its dev sets.
 
     `metrics` is {split: {metric: share}}.
     """
@@ -103,7 +103,7 @@ def score(task, metrics):
 
 
 def _load_imdb(task, path):
-    """Returns what `load` does; without a test set one review in ten is held out."""
+    """`load` for IMDb; without a test set one review in ten is held out."""
     if (path / "train" / "pos").is_dir():
         return _read_reviews(task, path / "train"), {"dev": _read_reviews(task, path / "test")}
     train = _without_breaks(_read(task, path if path.is_file() else _find(task, path, "train.tsv")))
@@ -118,7 +118,7 @@ def _load_imdb(task, path):
 
 
 def _read_reviews(task, folder):
-    """Returns the reviews of a folder with neg/*.txt and pos/*.txt, in the order of their names."""
+    """Returns the reviews of a folder with neg/*.txt and pos/*.txt, sorted by file name."""
     examples = []
     for label, side in enumerate(task.labels):
         paths = sorted((folder / side).glob("*.txt"))
@@ -129,12 +129,12 @@ def _read_reviews(task, folder):
 
 
 def _without_breaks(examples):
-    """Returns the examples with a space for each of the line breaks that the reviews have in HTML."""
+    """Returns the examples with a space for each HTML line break."""
     return [example._replace(first=example.first.replace("<br />", " ")) for example in examples]
 
 
 def _is_held_out(text):
-    """Whether a review is one of the ten per cent to test on; copies of one text are on the same side."""
+    """Whether a review is in the held-out 10 %, by its hash: copies of a text are on the same side."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") % 10 == 0
 
 
@@ -158,7 +158,7 @@ def _lines(path):
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):  # bytes: their lines end at b"\n" only
+            for number, line in enumerate(file, start=1):  # lines of bytes end at b"\n" only
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -184,7 +184,7 @@ def _read(task, path):
         if len(cells) != len(header):
             if task.name != "qqp":
                 raise _fault(path, number, f"{len(cells)} columns instead of {len(header)}")
-            broken += 1  # the official file has questions with a line break inside
+            broken += 1  # in the official file some questions contain a line break
             continue
         try:
             value = codes[cells[label]] if task.labels else _parse_score(cells[label])

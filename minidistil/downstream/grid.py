@@ -1,7 +1,7 @@
-"""Which learning rate and which seed are next, and what the runs of a task come to.
+"""The grid of learning rates and seeds of a task, and the summary of its runs.
 
-Each learning rate is tried with the first seed; the one with the best dev score is tried with the other seeds, as
-BERT's authors chose it (Devlin et al. 2018, appendix A.3). A run is {"lr", "seed", "epochs": [metrics after each]}.
+The first seed runs every learning rate; the other seeds run the one with the best dev score, as BERT's authors selected
+it (Devlin et al. 2018, appendix A.3). A run is {"lr", "seed", "epochs": [metrics after each]}.
 """
 
 import math
@@ -14,7 +14,7 @@ WIDE, NARROW, LSTM = (2e-5, 3e-5, 5e-5), (5e-5, 1e-4, 3e-4), (1e-3,)
 
 
 def learning_rates(text, width):
-    """The learning rates to try: those of --lr, with commas, else those for an encoder of this width (None: LSTM)."""
+    """Returns the learning rates to try: those of --lr, else the grid for an encoder of this width (None: LSTM)."""
     if text is None:
         return LSTM if width is None else WIDE if width >= 512 else NARROW
     try:
@@ -27,7 +27,7 @@ def learning_rates(text, width):
 
 
 def next_run(runs, rates, first_seed, seeds):
-    """The next (lr, seed), or None where all have been run."""
+    """Returns the next (lr, seed), or None when all runs are done."""
     done = [(r["lr"], r["seed"]) for r in runs]
     plan = [(lr, first_seed) for lr in rates]
     if all(p in done for p in plan):
@@ -36,7 +36,7 @@ def next_run(runs, rates, first_seed, seeds):
 
 
 def summarise(runs):
-    """The median run of the best learning rate: {"score", "lowest", "highest", "lr", "seeds", metrics}."""
+    """Returns medians over the best learning rate's runs: {"score", "lowest", "highest", "lr", "seeds", metrics}."""
     first = min(r["seed"] for r in runs)
     best = max((r for r in runs if r["seed"] == first), key=lambda r: r["epochs"][-1]["score"])["lr"]
     final = [r["epochs"][-1] for r in runs if r["lr"] == best]

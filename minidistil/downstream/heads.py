@@ -1,9 +1,9 @@
-"""What fine-tuning puts on an encoder: a head that names a sentence, and one that points at a span.
+"""Fine-tuning heads on an encoder: a sentence classifier and a span reader.
 
-Both are those of transformers, so that what is trained here loads there:
+Both are the heads of transformers, so their checkpoints load there:
 
-    Classifier   [CLS] -> dense, tanh (BERT) or ReLU (DistilBERT) -> dropout -> one number a label
-    SpanReader   each token -> two numbers: does the answer start here, does it end here?
+    Classifier   [CLS] -> dense, tanh (BERT) or ReLU (DistilBERT) -> dropout -> one logit per label
+    SpanReader   each token -> two logits: the answer starts here, the answer ends here
 
 Legend as in model.py:  B batch   T tokens per sequence   C width   K labels, 1 for a regression
 """
@@ -20,7 +20,7 @@ from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.model import Encoder, initialise
 
-MASKED_LOGIT = -1e4  # logit of a token that is padding; finite, so that differences of logits are
+MASKED_LOGIT = -1e4  # logit of a padding token; finite, so that differences of logits are finite
 
 
 class Classifier(nn.Module):
@@ -69,7 +69,8 @@ class SpanReader(nn.Module):
 def load_pretrained(folder, kind, outputs, seed=0):
     """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
 
-    Its own head is fresh; BERT's pooler, trained with the next-sentence head, is taken where the file has one.
+    The head is random, except that BERT's pooler, trained with the next-sentence head, is loaded where the file has
+    one.
     """
     config = weights.read_config(folder)
     with torch.device("meta"):
@@ -86,7 +87,7 @@ def load_pretrained(folder, kind, outputs, seed=0):
 
 
 def load_finetuned(folder):
-    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, its labels' names."""
+    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, and its label names."""
     config = weights.read_config(folder)
     values = weights.read_json(pathlib.Path(folder) / "config.json")
     architecture = str((values.get("architectures") or [""])[0])

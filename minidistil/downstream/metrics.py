@@ -1,7 +1,7 @@
 """The metrics of GLUE in fp64: each a share from 0 to 1, or a correlation from -1 to 1.
 
-Predictions and labels are (N,) arrays, N at least 1: class ids, or scores for the correlations. Where a metric is
-undefined it is 0, so that a model that always says the same does not make a mean over tasks NaN.
+Predictions and labels are (N,) arrays, N at least 1: class ids, or scores for the correlations. An
+undefined metric is 0, so that a constant prediction does not make a mean over tasks NaN.
 """
 
 import numpy as np
@@ -33,17 +33,17 @@ def matthews(predictions, labels):
 
 
 def pearson(predictions, labels):
-    """Pearson's correlation; 0 where either side is constant."""
+    """Pearson's correlation; 0 where either array is constant."""
     x, y = _arrays(predictions, labels)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     x, y = x - x.mean(), y - y.mean()
     r = (x / np.linalg.norm(x)) @ (y / np.linalg.norm(y))
-    return float(np.clip(r, -1, 1))  # rounding leads beyond
+    return float(np.clip(r, -1, 1))  # rounding may exceed 1
 
 
 def spearman(predictions, labels):
-    """Spearman's rank correlation; ties share their average rank; 0 where either side is constant."""
+    """Spearman's rank correlation; ties share their average rank; 0 where either array is constant."""
     x, y = _arrays(predictions, labels)
     return pearson(_ranks(x), _ranks(y))
 

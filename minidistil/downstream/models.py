@@ -1,4 +1,4 @@
-"""A model for a task: a fresh head on a pretrained encoder, or a BiLSTM on its words; and how it is exported."""
+"""The model of a task: a new head on a pretrained encoder, or a BiLSTM on its word vectors; optimiser and export."""
 
 import torch
 
@@ -8,9 +8,9 @@ from minidistil.downstream.heads import Classifier, load_pretrained
 
 
 def build_model(folder, task, seed, as_bilstm=False):
-    """Returns a model for the task, in training mode: its head, or the whole BiLSTM, is fresh.
+    """Returns a model for the task in training mode; its head, or the whole BiLSTM, has initial weights.
 
-    Of a regression the head begins at the mean target: hundreds of updates would go into that alone.
+    The bias of a regression head starts at the mean target, which would otherwise take hundreds of updates to learn.
     """
     if as_bilstm:
         words = load_pretrained(folder, Classifier, 1).encoder.embeddings.words.weight
@@ -24,7 +24,7 @@ def build_model(folder, task, seed, as_bilstm=False):
 
 
 def adamw(model):
-    """AdamW as BERT was fine-tuned: betas (0.9, 0.999), weight decay 0.01 on matrices alone."""
+    """Returns AdamW with BERT's fine-tuning settings: betas (0.9, 0.999), weight decay 0.01 on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -32,7 +32,7 @@ def adamw(model):
 
 
 def export(folder, model, task, tokenizer, config):
-    """Writes a fine-tuned model and its vocabulary as transformers has them; a BiLSTM in a form of our own."""
+    """Writes a fine-tuned model and its vocabulary in transformers' format; a BiLSTM in our own."""
     if isinstance(model, bilstm.BiLSTM):
         bilstm.save(folder, model, task.labels)
         tokenizer.save(folder, "distilbert")

@@ -2,12 +2,12 @@
 
     [CLS] question [SEP] context [SEP]        types 0 ... 0 1 ... 1
 
-A context too long for the model is read through overlapping windows (Devlin et al. 2018, section 4.2 and its code). The
-model gives each token a score as the answer's start and as its end; the best pairs over all windows of a question are
-its n-best list. A token in several windows may start an answer only in the one that shows most of its surroundings.
+A long context is split into overlapping windows (Devlin et al. 2018, section 4.2 and its code). The model gives each
+token a start score and an end score; the best pairs over all windows of a question are its n-best list. A token in
+several windows may start an answer only in the window with the most context around it.
 
-Tokens know their characters in the context, so that an answer is cut from the original text, capitals and accents
-included. Exact match and F1 forgive case, punctuation, articles and spaces, and count the best of the given answers.
+Each token has character offsets in the context, so an answer is a slice of the original text, with capitals and
+accents. Exact match and F1 ignore case, punctuation, articles and spaces, and take the best of the reference answers.
 """
 
 import bisect
@@ -35,22 +35,22 @@ class Question:
 
 @dataclasses.dataclass
 class Window:
-    """What the model reads at once: `length` tokens at most. Of n context tokens, the k-th is ids[first + k]."""
+    """One input of the model, at most `length` tokens; context token k of n is ids[first + k]."""
 
     ids: list
     types: list  # 0 up to the first [SEP], then 1
     first: int
-    starts: list  # n places in the context: token k is written at context[starts[k] : ends[k]]
+    starts: list  # n character offsets: token k is context[starts[k] : ends[k]]
     ends: list
-    best: list  # n bools: this window, no other, shows the token with most context around it
-    span: tuple  # (start, end) of the first answer in ids, end included; (0, 0), which is [CLS], where it does not fit
+    best: list  # n bools: of all windows, this one has the most context around the token
+    span: tuple  # (start, end) of the first answer in ids, end included; (0, 0), [CLS], where it is not in this window
 
 
 # ---- the files
 
 
 def read(path):
-    """Returns the Questions of a JSON file in SQuAD v1.1's form. Raises UserError where it is anything else."""
+    """Returns the Questions of a JSON file in SQuAD v1.1's format; raises UserError for anything else."""
     path = pathlib.Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def _question(qa, name, title, context, where):
 
 
 def _get(record, key, kind, where):
-    """record[key], which must be of that kind."""
+    """Returns record[key]; raises UserError where it is not of this type."""
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) is not kind:  # isinstance would take True for an int
         kinds = {list: "a list", str: "text", int: "a whole number"}
@@ -99,10 +99,10 @@ def _get(record, key, kind, where):
 
 
 def load(data):
-    """Returns (train, dev), lists of Questions, from the folder of the official files or from one file of that form.
+    """Returns (train, dev), lists of Questions, from the folder of the official files or from one file in their format.
 
-    One file is split by article, so that dev asks about unseen texts: about one article in five, chosen by its title's
-    SHA-256, is dev. Raises UserError.
+    A single file is split by article, so that dev has unseen texts: about one article in five, chosen by the SHA-256 of
+    its title, is dev. Raises UserError.
     """
     data = pathlib.Path(data)
     if data.is_dir():
@@ -116,14 +116,14 @@ def load(data):
     return train, dev
 
 
-# ---- from a question to windows, and from logits to an answer
+# ---- question -> windows, logits -> answer
 
 
 def windows(question, tokenizer, length=384, stride=128, longest_question=64):
-    """Returns the Windows of a question: `length` tokens at most, the context walks on by `stride` tokens.
+    """Returns the Windows of a question: at most `length` tokens each, their contexts `stride` tokens apart.
 
-    A question is cut at `longest_question` tokens. The span is the shortest that covers the answer. Raises UserError
-    where a window has no room or the context has no tokens.
+    A question is truncated to `longest_question` tokens. The span is the shortest that covers the answer. Raises
+    UserError where a window is too short or the context has no tokens.
     """
     if length < longest_question + 4 or stride < 1:
         raise UserError(
@@ -140,11 +140,11 @@ def windows(question, tokenizer, length=384, stride=128, longest_question=64):
     parts = [(begin, min(begin + room, len(ids))) for begin in range(0, max(len(ids) - room, 0) + step, step)]
 
     token = np.arange(len(ids))
-    context = []  # of each token in each window, by Google's measure; the small term prefers the longer window
+    context = []  # of each token in each window, by Google's measure; the second term prefers longer windows
     for begin, end in parts:
-        poorer_side = np.minimum(token - begin, end - 1 - token)  # negative outside the window
-        context.append(np.where(poorer_side < 0, -1, poorer_side + 0.01 * (end - begin)))
-    best = np.argmax(context, axis=0)  # the first of equals
+        smaller_side = np.minimum(token - begin, end - 1 - token)  # negative outside the window
+        context.append(np.where(smaller_side < 0, -1, smaller_side + 0.01 * (end - begin)))
+    best = np.argmax(context, axis=0)  # ties: the first
 
     text, character = question.answers[0]
     start = bisect.bisect_right(ends, character)
@@ -164,15 +164,15 @@ def windows(question, tokenizer, length=384, stride=128, longest_question=64):
 
 
 def answer(question, windows, start_logits, end_logits, n_best=20, longest=30):
-    """Returns the n-best list of a question: [(text, score)], best first, no text twice, never empty.
+    """Returns the n-best list of a question: [(text, score)], best first, without repeated texts, never empty.
 
-    windows: all of the question; logits: for each window one array over its ids, or longer where they were padded.
-    Pairs the n_best starts and ends of each window; an answer has `longest` tokens at most. score: the sum of logits.
+    windows: all of the question; logits: one array per window over its ids, longer where they were padded. Pairs the
+    n_best starts and ends of each window; an answer has at most `longest` tokens. score: the sum of both logits.
     """
     found = []  # (score, start, end), in characters
     for window, start, end in zip(windows, start_logits, end_logits, strict=True):
-        place = slice(window.first, window.first + len(window.starts))
-        start, end = (np.asarray(logits, np.float64)[place] for logits in (start, end))
+        part = slice(window.first, window.first + len(window.starts))
+        start, end = (np.asarray(logits, np.float64)[part] for logits in (start, end))
         starts = _highest(np.where(window.best, start, -np.inf), n_best)
         ends = _highest(end, n_best)
         found += [
@@ -181,7 +181,7 @@ def answer(question, windows, start_logits, end_logits, n_best=20, longest=30):
             for j in ends
             if window.best[i] and i <= j < i + longest
         ]
-    if not found:  # no end was near a start: the best single token
+    if not found:  # no pair is short enough: the best single token
         return answer(question, windows, start_logits, end_logits, max(len(w.ids) for w in windows), 1)[:1]
     texts = {}
     for score, start, end in sorted(found, key=lambda span: -span[0]):
@@ -190,7 +190,7 @@ def answer(question, windows, start_logits, end_logits, n_best=20, longest=30):
 
 
 def _highest(logits, n):
-    """The places of the n highest logits, highest first."""
+    """Returns the indices of the n highest logits, highest first."""
     return np.argsort(-logits, kind="stable")[:n].tolist()
 
 
@@ -204,7 +204,7 @@ def normalise(text):
 
 
 def metrics(predictions, questions):
-    """Returns {"em", "f1"} in percent of all questions; predictions: question id -> text, none counts 0."""
+    """Returns {"em", "f1"} in percent of all questions; predictions: question id -> text, a missing one scores 0."""
     em = f1 = 0
     for question in questions:
         if question.id in predictions:
@@ -216,6 +216,6 @@ def metrics(predictions, questions):
 
 
 def _f1(predicted, truth):
-    """2 / (1 / precision + 1 / recall) of two lists of words; 0 where both are empty, as in v1.1's script."""
+    """2 / (1 / precision + 1 / recall) of two lists of words; 0 where both are empty, as in the official script."""
     same = (collections.Counter(predicted) & collections.Counter(truth)).total()
     return 2 * same / (len(predicted) + len(truth)) if same else 0.0

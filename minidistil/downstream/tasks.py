@@ -1,12 +1,12 @@
-"""What a task gives to fine-tuning: encoded items, their targets, and the official score of a model's logits.
+"""The tasks of fine-tuning: encoded items, targets, and the official score of a model's logits.
 
-`SentenceTask` is one of GLUE's, or IMDb; `SpanTask` is SQuAD v1.1. Both have
+`SentenceTask` is a task of GLUE or IMDb; `SpanTask` is SQuAD v1.1. Both have
 
-    name, labels            their names; one for a regression
+    name, labels            name of the task and of its labels; a regression has one
     train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
-    dev = [items, ...]       of each held-out split
-    teacher                  () or two lists, of an array a training item: see `distil.ensemble`
-    evaluate(logits)         logits of these, split by split, as `predict` gives them -> {"score", official metrics}
+    dev = [items, ...]       one per held-out split
+    teacher                  () or two lists with an array per training item: see `distil.ensemble`
+    evaluate(logits)         logits of `dev`, per split, from `predict` -> {"score", official metrics}
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from minidistil.rng import mix
 SEQ_LEN = {"imdb": 512, "squad": 384}  # tokens; 128 elsewhere, as published for GLUE
 
 
-def subsample(things, limit):
-    """A fixed random choice of `limit` things, in their order; all where there are no more."""
-    if limit is None or limit >= len(things):
-        return things
-    return [things[i] for i in np.sort(np.argsort(mix(0, 9, np.arange(len(things))), kind="stable")[:limit])]
+def subsample(examples, limit):
+    """Returns a fixed random subset of `limit` examples, in their order; all where there are no more."""
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i] for i in np.sort(np.argsort(mix(0, 9, np.arange(len(examples))), kind="stable")[:limit])]
 
 
 def digest(train):
-    """SHA-256 of encoded training data: a resumed run must go on with the same."""
+    """SHA-256 of encoded training data: it must not change when a run resumes."""
     items, targets = train
     state = hashlib.sha256(np.ascontiguousarray(targets.numpy()).tobytes())
     for ids, types in items:
@@ -41,13 +41,13 @@ def digest(train):
 
 
 def compact(item):
-    """An item as arrays: lists of Python's integers would take ten times the memory, gigabytes for MNLI or SQuAD."""
+    """Returns an item as arrays: lists of Python integers take ten times the memory, gigabytes for MNLI or SQuAD."""
     ids, types = item
     return np.array(ids, np.int32), np.array(types, np.int8)
 
 
 class SentenceTask:
-    """A GLUE task or IMDb, by its name in `glue.TASKS`; `limit` keeps that many training examples."""
+    """A GLUE task or IMDb, by its name in `glue.TASKS`; `limit`: number of training examples."""
 
     kind, teacher = Classifier, ()
 
@@ -72,21 +72,21 @@ class SentenceTask:
             guesses = rows[:, 0] if self.regression else rows.argmax(1)
             truth = np.array([e.label for e in examples])
             per_split[split] = {m: float(metrics.METRICS[m](guesses, truth)) for m in self.task.metrics}
-        found = {"score": glue.score(self.task, per_split)}
+        result = {"score": glue.score(self.task, per_split)}
         for split, shares in per_split.items():
             where = "" if len(per_split) == 1 else f"_{split}"
-            found |= {f"{m}{where}": 100 * x for m, x in shares.items()}  # in percent, as published
-        return found
+            result |= {f"{m}{where}": 100 * x for m, x in shares.items()}  # in percent, as published
+        return result
 
 
 class SpanTask:
-    """SQuAD v1.1: a question may take several windows of its context; `limit` keeps that many training questions."""
+    """SQuAD v1.1: a question may have several windows; `limit`: number of training questions."""
 
     kind, name, labels, regression, teacher = SpanReader, "squad", (), False, ()
 
     def __init__(self, data, tokenizer, T, limit=None):
         train, self.questions = squad.load(data)
-        # published: windows of 384 tokens that overlap by all but 128; questions of at most 64
+        # published: windows of 384 tokens with a stride of 128; questions of at most 64
         windows = (w for q in subsample(train, limit) for w in squad.windows(q, tokenizer, T, T // 3))
         items, spans = zip(*((compact((w.ids, w.types)), w.span) for w in windows), strict=True)
         self.train = items, torch.tensor(spans)
@@ -98,8 +98,8 @@ class SpanTask:
         for question, windows in zip(self.questions, self.windows, strict=True):
             starts, ends = zip(*(next(rows) for _ in windows), strict=True)
             answers[question.id] = squad.answer(question, windows, starts, ends)[0][0]
-        found = squad.metrics(answers, self.questions)
-        return {"score": found["f1"], **found}
+        scores = squad.metrics(answers, self.questions)
+        return {"score": scores["f1"], **scores}
 
 
 def open_task(name, data, tokenizer, seq_len=None, limit=None):
@@ -109,7 +109,7 @@ def open_task(name, data, tokenizer, seq_len=None, limit=None):
 
 
 def task_names(text, data):
-    """The names that --task stands for; of `all`, those that the GLUE folder holds."""
+    """Returns the task names of --task; for `all`, those in the GLUE folder."""
     if text == "all":
         here = [name for name in glue.GLUE if (pathlib.Path(data) / glue.TASKS[name].folder).is_dir()]
         if not here:

@@ -8,21 +8,21 @@ from minidistil.run import CHECKPOINT, load_checkpoint, restore, save_checkpoint
 
 @dataclasses.dataclass
 class Trial:
-    """One run of a task, and its checkpoint in `out`."""
+    """One run of a task, with its checkpoint in `out`."""
 
     task: str
     lr: float
     seed: int
     out: pathlib.Path
-    identity: dict  # of the whole of finetune.py's run
-    epochs: list = dataclasses.field(default_factory=list)  # metrics after each
+    identity: dict  # of the whole run of finetune.py
+    epochs: list = dataclasses.field(default_factory=list)  # metrics after each epoch
 
     @property
     def key(self):
         return f"{self.task} lr {self.lr:g} seed {self.seed}"
 
     def resume(self, model, optimizer, scaler):
-        """Restores what an interruption left of this run; returns (update, seconds), 0 where there is nothing."""
+        """Restores this run from its checkpoint; returns (update, seconds), zeros without one."""
         if not (self.out / CHECKPOINT).is_file():
             return 0, 0.0
         saved, tensors = load_checkpoint(self.out)
@@ -31,7 +31,7 @@ class Trial:
         restore(tensors, model, optimizer, saved["adam_steps"])
         scaler.load_state_dict(saved["scale"])
         self.epochs = saved["epochs"]
-        print(f"{self.key}: goes on after update {saved['update']}", flush=True)
+        print(f"{self.key}: resumes after update {saved['update']}", flush=True)
         return saved["update"], saved["seconds"]
 
     def save(self, model, optimizer, scaler, progress):
