@@ -29,6 +29,7 @@ import time
 
 import torch
 
+import benches.gpu
 from benches.ablation import ablation_table, bench_ablation, train_variants
 from benches.infer import bench_infer, draw_infer, infer_table
 from benches.prepare import bench_prepare, prepare_table
@@ -318,6 +319,8 @@ def readme_tables(folder):
 
 
 def main(argv):
+    if argv[:1] == ["gpu"]:
+        return benches.gpu.main(argv[1:])
     settings = Settings(**given(Settings, argv, __doc__))
     if settings.readme:
         print("\n\n".join(readme_tables(pathlib.Path(settings.out))))

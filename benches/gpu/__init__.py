@@ -1,0 +1,76 @@
+"""Ten minutes of one GPU: is each kernel right, how fast is it, which constants suit it, and how fast is training?
+
+    python bench.py gpu --out DIR --budget 500           the first run; DIR/summary.md says what to conclude
+    python bench.py gpu --out DIR --budget 190 --second  the second: what the first lost, then profilers and sanitizers
+    python bench.py gpu --out DIR --budget 60 --only "smoke:norm;ceilings"    some stages (day.py lists them)
+    python bench.py gpu --prepare                        for a GPU without a network: what to carry, and the commands
+
+A stage is a process with a time limit of its own: one that raises, crashes or hangs costs itself alone. Each measurement
+is a line of DIR/results.jsonl as soon as it is made; each failure is in DIR/failures.txt, with traceback, arguments and
+the PTX of the kernels; DIR/log.txt has the end of each stage's output, DIR/trace.json.gz an update for chrome://tracing,
+DIR/code.tar.gz the compiled kernels.
+
+Nothing is timed while anything else runs. A default changes only where a sweep says CHANGE: a gain of more than 2 % and
+of more than twice the noise, which is the default timed twice.
+
+    day.py        the plan, the processes and their time limits; needs no PyTorch
+    run.py        a stage's side: units of work, rows of results, records of failures
+    ceilings.py   what the card can do, and whether each attention backend's dropout keeps the mean
+    smoke.py      each kernel at real shapes against fp64
+    sweeps.py     the constants of each kernel; variants.py is all that knows the kernels' internals
+    compare.py    the cases of bench.py against eager PyTorch, torch.compile and Liger
+    steps.py      updates of train.py, their profile, the demo
+    tools.py      pytest, ncu, compute-sanitizer
+    summary.py    results.jsonl -> summary.md; targets.py is what was promised and predicted
+    prepare.py    what travels to a machine without a network; rehearsal.py serves the rehearsals without a GPU
+"""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+
+from minidistil.cli import UserError, given, setting
+
+
+@dataclasses.dataclass
+class Settings:
+    out: str = setting(None, "folder of the results")
+    budget: float = setting(500.0, "seconds for all stages together")
+    second: bool = setting(False, "the second run: stages that the first lost, then profilers and sanitizers")
+    only: str = setting(None, "stages, with semicolons, in place of a plan")
+    limit: float = setting(120.0, "seconds of a stage of --only that is in no plan")
+    work: str = setting(None, "folder of caches and logs, which the second run finds again (default: a temporary one)")
+    jobs: int = setting(8, "processes of pytest")
+    prepare: bool = setting(False, "measure nothing: make what travels to a machine without a network")
+    cpu: bool = setting(False, "rehearsal: smoke alone, small, interpreted on the CPU")
+    tiny: bool = setting(False, "rehearsal: small shapes, on whatever is called a GPU")
+    null: bool = setting(False, "rehearsal: on a GPU whose kernels do nothing; all numbers are garbage")
+    sabotage: bool = setting(False, "rehearsal: spoil one element of each result, which smoke must find")
+    stage: str = setting(None, "internal: be this stage")
+
+
+def main(argv):
+    settings = Settings(**given(Settings, argv, __doc__))
+    if settings.prepare:
+        from benches.gpu.prepare import main as prepare
+
+        return prepare()
+    if not settings.out:
+        raise UserError("there is no folder for the results: name one with --out")
+    settings.out = str(pathlib.Path(settings.out).resolve())
+    settings.work = str(pathlib.Path(settings.work or pathlib.Path(tempfile.gettempdir()) / "minidistil-gpu").resolve())
+    if settings.stage:
+        from benches.gpu.run import be
+
+        be(settings)
+    from benches.gpu.day import Day
+
+    day = Day(settings)
+    if not settings.cpu and not all(stage.name.startswith("pretend") for stage in day.stages()):
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("there is no GPU here: run it on a machine with one, or rehearse with --cpu")
+    day.go()
+    print((day.out / "summary.md").read_text(), file=sys.stdout)

@@ -1,0 +1,4 @@
+from benches.gpu import main
+from minidistil.cli import run
+
+run(main)

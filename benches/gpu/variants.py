@@ -1,0 +1,123 @@
+"""All that a GPU day knows of the kernels' internals: constants that a sweep sets from outside, and edited sources.
+
+When a kernel's constants or loops are renamed, this is the file to mend; tests/test_gpu_day.py says so.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+from unittest import mock
+
+import torch
+
+from kernels import distill_kl, layer_norm, linear_distill_kl
+
+FOLDER = pathlib.Path(distill_kl.__file__).parent
+
+# ---- constants
+
+
+def defaults():
+    """Today's constants, by the names of the sweeps."""
+    programs = layer_norm._programs(10**9, torch.device("cuda"))
+    source = pathlib.Path(layer_norm.__file__).read_text()
+    return {
+        "loss": (distill_kl.BLOCK_V, distill_kl.WARPS),
+        "linear": linear_distill_kl.launch(2),
+        "chunk rows": linear_distill_kl.GPU_CHUNK_ROWS,
+        "norm warps": layer_norm.cut(768)[2],
+        "norm programs": programs // torch.cuda.get_device_properties(0).multi_processor_count,
+        "norm stages": int(re.search(r"num_stages=(\d)", source)[1]),
+    }
+
+
+def loss_block(block, warps):
+    return mock.patch.multiple(distill_kl, BLOCK_V=block, WARPS=warps)
+
+
+def chunk_rows(rows):
+    return mock.patch.multiple(linear_distill_kl, GPU_CHUNK_ROWS=rows)
+
+
+def norm_warps(module, warps, programs=None):
+    """LayerNorm's warps of a row, and the backward pass's programs of a multiprocessor where they are given."""
+    cut, cores = module.cut, torch.cuda.get_device_properties(0).multi_processor_count
+    changed = {"cut": lambda C: (*cut(C)[:2], warps)}
+    if programs:
+        changed["_programs"] = lambda N, device: min(N, programs * cores)
+    return mock.patch.multiple(module, **changed)
+
+
+def plain_norm():
+    """PyTorch's LayerNorm and dropout in place of our kernel."""
+    return mock.patch.multiple(layer_norm, on_triton=lambda x: False)
+
+
+def launch_linear(module, s, t, labels, losses, V, block, warps):
+    """The loss kernel of the projection alone: logits s (R, width) become their gradient."""
+    module._loss_and_gradient_kernel[(len(s),)](
+        s, t, labels, losses, s.shape[1], V, 2.0, 1.0, 0.2, 0.0, HAS_MSE=False, TAU=2, BLOCK_V=block, num_warps=warps
+    )  # fmt: skip
+
+
+# ---- edited sources: {variant: {module: [(regular expression, replacement), ...]}}, the module that is used last
+
+LOOK = r"(tl\.load\([st]_ptr \+ v \+ cols)\)"  # a load in the loop over a row
+SOURCES = {
+    # keeps the first look at a row in the L2 cache, and drops it at the second
+    "evict": {
+        "distill_kl": [(LOOK, r'\1, eviction_policy="evict_last")')],
+        "linear_distill_kl": [(LOOK, r'\1, eviction_policy="evict_first")')],
+    },
+    # begins the second look where the first ended
+    "reversed": {
+        "linear_distill_kl": [
+            (r"( +)for v in (range\(0, full, BLOCK_V\)):\n", r"\1for w in \2:\n\1    v = full - BLOCK_V - w\n"),
+        ],
+    },
+    "stages 1": {"layer_norm": [(r"num_stages=\d", "num_stages=1")]},
+    "stages 2": {"layer_norm": [(r"num_stages=\d", "num_stages=2")]},
+    "stages 3": {"layer_norm": [(r"num_stages=\d", "num_stages=3")]},
+}
+
+
+def edited(label, folder):
+    """The last module of SOURCES[label], edited: a file of its own in `folder`, where Triton reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, edits in SOURCES[label].items():
+        text = (FOLDER / f"{name}.py").read_text()
+        for pattern, replacement in edits:
+            text, times = re.subn(pattern, replacement, text)
+            if not times:
+                raise LookupError(f"kernels/{name}.py has no {pattern!r}: mend benches/gpu/variants.py")
+        prefix = re.sub(r"\W", "_", label)
+        for other in SOURCES[label]:
+            text = text.replace(f"from kernels.{other} import", f"from {prefix}_{other} import")
+        path = folder / f"{prefix}_{name}.py"
+        partly = path.with_suffix(f".{os.getpid()}")  # other processes may be at it
+        partly.write_text(text)
+        partly.replace(path)
+        module = imported(path, prefix)
+    return module
+
+
+def imported(path, prefix):
+    """The module at `path`, imported once; its operators get a namespace of their own."""
+    if path.stem in sys.modules:
+        return sys.modules[path.stem]
+    register = torch.library.custom_op
+
+    def apart(name, *arguments, **options):
+        return register(name.replace("::", f"_{prefix}::"), *arguments, **options)
+
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(specification)
+    try:
+        with mock.patch.object(torch.library, "custom_op", apart):
+            specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
