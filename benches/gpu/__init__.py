@@ -5,10 +5,10 @@
     python bench.py gpu --out DIR --budget 60 --only "smoke:norm;ceilings"    some stages (day.py lists them)
     python bench.py gpu --prepare                        for a GPU without a network: what to carry, and the commands
 
-A stage is a process with a time limit of its own: one that raises, crashes or hangs costs itself alone. Each measurement
-is a line of DIR/results.jsonl as soon as it is made; each failure is in DIR/failures.txt, with traceback, arguments and
-the PTX of the kernels; DIR/log.txt has the end of each stage's output, DIR/trace.json.gz an update for chrome://tracing,
-DIR/code.tar.gz the compiled kernels.
+Each stage is a process with its own time limit, so that an exception, a crash or a hang costs one stage. Each
+measurement is written to DIR/results.jsonl as soon as it is made. DIR/failures.txt has each failure's traceback and
+arguments, and the PTX of the kernels; DIR/log.txt the end of each stage's output; DIR/trace.json.gz a profile of one
+update for chrome://tracing; DIR/code.tar.gz the compiled kernels.
 
 Nothing is timed while anything else runs. A default changes only where a sweep says CHANGE: a gain of more than 2 % and
 of more than twice the noise, which is the default timed twice.

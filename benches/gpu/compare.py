@@ -1,4 +1,4 @@
-"""The cases of bench.py, with the host's time: what matters most first, and each shape's rows as soon as they are there."""
+"""The cases of bench.py, the most important first, with the host's time; a shape's rows are written when it is done."""
 
 import traceback
 
@@ -76,7 +76,7 @@ def compare_shape(run, case, shape, ceiling):
 
 
 def repeatable(function, inputs, leaves, dtype):
-    """One forward and backward pass as a function: it returns the gradients, and allocates nothing that is not theirs."""
+    """A function that runs a forward and backward pass and returns the gradients; its inputs are made here, untimed."""
     inputs = [x.detach().requires_grad_(i in leaves) if torch.is_tensor(x) else x for i, x in enumerate(inputs)]
     wanted, upstream = [inputs[i] for i in leaves], []
 

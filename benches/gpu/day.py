@@ -120,7 +120,11 @@ class Day:
     def __init__(self, settings):
         self.settings, self.began = settings, time.monotonic()
         self.out, self.work = pathlib.Path(settings.out), pathlib.Path(settings.work)
-        self.status = {}  # of the stages that have ended
+        self.state, self.status = self.work / "state.json", {}  # of the stages that have ended
+
+    def before(self):
+        """{stage: status} of the runs before this one."""
+        return json.loads(self.state.read_text()) if self.state.exists() else {}
 
     def stages(self):
         return flat(self.plan())
@@ -129,14 +133,13 @@ class Day:
         """The stages to run; in the second run with those that the first one lost, as its state says."""
         settings, known = self.settings, {stage.name: stage for stage in [*flat(SECOND), *flat(FIRST)]}
         if settings.only:
-            other = settings.limit, 12, settings.limit / 2
+            other = settings.limit, 12, settings.limit / 4
             return [known.get(name) or Stage(name, *other) for name in map(str.strip, settings.only.split(";"))]
         if settings.cpu:
             return [[stage for stage in flat(FIRST) if stage.name.startswith("smoke")]]
         if not settings.second:
             return FIRST
-        state, again = self.work / "state.json", {stage.name: stage for stage in flat(FIRST)}
-        before = json.loads(state.read_text()) if state.exists() else {}
+        before, again = self.before(), {stage.name: stage for stage in flat(FIRST)}
         lost = [name for name, status in before.items()
                 if status not in ("ok", "failures") and name in again and not name.startswith("warm")]  # fmt: skip
         late = [name for name in lost if before[name] == SKIPPED]
@@ -145,7 +148,7 @@ class Day:
 
     def go(self):
         """Runs the plan; writes summary.md anew after each entry."""
-        plan = self.plan()
+        plan, before = self.plan(), self.before()
         for folder in (self.out, self.work):
             folder.mkdir(parents=True, exist_ok=True)
         (self.out / "results.jsonl").touch()
@@ -155,7 +158,7 @@ class Day:
         try:
             for entry in plan:
                 self.run(entry if isinstance(entry, list) else [entry])
-                (self.work / "state.json").write_text(json.dumps(self.status))
+                self.state.write_text(json.dumps(before | self.status))
                 self.summarise()
         finally:
             if watch:
@@ -201,7 +204,7 @@ class Day:
                 process.kill()
 
     def over(self, process):
-        """Whether a process has ended for good; ends it where it is late or silent, starts it again where it was lost."""
+        """Whether a process has ended for good. Kills it if it is late or silent; restarts it if it crashed or hung."""
         stage, code, took = process.stage, process.process.poll(), time.monotonic() - process.began
         late = took > stage.limit or self.left() < LAST
         hung = code is None and not late and process.silent() > stage.silence

@@ -41,8 +41,8 @@ def commands(folders):
     lines = [f"carry {carried}: {size / 2**20:.1f} MiB"]
     for name, budget, flags in RUNS:
         lines += [f"{name}, limit {budget + START} s:", f"    python3 bench.py gpu --out $OUT --budget {budget}{flags}"]
-    lines += ["read summary.md, at the end of the output, and keep the files of $OUT before the second run",
-              f"where less time is left, budget = limit - {START}; one stage again: --budget 60 --only \"sweeps;compare\""]  # fmt: skip
+    lines += ["the output ends with summary.md; copy the files of $OUT before the second run empties it",
+              f"with less time, budget = limit - {START}; single stages: --only 'sweeps;compare'"]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ def be(settings):
 
 
 class Run:
-    """Where a stage writes, and how it was asked to run: `warm:NAME/PART` is NAME:PART that compiles and times nothing."""
+    """A stage's settings and output. The stage `warm:NAME/PART` is `NAME:PART` without measurements: it compiles."""
 
     def __init__(self, settings):
         self.stage, self.out, self.work = settings.stage, pathlib.Path(settings.out), pathlib.Path(settings.work)

@@ -35,7 +35,7 @@ def smoke(run):
 
 
 def check(run, unit, case, dtype, *arguments):
-    """Emits errors {name: [ours, PyTorch's by norm, ours, PyTorch's by the largest element]}; raises where ours is wrong."""
+    """Emits relative errors {name: [ours, PyTorch's, ...]}, by norm and by the largest element; raises on a wrong one."""
     ours, truth, others = case(run, dtype, *arguments)
     if run.sabotage:
         name = list(ours)[-1]

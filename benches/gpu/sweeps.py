@@ -92,8 +92,8 @@ def norm(run, N):
             return module.dropout_add_layer_norm(x, r, w, b, 1e-12, 0.1)
 
     shipped = variants.layer_norm
-    functions = {f"warps {k}": under(partial(variants.norm_warps, shipped, k), torch.no_grad()(partial(forward, shipped)))
-                 for k in (1, 2, 4)}  # fmt: skip
+    alone = torch.no_grad()(partial(forward, shipped))
+    functions = {f"warps {k}": under(partial(variants.norm_warps, shipped, k), alone) for k in (1, 2, 4)}
     sweep(run, "layernorm forward, p = 0.1", functions, f"warps {warps}", what="cut() of kernels/layer_norm.py")
     functions = {}
     for n_stages in (1, 2, 3):

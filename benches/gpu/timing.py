@@ -28,7 +28,7 @@ def timed(run, functions, rounds, before=None):
 
 
 def sweep(run, unit, functions, default, rounds=15, before=None, **more):
-    """Times configurations in turn, the default twice, which shows the noise, and emits one row; a failure is left out."""
+    """Times configurations in turn, the default twice to show the noise, and emits one row. Failures are left out."""
     running, failed = {}, {}
     for name, function in functions.items():
         try:

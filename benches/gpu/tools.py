@@ -77,8 +77,8 @@ def tool(run):
     if path is None:
         raise FileNotFoundError(f"{name} is not installed")
     ncu = name == "ncu"
-    command = [path, *(["--clock-control", "none", "--csv", "-k", "regex:^_", "-c", "16", "--metrics", ",".join(METRICS)]
-                       if ncu else ["--tool", check, "--error-exitcode", "99"])]  # fmt: skip
+    measure = ["--clock-control", "none", "--csv", "-k", "regex:^_", "-c", "16", "--metrics", ",".join(METRICS)]
+    command = [path, *(measure if ncu else ["--tool", check, "--error-exitcode", "99"])]
     command += [sys.executable, "-m", "benches.gpu", "--out", str(run.out), "--work", str(run.work), "--stage"]
     command += ["probe" if ncu else "probe:small"]
     # without PyTorch's cache the end of a tensor is the end of an allocation
