@@ -60,7 +60,8 @@ class Settings:
     epochs: float = setting(3.0, "passes over the corpus")
     batch: int = setting(5, "sequences in a micro-batch")
     accum: int = setting(50, "micro-batches in an update")
-    micro_batch: str = setting(None, "sequences at once: splits batch * accum anew; auto: a size that fits and is fast")
+    micro_batch: str = setting(None, "sequences at once: splits batch * accum anew; auto: the most that fit on a GPU, "
+                               "a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
     seq_len: int = setting(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = setting(5e-4, "peak learning rate")
@@ -256,7 +257,7 @@ def train(settings, argv=()):
     B, searched = settings.batch, None
     if settings.micro_batch not in (None, "auto"):
         B = int(settings.micro_batch)
-    elif settings.micro_batch and searches(device):
+    elif searches(device):  # the default: a few sequences at once keep a GPU waiting for the host
         B = searched = ranks.least(largest_that_fits(share, most, attempt))
     elif settings.micro_batch:
         B = next(divisors(share, CPU_TOKENS // T))
@@ -366,7 +367,8 @@ def train(settings, argv=()):
 
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-            shares = torch.stack(shares).cpu()  # the update's one wait for the device
+            numbers = torch.cat([*shares, norm[None]]).cpu()  # the update's one wait for the device
+            shares, norm = numbers[:-1].view(-1, 5), numbers[-1]
             # ranks end together: at the same losses, the first signal to one of them, and the clock of rank 0
             ends = [stop.signal or 0, ranks.first and time.monotonic() - began > limit]
             loss, kl, ce, cos, mse, signals, late = ranks.sum(*shares.sum(0).tolist(), *ends)

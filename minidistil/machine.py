@@ -1,6 +1,7 @@
 """What this computer is and can do: device, fast dtype, versions."""
 
 import contextlib
+import importlib.metadata
 import pathlib
 import platform
 import subprocess
@@ -59,11 +60,18 @@ def cast_products(model, dtype):
             module.to(HALVES[dtype] or torch.float32)
 
 
-def git_revision():
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+def printed(*command):
+    """What a command prints, or None where it is not installed or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def triton_version():
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
@@ -74,11 +82,20 @@ def duration(seconds):
 
 
 def versions():
-    """Versions of what the figures of a run depend on, and the revision of this repository where git knows it."""
-    return {
+    """Versions of what a run's figures depend on; the revision where git knows it, a GPU's software where one is."""
+    found = {
         "minidistil": minidistil.__version__,
-        "git": git_revision(),
+        "git": printed("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton_version(),
         "numpy": np.__version__,
     }
+    if torch.cuda.is_available():
+        driver = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": driver and driver.splitlines()[0],
+        }
+    return found

@@ -117,9 +117,10 @@ def test_a_size_that_does_not_divide_the_update(size, tiny, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_auto_on_a_gpu(tiny, tmp_path, capsys):
     """A whole update of this size fits at once, and is the same update."""
-    base = settings(tiny, tmp_path / "one", batch=2, accum=16, dropout=0.0, device="cuda")
+    base = settings(tiny, tmp_path / "one", batch=2, accum=16, dropout=0.0, device="cuda", micro_batch="2")
     given = train.train(base)
-    found = train.train(dataclasses.replace(base, out=str(tmp_path / "auto"), micro_batch="auto"))
+    assert "5 updates of 16 x 2 x 32" in capsys.readouterr().out
+    found = train.train(dataclasses.replace(base, out=str(tmp_path / "auto"), micro_batch=None))  # the default
     assert "5 updates of 1 x 32 x 32" in capsys.readouterr().out
     compiled = dataclasses.replace(base, out=str(tmp_path / "compiled"), micro_batch="auto", compile=True)
     assert train.train(compiled)["student"]["mlm_loss"] == pytest.approx(given["student"]["mlm_loss"], rel=1e-4)
@@ -129,16 +130,17 @@ def test_auto_on_a_gpu(tiny, tmp_path, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kd_rows", ["all", "masked"])
-def test_no_wait_for_the_gpu_inside_an_update(kd_rows, tiny, tmp_path):
-    """Sixteen micro-batches make the host wait for the device as often as two do."""
+def test_one_wait_for_the_gpu_in_an_update(kd_rows, tiny, tmp_path):
+    """Sixteen micro-batches make the host wait for the device as often as two do, and an update more once more."""
     waits = []
-    for accum in (2, 2, 16):  # the first compiles
+    for steps, accum in ((3, 2), (3, 2), (3, 16), (5, 2)):  # the first compiles
         out = tmp_path / f"{len(waits)}"
+        sizes = dict(batch=2, accum=accum, micro_batch="2", steps=steps, eval_every=100)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with pytest.warns() as caught:
-                train.train(settings(tiny, out, batch=2, accum=accum, device="cuda", kd_rows=kd_rows, dtype="bf16"))
+                train.train(settings(tiny, out, device="cuda", kd_rows=kd_rows, dtype="bf16", **sizes))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         waits.append(sum("synchronizing" in str(w.message) for w in caught))
-    assert waits[1] == waits[2] > 0
+    assert waits[1] == waits[2] > 0 and waits[3] - waits[1] == 2

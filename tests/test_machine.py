@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minidistil.machine import choose_dtype
+from minidistil import machine
+from minidistil.machine import choose_dtype, versions
 
 CPU = torch.device("cpu")
 
@@ -18,3 +19,14 @@ def test_a_cpu_has_fast_bf16_with_amx_alone(amx, expected, monkeypatch):
 def test_a_cpu_that_says_nothing_computes_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert choose_dtype("auto", CPU) == "fp32"
+
+
+def test_versions_name_a_gpus_software(monkeypatch):
+    on_a_cpu = versions()
+    assert on_a_cpu["torch"] == torch.__version__ and "driver" not in on_a_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "printed", lambda command, *_: {"nvidia-smi": "580.95\n580.95"}.get(command))
+    on_a_gpu = versions()
+    assert on_a_gpu["driver"] == "580.95" and {"triton", "cuda", "cudnn"} <= set(on_a_gpu)
+    monkeypatch.setattr(machine, "printed", lambda *_: None)  # no nvidia-smi
+    assert versions()["driver"] is None

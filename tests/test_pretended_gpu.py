@@ -57,8 +57,8 @@ TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/t
     "kernels, files, chosen, least",
     [
         ("interpreted", KERNELS, "fp32 or autocast or same_bits or without", 60),  # of 398, the most telling
-        ("off", TRAINING, "not no_wait and not memory_beside", 10),
-        ("idle", "tests/test_fit.py tests/test_pretended_gpu.py", "no_wait or memory_beside", 4),
+        ("off", TRAINING, "not one_wait and not memory_beside", 10),
+        ("idle", "tests/test_fit.py tests/test_pretended_gpu.py", "one_wait or memory_beside", 4),
     ],
 )
 def test_marked_gpu(kernels, files, chosen, least, library):
@@ -105,7 +105,7 @@ def test_the_largest_micro_batch_where_memory_ends(mib, split, tiny, tmp_path, c
     """Less memory, smaller micro-batches, the same update; 51 MiB of the GPU's 1,024 are kept free."""
     from pretended_gpu import MIB, device
 
-    base = settings(tiny, tmp_path / "one", batch=2, accum=16, dropout=0.0, device="cuda")
+    base = settings(tiny, tmp_path / "one", batch=2, accum=16, dropout=0.0, device="cuda", micro_batch="2")
     torch.cuda.reset_peak_memory_stats()
     given = train.train(base)
     device.pretended_limit(mib * MIB)
