@@ -12,7 +12,7 @@ RUNS = (("first run", 500, ""), ("second run, while the machine is warm", 190, "
 START = 30  # seconds that a run takes beside its budget
 
 
-def make_corpora(words=WORDS):
+def make_corpora():
     """Makes the step's corpus and the demo's where they are missing; returns their folders."""
     import train
     from benches.step import BERT_STEP, make_corpus
@@ -21,7 +21,7 @@ def make_corpora(words=WORDS):
 
     folder, demo = FOLDER / "corpus", hub.resolve("demo")
     if not (folder / "meta.json").exists():
-        make_corpus(folder, BERT_STEP, words)
+        make_corpus(folder, BERT_STEP, WORDS)
     docs = train.open_corpus(train.Settings(), Tokenizer.load(demo), demo)
     return folder, pathlib.Path(docs.folder)
 
@@ -47,10 +47,10 @@ def commands(folders):
 
 
 def main():
-    from minidistil.machine import git_revision
+    from minidistil.machine import versions
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     corpus, docs = make_corpora()
     fetch_liger()
-    (FOLDER / "revision.json").write_text(json.dumps(git_revision()))
+    (FOLDER / "revision.json").write_text(json.dumps(versions()["git"]))
     print(commands([corpus.parent, docs]))

@@ -35,7 +35,7 @@ def smoke(run):
 
 
 def check(run, unit, case, dtype, *arguments):
-    """Emits relative errors {name: [ours, PyTorch's, ...]}, by norm and by the largest element; raises on a wrong one."""
+    """Emits relative errors {name: [ours, PyTorch's, ...]}, by norm and largest element; raises if ours is too large."""
     ours, truth, others = case(run, dtype, *arguments)
     if run.sabotage:
         name = list(ours)[-1]

@@ -1,11 +1,11 @@
-"""results.jsonl -> summary.md: what to conclude, in at most 100 lines."""
+"""results.jsonl -> summary.md: what to conclude, in at most 120 lines."""
 
 import json
 
 from benches.gpu.targets import EAGER, PREDICTIONS, SPEEDS, targets
 
 LEAST_GAIN = 0.02  # of a configuration, for which a default changes
-LINES, WIDTH = 100, 700
+LINES, WIDTH = 120, 500
 
 
 def summary(path):
