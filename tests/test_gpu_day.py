@@ -251,9 +251,8 @@ def test_prepare(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "WORDS", 40_000)
     wheel = "liger_kernel-1-py3-none-any.whl"
     monkeypatch.setattr(prepare, "fetch_liger", lambda: (prepare.FOLDER / wheel).touch())
-    monkeypatch.setattr(
-        docstrings, "harvest", lambda paths: [f"Returns the {i}th of the elements." for i in range(3000)]
-    )
+    files = docstrings.python_files()[:60]
+    monkeypatch.setattr(docstrings, "python_files", lambda: files)
     bench.main(["gpu", "--prepare"])
     printed = capsys.readouterr().out
     (docs,) = (tmp_path / "data" / "cache").glob("docs-*")

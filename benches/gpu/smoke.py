@@ -35,7 +35,7 @@ def smoke(run):
 
 
 def check(run, unit, case, dtype, *arguments):
-    """Emits relative errors {name: [ours, PyTorch's, ...]}, by norm and largest element; raises if ours is too large."""
+    """Emits errors {name: [ours, PyTorch's, ...]}, by norm and largest element; raises where ours is wrong."""
     ours, truth, others = case(run, dtype, *arguments)
     if run.sabotage:
         name = list(ours)[-1]
