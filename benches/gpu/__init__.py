@@ -14,19 +14,21 @@ Nothing is timed while anything else runs. A default changes only where a sweep 
 of more than twice the noise, which is the default timed twice.
 
     day.py        the plan, the processes and their time limits; needs no PyTorch
-    run.py        a stage's side: units of work, rows of results, records of failures
+    run.py        what a stage does: units of work, rows of results, records of failures
     ceilings.py   what the card can do, and whether each attention backend's dropout keeps the mean
     smoke.py      each kernel at real shapes against fp64
-    sweeps.py     the constants of each kernel; variants.py is all that knows the kernels' internals
-    compare.py    the cases of bench.py against eager PyTorch, torch.compile and Liger
+    sweeps.py     the constants of each kernel; only variants.py knows the kernels' internals
+    compare.py    the cases of bench.py against eager PyTorch, torch.compile and Liger; timing.py times them
     steps.py      updates of train.py, their profile, the demo
     tools.py      pytest, ncu, compute-sanitizer
-    summary.py    results.jsonl -> summary.md; targets.py is what was promised and predicted
-    prepare.py    what travels to a machine without a network; rehearsal.py serves the rehearsals without a GPU
+    summary.py    results.jsonl -> summary.md, beside the targets and predictions of targets.py
+    prepare.py    what travels to a machine without a network
+    rehearsal.py  for rehearsals without a GPU: a stage that fails on purpose, checks that accept any number
 """
 
 import dataclasses
 import pathlib
+import signal
 import sys
 import tempfile
 
@@ -37,10 +39,10 @@ from minidistil.cli import UserError, given, setting
 class Settings:
     out: str = setting(None, "folder of the results")
     budget: float = setting(500.0, "seconds for all stages together")
-    second: bool = setting(False, "the second run: stages that the first lost, then profilers and sanitizers")
+    second: bool = setting(False, "the second run: stages that the first one lost, then profilers and sanitizers")
     only: str = setting(None, "stages, with semicolons, in place of a plan")
     limit: float = setting(120.0, "seconds of a stage of --only that is in no plan")
-    work: str = setting(None, "folder of caches and logs, which the second run finds again (default: a temporary one)")
+    work: str = setting(None, "folder of caches and logs, which the second run reads (default: a temporary one)")
     jobs: int = setting(8, "processes of pytest")
     prepare: bool = setting(False, "measure nothing: make what travels to a machine without a network")
     cpu: bool = setting(False, "rehearsal: smoke alone, small, interpreted on the CPU")
@@ -72,5 +74,6 @@ def main(argv):
 
         if not torch.cuda.is_available():
             raise UserError("there is no GPU here: run it on a machine with one, or rehearse with --cpu")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the stages, too
     day.go()
-    print((day.out / "summary.md").read_text(), file=sys.stdout)
+    print((day.out / "summary.md").read_text())

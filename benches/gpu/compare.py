@@ -13,7 +13,7 @@ from minidistil.measure import copy_bandwidth, extra_memory_mib
 
 FIRST = [("loss", 4915), ("linear", 4915), ("layernorm", 32768), ("loss", 32768), ("linear", 32768)]
 AS_IT_COMES = "ours, rows as PyTorch makes them"  # those of `ours` are padded
-LARGE = 8192  # rows from which the other stages would run out of memory during `warm`
+LARGE = 8192  # rows above which Liger is left out of `warm`, whose stages share the GPU's memory
 
 
 def compare(run):
@@ -31,7 +31,7 @@ def compare_shape(run, case, shape, ceiling):
     providers = bench.providers_of(case, shape, run.device)
     if case.name == "loss":
         providers[AS_IT_COMES] = case.ours
-    if run.warm:  # what is compiled for each shape; Liger's kernels do not depend on the rows
+    if run.warm:  # torch.compile compiles for each shape; Liger's kernels do not depend on N
         providers = {name: f for name, f in providers.items()
                      if name != "eager" and not (name == "Liger" and shape["N"] > LARGE)}  # fmt: skip
     inputs, rows, running, truth = case.inputs(shape, run.device), {}, {}, None

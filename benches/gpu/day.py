@@ -1,4 +1,4 @@
-"""The plan of a GPU day, and the processes that carry it out: none of them can stop the next. Needs no PyTorch."""
+"""The plan of a GPU day, and the processes that run it. Needs no PyTorch."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from benches.gpu.summary import summary
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LAST = 10  # seconds that are kept for packing
-REHEARSAL = 3  # times as long as on a GPU's machine may a stage take where the GPU is null and the cores are few
+REHEARSAL = 3  # factor on the time limits of a rehearsal on the null GPU, whose machine has few cores
 FILE_MIB = 15  # size of a file in --out, at most
 SWEEPS = ("loss", "linear", "norm", "attention", "chunks", "cosine")
 
@@ -27,11 +27,11 @@ class Stage:
     name: str  # FUNCTION or FUNCTION:PART; run.py knows the functions
     limit: float  # seconds, after which it is ended
     need: float = 12  # seconds that must be left for it to begin
-    silence: float = 45  # seconds without a word, after which it is ended and begun again behind the unit it hung in
+    silence: float = 45  # seconds without output, after which it is restarted behind the unit in which it hung
     restarts: int = 2
 
 
-# stages one after the other; those of an inner list run at once, and time nothing
+# stages run one after the other, those of an inner list at once: they time nothing
 FIRST = [
     [Stage("ceilings", 60), Stage("world", 90, silence=90)],
     [
@@ -103,7 +103,7 @@ class Process:
         os.utime(self.log)
 
     def silent(self):
-        """Seconds since its last word."""
+        """Seconds since its last output."""
         return time.time() - self.log.stat().st_mtime
 
     def kill(self):
@@ -111,10 +111,10 @@ class Process:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(5)
         except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # the driver may hold it: it is left behind
+            pass  # the GPU's driver may not let go of it: the day goes on without waiting
 
     def unit(self):
-        """The unit that it was in."""
+        """The unit that it began last, in a list."""
         return (self.begun.read_text().splitlines() if self.begun.exists() else [])[-1:] or ["before the first unit"]
 
 
@@ -132,7 +132,7 @@ class Day:
         return flat(self.plan())
 
     def plan(self):
-        """The stages to run; in the second run with those that the first one lost, as its state says."""
+        """The stages to run; the second run takes from state.json which stages the first one lost."""
         settings, known = self.settings, {stage.name: stage for stage in [*flat(SECOND), *flat(FIRST)]}
         if settings.only:
             other = settings.limit, 12, settings.limit / 4
@@ -169,7 +169,7 @@ class Day:
         self.summarise()
 
     def environment_of_stages(self):
-        """Variables of all stages: caches in the work folder, Liger from its wheel: unpacked, it is installed."""
+        """Variables of all stages. Caches are in the work folder; Liger's wheel is pure Python and only unpacked."""
         found = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONDONTWRITEBYTECODE="1", TOKENIZERS_PARALLELISM="false")
         for name, folder in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
             found.setdefault(name, str(self.work / folder))
@@ -186,8 +186,8 @@ class Day:
         return self.settings.budget - (time.monotonic() - self.began)
 
     def run(self, stages):
-        """Runs stages at once, each until it ends, or its time does."""
-        crowd = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"} if len(stages) > 1 else {}
+        """Runs stages at once until all have ended or have been ended."""
+        threads = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"} if len(stages) > 1 else {}
         flags = [f"--{name}" for name in ("cpu", "tiny", "null", "sabotage") if getattr(self.settings, name)]
         command = [sys.executable, "-m", "benches.gpu", "--out", str(self.out), "--work", str(self.work)]
         command += ["--jobs", str(self.settings.jobs), *flags]
@@ -197,7 +197,7 @@ class Day:
                 if self.left() < LAST + stage.need:
                     self.close(stage, SKIPPED)
                 else:
-                    running.append(Process(stage, command, self.environment | crowd, self.work, slack))
+                    running.append(Process(stage, command, self.environment | threads, self.work, slack))
             while running:
                 time.sleep(0.1)
                 running = [process for process in running if not self.over(process)]
@@ -236,7 +236,7 @@ class Day:
             file.writelines(f"    | {line}\n" for line in (tail(process.log, 6000).splitlines() if process else ()))
 
     def watch_card(self):
-        """nvidia-smi beside all stages: its last line is what the card did when a stage ended."""
+        """Starts nvidia-smi, which writes the card's state once a second; each stage's row has the last line."""
         query = "clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-lms", "1000"]
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
@@ -265,12 +265,12 @@ class Day:
     def summarise(self):
         try:
             text = summary(self.out / "results.jsonl")
-        except Exception as error:  # the rows are what counts
+        except Exception as error:  # the day goes on: the rows matter more
             text = f"the summary failed: {type(error).__name__}: {error}; results.jsonl has all rows"
         (self.out / "summary.md").write_text(text + "\n")
 
     def pack(self):
-        """Our kernels' PTX and cubins and Inductor's code into code.tar.gz; files that are too large are cut."""
+        """Packs our kernels' PTX and cubins and Inductor's code into code.tar.gz; truncates files that are too large."""
         caches = [pathlib.Path(self.environment[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
         found = [p for p in caches[0].glob("*/_*.*") if p.suffix in (".ptx", ".cubin", ".json")]
         found += [p for p in caches[1].glob("*/*.py") if p.stat().st_size > 4000]

@@ -1,4 +1,4 @@
-"""What serves the rehearsals without a GPU: a stage that fails on purpose, and belief in garbage."""
+"""For rehearsals without a GPU: a stage that fails on purpose, and checks that accept any number."""
 
 import math
 import os
@@ -23,8 +23,8 @@ def fail():
     raise RuntimeError("raised on purpose")
 
 
-def believe_all_numbers():
-    """The null GPU's memory holds garbage: whatever reads numbers is told that they are right."""
+def accept_all_numbers():
+    """Replaces what would refuse the garbage in the null GPU's memory."""
     isfinite = torch.Tensor.isfinite
     torch.Tensor.isfinite = lambda x: torch.tensor(True) if x.is_cuda else isfinite(x)
     torch.masked_select = lambda x, mask: x.flatten()

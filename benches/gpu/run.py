@@ -1,7 +1,7 @@
-"""A stage from inside: units of work, of which one that fails leaves its traceback and lets the next begin.
+"""What a stage does: a sequence of units of work. A unit that fails leaves its traceback, and the next one begins.
 
-After an error that the CUDA context does not survive the process ends with code 3, and day.py starts it again: units
-that had begun are not begun twice.
+An error that destroys the CUDA context ends the process with code 3; day.py restarts it, and units that had begun are
+left out.
 """
 
 import functools
@@ -21,11 +21,11 @@ STAGES = {  # name: module of benches.gpu with a function of that name
     "step": "steps", "profile": "steps", "demo": "steps", "tests": "tools", "tool": "tools", "probe": "tools",
     "pretend": "rehearsal",
 }  # fmt: skip
-PATIENCE = 3  # attempts at a unit for which memory is short, other stages being there too
+ATTEMPTS = 3  # at a unit that runs out of memory, since other stages may use the GPU at the same time
 
 
 def be(settings):
-    """Is the stage that `settings` name, and ends the process: 0, or 1 where a unit failed."""
+    """Runs the stage that `settings` name, and ends the process with 0, or with 1 if a unit failed."""
     run = Run(settings)
     if run.null:
         torch.backends.cuda.enable_cudnn_sdp(False)  # the null GPU has no cuDNN
@@ -34,7 +34,7 @@ def be(settings):
     sys.stdout.flush()
     if run.name == "probe":  # profilers want an orderly end
         sys.exit(bool(run.failed))
-    os._exit(bool(run.failed))  # no clean-up, which could hang or crash
+    os._exit(bool(run.failed))  # skips the clean-up, which could hang or crash
 
 
 class Run:
@@ -70,22 +70,22 @@ class Run:
     # ---- units
 
     def emit(self, **row):
-        """One line of results.jsonl, in one write: other stages write there too."""
+        """Writes a line of results.jsonl, at once, since other stages write there too."""
         if self.warm:
             return
         line = json.dumps({"stage": self.stage, **row, "t": round(time.time(), 1)}, default=str)
         with open(self.out / "results.jsonl", "a") as file:
             file.write(line + "\n")
-        print(line[:300], flush=True)  # day.py sees by its log that a stage is alive
+        print(line[:300], flush=True)  # day.py takes a stage without output for one that hangs
 
     def attempt(self, unit, function, *arguments, again=False, **options):
-        """function(...) as one unit, once (or `again`, after a restart); None where it failed or had begun before."""
+        """Calls function(...) as one unit; None if it fails. A unit that a lost process began is called only if `again`."""
         if unit in self.before and not again:
             return None
         with open(self.begun, "a") as file:
             file.write(unit + "\n")
         began = time.time()
-        for tries in range(1, PATIENCE + 1):
+        for tries in range(1, ATTEMPTS + 1):
             try:
                 self.__dict__.pop("generator", None)
                 return function(*arguments, **options)
@@ -94,8 +94,8 @@ class Run:
             except BaseException as error:
                 failure, text = error, traceback.format_exc()
                 break
-            if tries < PATIENCE:
-                del failure  # it holds the tensors that did fit
+            if tries < ATTEMPTS:
+                del failure  # it refers to the tensors that did fit
                 print(f"{unit}: out of memory", flush=True)
                 torch.cuda.empty_cache()
                 time.sleep(5)
@@ -104,7 +104,7 @@ class Run:
         self.record(unit, f"arguments: {arguments} {options} (seed 0)\n{text}", began)
 
     def record(self, unit, text, since=0.0):
-        """What failed, with what, and the PTX of kernels compiled since; ends the process where the context is lost."""
+        """Writes what failed and the PTX of kernels compiled since; ends the process if the CUDA context is lost."""
         with open(self.out / "failures.txt", "a") as file:
             file.write(f"\n======== {self.stage} | {unit}\n{text}\n")
             if self.name == "smoke":

@@ -1,7 +1,7 @@
-"""Each kernel at real shapes against its definition in fp64: right, before it is fast.
+"""Each kernel at real shapes against its definition in fp64.
 
-Memory is poisoned: PyTorch fills what is not initialised with NaN. A kernel is right where its error is at most twice
-PyTorch's in the same dtype, plus a floor; by norm and by the largest element, since one bad element hides in a norm.
+PyTorch fills memory that is not initialised with NaN. A kernel is right if its error is at most twice PyTorch's in the
+same dtype, plus a floor; by norm and by the largest element, since a norm may hide one wrong element.
 """
 
 import functools
@@ -127,10 +127,10 @@ def norm(run, dtype, N, p):
         return differentiated(("y", "dx", "dr", "dw", "db"), call, (x, dy), (r, w, b))
 
     ours = of(lambda *inputs: dropout_add_layer_norm(*inputs, 1e-12, p), x, dy, r, w, b)
-    # what the backward pass dropped, the forward pass must have dropped
+    # both passes must have dropped the same elements: those whose gradient is 0
     keep, q = (ours["dx"] != 0 if p else torch.ones_like(x, dtype=torch.bool)), round(p * 2**BITS) / 2**BITS
     share, deviation = 1 - keep.float().mean().item(), (q * (1 - q) / keep.numel()) ** 0.5
-    if p and not run.null and abs(share - q) > 6 * deviation + 2e-4:  # a gradient is 0 by itself, now and then
+    if p and not run.null and abs(share - q) > 6 * deviation + 2e-4:  # a gradient may also be 0 by chance
         raise AssertionError(f"dropout {p} dropped {share:.5f}")
 
     def plain(x, r, w, b):

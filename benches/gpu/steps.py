@@ -1,4 +1,4 @@
-"""Updates of train.py at full size, where their time goes, and the demo."""
+"""Updates of train.py at full size, their profile, and the demo."""
 
 import contextlib
 import gzip
@@ -34,7 +34,7 @@ def shape_of(run, T=512):
 
 
 def world(run):
-    """The folder of the step's teacher and corpus, made once; it appears whole."""
+    """The folder of the step's teacher and corpus, made once, and renamed when it is complete."""
     folder = run.work / ("tiny" if run.tiny else "world")
     if not folder.exists():
         partly = folder.with_suffix(f".{time.time_ns()}")
@@ -50,7 +50,7 @@ def world(run):
         except OSError:  # another stage was first
             shutil.rmtree(partly)
     if run.null:
-        rehearsal.believe_all_numbers()
+        rehearsal.accept_all_numbers()
     return folder
 
 
@@ -71,7 +71,7 @@ def step(run):
 
 
 def profile(run):
-    """One update of all rows: its kernels by time of the device, and a trace for chrome://tracing."""
+    """One update of all rows: kernels by time, and a trace for chrome://tracing."""
     folder, shape = world(run), shape_of(run) | dict(updates=3)
     profiler = torch.profiler.profile()
     at, done = {2: profiler.start, 3: profiler.stop}, []
@@ -104,7 +104,7 @@ def profile(run):
 def demo(run):
     """Part `finite`: a few updates in each dtype; else the whole demo and its accuracy."""
     if run.null:
-        rehearsal.believe_all_numbers()
+        rehearsal.accept_all_numbers()
     if run.part == "finite":
         for dtype in ("bf16", "fp16", "fp32"):
             run.attempt(f"demo, {dtype}", short_demo, run, dtype)

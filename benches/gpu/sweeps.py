@@ -1,4 +1,4 @@
-"""The shipped kernels with other constants, and what else could do their work."""
+"""The shipped kernels with other constants, and the alternatives to attention and the cosine kernel."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ def sweeps(run):
     sizes = {"loss": (4915, 32768), "linear": (4096,), "chunks": (32768, 4915), "norm": (32768,), "attention": (64,),
              "cosine": (122880,)}  # fmt: skip
     for name in SWEEPS:
-        chosen = sizes[name][: 1 if run.warm and name == "loss" else None]  # its kernel does not depend on the rows
+        chosen = sizes[name][: 1 if run.warm and name == "loss" else None]  # its compiled kernels do not depend on N
         for size in chosen if run.part in ("", name) else ():
             run.attempt(f"{name} {size}", globals()[name], run, 4 if run.tiny else size)
             torch.cuda.empty_cache()

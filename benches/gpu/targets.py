@@ -1,4 +1,4 @@
-"""What was promised of a GPU, and what was predicted for an H100 before any kernel had run on one.
+"""What the kernels shall reach on a GPU, and what was predicted for an H100 before any of them had run on one.
 
 The predictions are arithmetic: 3.0 TB/s of a copy, 798 TFLOP/s of bf16 products, allocations as PyTorch makes them.
 """

@@ -1,4 +1,4 @@
-"""Others' tools around the kernels: pytest, ncu, compute-sanitizer."""
+"""pytest, ncu and compute-sanitizer, run on the kernels."""
 
 import csv
 import glob
@@ -14,7 +14,7 @@ import torch
 from benches.gpu.day import ROOT
 from kernels.cases import CASES
 
-OTHERS = ("test_pretended_gpu", "test_gpu_day", "test_readme")  # which need no GPU, or are of a CPU
+OTHERS = ("test_pretended_gpu", "test_gpu_day", "test_readme")  # they test what runs without a GPU
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct",
            "launch__registers_per_thread", "smsp__issue_active.avg.pct_of_peak_sustained_active",
            "sm__warps_active.avg.pct_of_peak_sustained_active",
@@ -30,14 +30,12 @@ def tests(run):
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
                f"--junitxml={run.out}/pytest-{run.part}.xml", *paths]  # fmt: skip
     command += ["-n", str(run.jobs)] if importlib.util.find_spec("xdist") else []
-    command += (
-        ["-k", "test_fp32 or half_precision or losses"] if run.null else []
-    )  # which compare no numbers that count
+    command += ["-k", "test_fp32 or half_precision or losses"] if run.null else []  # these pass on garbage
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1, cwd=ROOT
     )
     counts, failed, last = {}, [], []
-    for line in process.stdout:  # as they come: what had passed is known even if time runs out
+    for line in process.stdout:  # counts while it runs: the time limit may end it
         print(line, end="", flush=True)
         last = [*last[-400:], line]
         found = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", line)
@@ -81,7 +79,7 @@ def tool(run):
     command = [path, *(measure if ncu else ["--tool", check, "--error-exitcode", "99"])]
     command += [sys.executable, "-m", "benches.gpu", "--out", str(run.out), "--work", str(run.work), "--stage"]
     command += ["probe" if ncu else "probe:small"]
-    # without PyTorch's cache the end of a tensor is the end of an allocation
+    # without PyTorch's cache each tensor is an allocation, whose end the sanitizer watches
     environment = dict(os.environ, **({} if ncu else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     environment.pop("GPU_DAY_BEGUN", None)
     done = subprocess.run(

@@ -1,6 +1,6 @@
-"""All that a GPU day knows of the kernels' internals: constants that a sweep sets from outside, and edited sources.
+"""The kernels' internals that a GPU day uses: constants that a sweep sets, and edited copies of the sources.
 
-When a kernel's constants or loops are renamed, this is the file to mend; tests/test_gpu_day.py says so.
+Only this file must follow when a constant or a loop of a kernel is renamed; tests/test_gpu_day.py fails then.
 """
 
 import importlib.util
@@ -62,29 +62,27 @@ def launch_linear(module, s, t, labels, losses, V, block, warps):
     )  # fmt: skip
 
 
-# ---- edited sources: {variant: {module: [(regular expression, replacement), ...]}}, the module that is used last
+# ---- edited sources: {variant: {module: [(regular expression, replacement), ...]}}; the last module is used
 
 LOOK = r"(tl\.load\([st]_ptr \+ v \+ cols)\)"  # a load in the loop over a row
 SOURCES = {
-    # keeps the first look at a row in the L2 cache, and drops it at the second
+    # asks the L2 cache to keep a row after the first pass over it, and to drop it after the second
     "evict": {
         "distill_kl": [(LOOK, r'\1, eviction_policy="evict_last")')],
         "linear_distill_kl": [(LOOK, r'\1, eviction_policy="evict_first")')],
     },
-    # begins the second look where the first ended
+    # begins the second pass where the first one ended
     "reversed": {
         "linear_distill_kl": [
             (r"( +)for v in (range\(0, full, BLOCK_V\)):\n", r"\1for w in \2:\n\1    v = full - BLOCK_V - w\n"),
         ],
     },
-    "stages 1": {"layer_norm": [(r"num_stages=\d", "num_stages=1")]},
-    "stages 2": {"layer_norm": [(r"num_stages=\d", "num_stages=2")]},
-    "stages 3": {"layer_norm": [(r"num_stages=\d", "num_stages=3")]},
+    **{f"stages {n}": {"layer_norm": [(r"num_stages=\d", f"num_stages={n}")]} for n in (1, 2, 3)},
 }
 
 
 def edited(label, folder):
-    """The last module of SOURCES[label], edited: a file of its own in `folder`, where Triton reads it."""
+    """The last module of SOURCES[label], edited; Triton needs its source as a file, which is written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, edits in SOURCES[label].items():
         text = (FOLDER / f"{name}.py").read_text()
@@ -96,7 +94,7 @@ def edited(label, folder):
         for other in SOURCES[label]:
             text = text.replace(f"from kernels.{other} import", f"from {prefix}_{other} import")
         path = folder / f"{prefix}_{name}.py"
-        partly = path.with_suffix(f".{os.getpid()}")  # other processes may be at it
+        partly = path.with_suffix(f".{os.getpid()}")  # other processes may write the same file
         partly.write_text(text)
         partly.replace(path)
         module = imported(path, prefix)
@@ -104,7 +102,7 @@ def edited(label, folder):
 
 
 def imported(path, prefix):
-    """The module at `path`, imported once; its operators get a namespace of their own."""
+    """The module at `path`, imported once. Its operators are registered under `minidistil_PREFIX`."""
     if path.stem in sys.modules:
         return sys.modules[path.stem]
     register = torch.library.custom_op
