@@ -72,7 +72,7 @@ def attend(backend, q, k, v, mask=None, p=0.0):
 
 
 def dropout(run, backend, p):
-    """With v = 1 the mean must be 1; with v = identity the result is the probabilities, and zero where one is dropped."""
+    """With v = 1 the mean must be 1; with v = identity the result is the probabilities, 0 where one is dropped."""
     B, T = (4, 128) if run.tiny else (16, 512)
     q, k, v = (run.randn(B, 12, T, 64, dtype=torch.bfloat16) for _ in "qkv")
     mean = attend(backend, q, k, torch.ones_like(v), p=p).float().mean().item()

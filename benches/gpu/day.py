@@ -270,7 +270,7 @@ class Day:
         (self.out / "summary.md").write_text(text + "\n")
 
     def pack(self):
-        """Packs our kernels' PTX and cubins and Inductor's code into code.tar.gz; truncates files that are too large."""
+        """Packs our kernels' PTX and cubins and Inductor's code into code.tar.gz; truncates files that are too long."""
         caches = [pathlib.Path(self.environment[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
         found = [p for p in caches[0].glob("*/_*.*") if p.suffix in (".ptx", ".cubin", ".json")]
         found += [p for p in caches[1].glob("*/*.py") if p.stat().st_size > 4000]

@@ -79,7 +79,7 @@ class Run:
         print(line[:300], flush=True)  # day.py takes a stage without output for one that hangs
 
     def attempt(self, unit, function, *arguments, again=False, **options):
-        """Calls function(...) as one unit; None if it fails. A unit that a lost process began is called only if `again`."""
+        """Calls function(...) as a unit; None if it fails. What a lost process began is left out, unless `again`."""
         if unit in self.before and not again:
             return None
         with open(self.begun, "a") as file:
