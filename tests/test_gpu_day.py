@@ -91,7 +91,7 @@ def test_plans(tmp_path):
 def test_every_stage_is_there():
     for stage in flat([*FIRST, *SECOND]):
         name, _, part = stage.name.removeprefix("warm:").replace("/", ":", "warm:" in stage.name).partition(":")
-        module = importlib.import_module(f"benches.gpu.{run.STAGES[name]}")
+        module = importlib.import_module(f"benches.gpu.{day.STAGES[name]}")
         assert callable(getattr(module, name))
         if name == "step" and part:
             assert part.partition("@")[0] in (*steps.STEPS, steps.ORIGINAL)
@@ -105,6 +105,8 @@ def test_the_command_line(tmp_path):
         return done.returncode, done.stderr
 
     assert error_of() == (1, "bench.py: error: there is no folder for the results: name one with --out\n")
+    with pytest.raises(UserError, match="there is no stage smok: choose from "):
+        bench.main(["gpu", "--out", str(tmp_path), "--only", "smoke:loss;smok"])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="there is no GPU here: "):
             bench.main(["gpu", "--out", str(tmp_path)])

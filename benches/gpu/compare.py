@@ -36,13 +36,7 @@ def compare_shape(run, case, shape, ceiling):
                      if name != "eager" and not (name == "Liger" and shape["N"] > LARGE)}  # fmt: skip
     inputs, rows, running, truth = case.inputs(shape, run.device), {}, {}, None
     for provider, function in providers.items():
-        rows[provider] = row = {
-            "case": case.name,
-            "provider": provider,
-            "shape": shape,
-            "dtype": shape["dtype"],
-            "ms": None,
-        }
+        rows[provider] = row = dict(case=case.name, provider=provider, shape=shape, dtype=shape["dtype"], ms=None)
         try:
             once = repeatable(function, case.prepared(provider, inputs), case.leaves, shape["dtype"])
             found = once()
@@ -59,18 +53,15 @@ def compare_shape(run, case, shape, ceiling):
             row["peak_mib"] = "OOM"
         except Exception as error:
             row["peak_mib"], row["error"] = "failed", first_line(error)
+            run.failed += provider.startswith("ours")
             run.record(f"{case.name} {shape} {provider}", traceback.format_exc())
     if run.warm:
         return
     del truth
     for provider, (ms, host) in timed(run, running, 7).items():
         speed = case.bytes(shape) / max(ms[1], 1e-9) / 1e6
-        rows[provider] |= {
-            "ms": ms,
-            "gb_per_s": round(speed, 1),
-            "share_of_copy": round(speed / ceiling, 3),
-            "host_us": host,
-        }
+        row = dict(ms=ms, gb_per_s=round(speed, 1), share_of_copy=round(speed / ceiling, 3), host_us=host)
+        rows[provider].update(row)
     for row in rows.values():
         run.emit(**row)
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,17 @@ import zipfile
 
 from benches.gpu.prepare import FOLDER
 from benches.gpu.summary import summary
+from minidistil.cli import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LAST = 10  # seconds that are kept for packing
 REHEARSAL = 3  # factor on the time limits of a rehearsal on the null GPU, whose machine has few cores
 FILE_MIB = 15  # size of a file in --out, at most
+STAGES = {  # name: module of benches.gpu that has a function of this name
+    "ceilings": "ceilings", "smoke": "smoke", "sweeps": "sweeps", "compare": "compare", "world": "steps",
+    "step": "steps", "profile": "steps", "demo": "steps", "tests": "tools", "tool": "tools", "probe": "tools",
+    "pretend": "rehearsal",
+}  # fmt: skip
 SWEEPS = ("loss", "linear", "norm", "attention", "chunks", "cosine")
 
 
@@ -114,8 +121,9 @@ class Process:
             pass  # the GPU's driver may not let go of it: the day goes on without waiting
 
     def unit(self):
-        """The unit that it began last, in a list."""
-        return (self.begun.read_text().splitlines() if self.begun.exists() else [])[-1:] or ["before the first unit"]
+        """The unit that it began last."""
+        units = self.begun.read_text().splitlines() if self.begun.exists() else []
+        return units[-1] if units else "before the first unit"
 
 
 class Day:
@@ -135,8 +143,11 @@ class Day:
         """The stages to run; the second run takes from state.json which stages the first one lost."""
         settings, known = self.settings, {stage.name: stage for stage in [*flat(SECOND), *flat(FIRST)]}
         if settings.only:
-            other = settings.limit, 12, settings.limit / 4
-            return [known.get(name) or Stage(name, *other) for name in map(str.strip, settings.only.split(";"))]
+            chosen = [name.strip() for name in settings.only.split(";")]
+            for name in chosen:
+                if name.removeprefix("warm:").partition("/" if "warm:" in name else ":")[0] not in STAGES:
+                    raise UserError(f"there is no stage {name}: choose from {', '.join(known)}")
+            return [known.get(name) or Stage(name, settings.limit, silence=settings.limit / 4) for name in chosen]
         if settings.cpu:
             return [[stage for stage in flat(FIRST) if stage.name.startswith("smoke")]]
         if not settings.second:
@@ -150,7 +161,11 @@ class Day:
 
     def go(self):
         """Runs the plan; writes summary.md anew after each entry."""
-        plan, before = self.plan(), self.before()
+        plan = self.plan()
+        if not (self.settings.second or self.settings.only):  # a first run knows nothing of earlier ones
+            self.state.unlink(missing_ok=True)
+            shutil.rmtree(self.work / "world", ignore_errors=True)
+        before = self.before()
         for folder in (self.out, self.work):
             folder.mkdir(parents=True, exist_ok=True)
         (self.out / "results.jsonl").touch()
@@ -175,9 +190,8 @@ class Day:
             found.setdefault(name, str(self.work / folder))
         for wheel in FOLDER.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(self.work / "site")
-            found["PYTHONPATH"] = os.pathsep.join(
-                [str(self.work / "site"), *found.get("PYTHONPATH", "").split(os.pathsep)]
-            )
+            path = [str(self.work / "site"), found.get("PYTHONPATH", "")]
+            found["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         return found | ({"TRITON_INTERPRET": "1"} if self.settings.cpu else {})
 
     # ---- processes
@@ -217,8 +231,8 @@ class Day:
         lost = hung or code not in (None, 0, 1)
         how = "hung" if hung else "out of time" if code is None else f"died with {code}"
         if lost or code is None:
-            self.row(stage=stage.name, unit=process.unit()[0], status=how)
-            self.fail(f"{stage.name} | {process.unit()[0]}: {how}\n{tail(process.log, 4000)}")
+            self.row(stage=stage.name, unit=process.unit(), status=how)
+            self.fail(f"{stage.name} | {process.unit()}: {how}\n{tail(process.log, 4000)}")
         if lost and not late and process.starts <= stage.restarts and took < process.limit - 5:
             process.start()
             return False

@@ -16,11 +16,8 @@ import traceback
 
 import torch
 
-STAGES = {  # name: module of benches.gpu with a function of that name
-    "ceilings": "ceilings", "smoke": "smoke", "sweeps": "sweeps", "compare": "compare", "world": "steps",
-    "step": "steps", "profile": "steps", "demo": "steps", "tests": "tools", "tool": "tools", "probe": "tools",
-    "pretend": "rehearsal",
-}  # fmt: skip
+from benches.gpu.day import STAGES
+
 ATTEMPTS = 3  # at a unit that runs out of memory, since other stages may use the GPU at the same time
 
 
@@ -101,7 +98,8 @@ class Run:
                 time.sleep(5)
         self.failed += 1
         self.emit(unit=unit, status="failed", error=first_line(failure))
-        self.record(unit, f"arguments: {arguments} {options} (seed 0)\n{text}", began)
+        given = [argument for argument in arguments if argument is not self]
+        self.record(unit, f"arguments: {given} {options} (seed 0)\n{text}", began)
 
     def record(self, unit, text, since=0.0):
         """Writes what failed and the PTX of kernels compiled since; ends the process if the CUDA context is lost."""

@@ -133,10 +133,7 @@ def short_demo(run, dtype):
 def whole_demo(run):
     summary, _ = demo_run(run, dtype="bf16", **({"steps": 20} if run.null or run.tiny else {}))
     top1 = summary["student"]["top1"]
-    run.emit(
-        unit="demo",
-        top1=top1,
-        **{name: summary[name] for name in ("seconds", "tokens_per_second", "teacher", "student")},
-    )
+    names = ("seconds", "tokens_per_second", "teacher", "student")
+    run.emit(unit="demo", top1=top1, **{name: summary[name] for name in names})
     if abs(top1 - DEMO_TOP1) > 0.005 and not run.tiny:
         raise AssertionError(f"top-1 is {top1}, on a CPU {DEMO_TOP1}")

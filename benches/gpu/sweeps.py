@@ -66,9 +66,9 @@ def linear(run, rows):
 
 
 def chunks(run, N):
-    (h_s, W_s, b_s), teacher = ([run.randn(N, run.C), run.randn(run.V, run.C, scale=3 / run.C**0.5), run.randn(run.V)]
-                                for _ in "st")  # fmt: skip
-    leaves, y = [x.requires_grad_() for x in (h_s, W_s, b_s)], run.labels(N)
+    V, C = run.V, run.C
+    student, teacher = ([run.randn(N, C), run.randn(V, C, scale=3 / C**0.5), run.randn(V)] for _ in "st")
+    leaves, y = [x.requires_grad_() for x in student], run.labels(N)
 
     def both():
         with torch.autocast(run.device.type, torch.bfloat16):
@@ -92,7 +92,7 @@ def norm(run, N):
             return module.dropout_add_layer_norm(x, r, w, b, 1e-12, 0.1)
 
     shipped = variants.layer_norm
-    alone = torch.no_grad()(partial(forward, shipped))
+    alone = partial(forward, shipped)
     functions = {f"warps {k}": under(partial(variants.norm_warps, shipped, k), alone) for k in (1, 2, 4)}
     sweep(run, "layernorm forward, p = 0.1", functions, f"warps {warps}", what="cut() of kernels/layer_norm.py")
     functions = {}
@@ -122,18 +122,12 @@ def attention(run, B):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p) if backend else model.attention(q, k, v, None, p)
         return torch.autograd.grad(y, qkv, dy) if backward else None
 
-    ways = {"ours": None, **backends}
+    ways, what = {"ours": None, **backends}, "attention() of minidistil/model.py"
     for p in (0.0, 0.1, 0.125):
         functions = {name: partial(call, backend, p, True) for name, backend in ways.items()}
-        sweep(
-            run,
-            f"attention, both ways, p = {p}, {B} x {T}",
-            functions,
-            "ours",
-            what="attention() of minidistil/model.py",
-        )
+        sweep(run, f"attention, both ways, p = {p}, {B} x {T}", functions, "ours", what=what)
     functions = {name: torch.no_grad()(partial(call, backend, 0.0, False)) for name, backend in ways.items()}
-    sweep(run, f"attention of the teacher, {B} x {T}", functions, "ours", what="attention() of minidistil/model.py")
+    sweep(run, f"attention of the teacher, {B} x {T}", functions, "ours", what=what)
 
 
 def cosine(run, N):

@@ -39,6 +39,7 @@ def sweep(run, unit, functions, default, rounds=15, before=None, **more):
             running[name] = function
         except Exception as error:
             failed[name] = first_line(error)
+            run.failed += name == default
             run.record(f"{unit}, {name}", traceback.format_exc())
     if default in running:
         running["default again"] = running[default]
