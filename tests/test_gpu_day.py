@@ -38,7 +38,7 @@ def of_stages(folder):
 
 def test_a_stage_that_fails_costs_itself_alone(tmp_path, monkeypatch, capsys):
     """It raises, crashes or hangs in one unit; the unit after it is done, in a new process where the first was lost."""
-    stages = [Stage(f"pretend:{how}", 60, silence=6) for how in ("raise", "crash", "hang")]
+    stages = [Stage(f"pretend:{how}", 60, silence=3) for how in ("raise", "crash", "hang")]
     monkeypatch.setattr(day, "FIRST", [stages])
     started = Day(settings(tmp_path))
     started.go()

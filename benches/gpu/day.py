@@ -20,6 +20,7 @@ from minidistil.cli import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LAST = 10  # seconds that are kept for packing
 REHEARSAL = 3  # factor on the time limits of a rehearsal on the null GPU, whose machine has few cores
+START = 30  # seconds without output that a process may take beside `silence` until it has begun its first unit
 FILE_MIB = 15  # size of a file in --out, at most
 STAGES = {  # name: module of benches.gpu that has a function of this name
     "ceilings": "ceilings", "smoke": "smoke", "sweeps": "sweeps", "compare": "compare", "world": "steps",
@@ -107,7 +108,8 @@ class Process:
                 [*self.command, "--stage", self.stage.name], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 env={**self.environment, "GPU_DAY_BEGUN": str(self.begun)}, cwd=ROOT, start_new_session=True,
             )  # fmt: skip
-        os.utime(self.log)
+        first = time.time() + START  # its imports write nothing
+        os.utime(self.log, (first, first))
 
     def silent(self):
         """Seconds since its last output."""

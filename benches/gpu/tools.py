@@ -31,7 +31,7 @@ def tests(run):
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
                f"--junitxml={run.out}/pytest-{run.part}.xml", *paths]  # fmt: skip
     command += ["-n", str(run.jobs)] if importlib.util.find_spec("xdist") else []
-    command += ["-k", "test_fp32 or half_precision or losses"] if run.null else []  # these pass on garbage
+    command += ["-k", "half_precision"] if run.null else []  # a few, since numbers are garbage
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     counts, failed, last = {}, [], []
     for line in process.stdout:  # counts while it runs: the time limit may end it
