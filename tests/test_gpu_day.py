@@ -183,6 +183,8 @@ def test_a_default_changes_for_more_than_two_percent_and_twice_the_noise():
     assert change(1.0, 1.0, 0.97) and not change(1.0, 1.0, 0.981)
     assert change(1.0, 1.01, 0.97) and not change(1.0, 1.02, 0.97) and not change(1.0, 0.98, 0.97)
     assert not change(1.0, 1.0, 1.1)
+    ms = {name: [0, time, 0] for name, time in {"a": 1.0, "b": 0.8, "c": 0.7, "default again": 1.0}.items()}
+    assert verdict({"default": "a", "ms": ms, "information": ["c"]})[0] == "b"
     best, gain, noise, change = verdict({"default": "a", "ms": {"b": [0, 1.0, 0]}})  # the default failed
     assert best == "b" and gain != gain and not change
 

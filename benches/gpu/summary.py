@@ -72,7 +72,7 @@ def verdict(row):
     """(best configuration, its gain, the noise, whether the default should change) of a sweep."""
     middle = {name: max(ms[1], 1e-9) for name, ms in row["ms"].items()}
     now, again = middle.get(row["default"]), middle.pop("default again", None)
-    best = min(middle, key=middle.get)
+    best = min((name for name in middle if name not in row.get("information", ())), key=middle.get)
     if not now:
         return best, float("nan"), float("nan"), False
     gain, noise = 1 - middle[best] / now, abs(again / now - 1)

@@ -122,12 +122,13 @@ def attention(run, B):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p) if backend else model.attention(q, k, v, None, p)
         return torch.autograd.grad(y, qkv, dy) if backward else None
 
-    ways, what = {"ours": None, **backends}, "attention() of minidistil/model.py"
+    ways = {"ours": None, **backends}
+    more = dict(what="attention() of minidistil/model.py", information=["cuDNN"])  # which is never the best choice
     for p in (0.0, 0.1, 0.125):
         functions = {name: partial(call, backend, p, True) for name, backend in ways.items()}
-        sweep(run, f"attention, both ways, p = {p}, {B} x {T}", functions, "ours", what=what)
+        sweep(run, f"attention, both ways, p = {p}, {B} x {T}", functions, "ours", **more)
     functions = {name: torch.no_grad()(partial(call, backend, 0.0, False)) for name, backend in ways.items()}
-    sweep(run, f"attention of the teacher, {B} x {T}", functions, "ours", what=what)
+    sweep(run, f"attention of the teacher, {B} x {T}", functions, "ours", **more)
 
 
 def cosine(run, N):
