@@ -5,7 +5,7 @@ import json
 from benches.gpu.targets import EAGER, PREDICTIONS, SPEEDS, targets
 
 LEAST_GAIN = 0.02  # of a configuration, for which a default changes
-LINES, WIDTH = 120, 500
+LINES, WIDTH = 120, 700
 
 
 def summary(path):
@@ -37,7 +37,8 @@ def head(rows):
     ]
     yield f"attention dropout (mean, share dropped): {listed(dropout)}"
     ended = [row for row in rows if "starts" in row]
-    yield "stages: " + listed(f"{r['stage']} {r['status']} {r['seconds']:.0f} s" for r in ended)
+    other = [f"{r['stage']} {r['status']}, {r['seconds']:.0f} s" for r in ended if r["status"] != "ok"]
+    yield f"stages: {len(ended) - len(other)} ok; {'; '.join(other) or 'no other'}"
     cards = [f"{r['stage']}: {r['card']}" for r in ended if r["card"] and r["stage"].startswith(("compare", "step"))]
     yield f"card (SM clock, memory clock, C, W, MiB) after {listed(cards)}"
     smoke = [row for row in rows if "errors" in row]
@@ -72,7 +73,8 @@ def verdict(row):
     """(best configuration, its gain, the noise, whether the default should change) of a sweep."""
     middle = {name: max(ms[1], 1e-9) for name, ms in row["ms"].items()}
     now, again = middle.get(row["default"]), middle.pop("default again", None)
-    best = min((name for name in middle if name not in row.get("information", ())), key=middle.get)
+    chosen = [name for name in middle if name not in row.get("information", ())]
+    best = min(chosen, key=lambda name: (middle[name], name != row["default"]))
     if not now:
         return best, float("nan"), float("nan"), False
     gain, noise = 1 - middle[best] / now, abs(again / now - 1)
