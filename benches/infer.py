@@ -7,6 +7,7 @@ tensors, so that tokenisation is not timed, and take turns.
 Legend:  n pairs   B batch   T tokens of its longest   K labels, 1 for a regression
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -18,25 +19,35 @@ import warnings
 import numpy as np
 import torch
 
+from benches import ROOT, Common
+from benches.measure import spread
+from benches.report import attempt, measured
 from data.docstrings import harvest, python_files
 from minidistil import tasks, weights
 from minidistil.batches import encode_pair, padded, predict
-from minidistil.cli import UserError
+from minidistil.cli import UserError, setting
 from minidistil.datasets import open_task
 from minidistil.heads import Classifier
-from minidistil.measure import spread
 from minidistil.model import BERT_BASE, Config
 from minidistil.plot import bar_chart
 from minidistil.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
-DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"
+DEMO = ROOT / "data" / "demo"
 TINY = Config(layers=4, heads=2, width=64, mlp_width=128)
 INT8 = "student int8"
 BATCH = 32
 TURN = 150  # single examples until it is the next provider's turn; its first, on cold caches, must not make the p99
 CHECKED = 2 * BATCH  # examples whose logits are compared
 WRONG = 1e-4  # largest error of an fp32 logit that is still timed
+
+
+@dataclasses.dataclass
+class Settings(Common):
+    teacher: str = setting(None, "a fine-tuned folder (default: BERT-base's shape)")
+    student: str = setting(None, "a fine-tuned folder (default: half the teacher's layers)")
+    data: str = setting(None, "the GLUE folder")
+    rounds: int = setting(3, "times that each provider is timed, in turn")
 
 
 # ---- models
@@ -135,19 +146,10 @@ def accuracies(settings, models, T):
 
 
 @torch.inference_mode()
-def largest_errors(functions, singles, batches):
-    """Returns {name: largest difference of a logit from that of our fp32 model}, which has the examples one at a time.
-
-    A provider has them so and in padded batches. Raises UserError where one in fp32 computes something else.
-    """
-    truth = {name: torch.cat([functions[name](*x) for x in singles]) for name in ("teacher", "student")}  # (n, K)
-    errors = {}
-    for name, function in functions.items():
-        logits = torch.stack([torch.cat([function(*x) for x in inputs]) for inputs in (singles, batches)])  # (2, n, K)
-        errors[name] = (logits - truth[original(name)]).abs().max().item()
-        if not errors[name] <= (math.inf if name == INT8 else WRONG):
-            raise UserError(f"{name} is wrong by {errors[name]:.1e}: no time is reported for a wrong result")
-    return errors
+def largest_error(function, truth, singles, batches):
+    """Largest difference of a provider's logits from `truth` (n, K), one at a time and in padded batches."""
+    logits = torch.stack([torch.cat([function(*x) for x in inputs]) for inputs in (singles, batches)])  # (2, n, K)
+    return (logits - truth).abs().max().item()
 
 
 @torch.inference_mode()
@@ -164,9 +166,11 @@ def timed(functions, inputs, rounds, turn):
     return seconds
 
 
-def bench_infer(settings):
-    """Returns one result a provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] of examples."""
-    rounds = settings.rounds or (1 if settings.tiny else 3)
+def bench(settings):
+    """Yields a row a provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] of examples.
+
+    A provider in fp32 that computes something else is not timed.
+    """
     what, pairs = pairs_of(settings)
     tokenizer = Tokenizer.load(settings.teacher or settings.student or DEMO)
     with tempfile.TemporaryDirectory() as work:
@@ -182,33 +186,46 @@ def bench_infer(settings):
     def batches(chosen):
         return [padded(items, chosen[i : i + BATCH], tokenizer.pad_id, CPU) for i in range(0, len(chosen), BATCH)]
 
-    errors = largest_errors(functions, singles[:CHECKED], batches(range(len(items))[:CHECKED]))
-    accuracy = accuracies(settings, {name: functions[name] for name in ("student", INT8) if name in functions}, T)
-    alone = timed(functions, singles, rounds, TURN)
-    together = timed(functions, batches(np.argsort([len(ids) for ids, _ in items], kind="stable")), rounds, 1)
-    tokens, results = sum(len(ids) for ids, _ in items) / len(items), []
-    for name in functions:
+    tokens, rows = sum(len(ids) for ids, _ in items) / len(items), {}
+    with torch.inference_mode():  # of our fp32 models, which have the examples one at a time
+        truth = {name: torch.cat([models[name](*x) for x in singles[:CHECKED]]) for name in models}
+    for name, function in functions.items():
         of = original(name)
-        ms = 1e3 * np.median(np.percentile(alone[name], (50, 90, 99), axis=1), axis=1)
-        results.append({
+        rows[name] = row = {
             "case": "infer", "provider": name, "weights": "fine-tuned" if getattr(settings, of) else "random",
             "pairs": what, "examples": len(items), "tokens": round(tokens, 1),
             "parameters": sum(p.numel() for p in models[of].parameters()), "bytes": sizes.get(name, sizes[of]),
+        }  # fmt: skip
+        with attempt(row):
+            error = largest_error(function, truth[of], singles[:CHECKED], batches(range(len(items))[:CHECKED]))
+            row["max_error"] = float(f"{error:.1e}")
+            if not error <= (math.inf if name == INT8 else WRONG):
+                raise UserError(f"{name} is wrong by {error:.1e}: no time is reported for a wrong result")
+        if "error" in row:
+            yield row
+    functions = {name: function for name, function in functions.items() if "error" not in rows[name]}
+    accuracy = accuracies(settings, {name: functions[name] for name in ("student", INT8) if name in functions}, T)
+    rounds = 1 if settings.tiny else settings.rounds
+    alone = timed(functions, singles, rounds, TURN)
+    together = timed(functions, batches(np.argsort([len(ids) for ids, _ in items], kind="stable")), rounds, 1)
+    for name in functions:
+        ms = 1e3 * np.median(np.percentile(alone[name], (50, 90, 99), axis=1), axis=1)
+        rows[name] |= {
             "seconds": [round(x, 3) for x in spread(alone[name].sum(1).tolist())],
             "ms": [round(x, 3) for x in ms.tolist()],
             "examples_per_second": [round(x, 1) for x in spread((len(items) / together[name].sum(1)).tolist())],
-            "max_error": float(f"{errors[name]:.1e}"),
-        })  # fmt: skip
+        }
         if name in accuracy:
-            results[-1]["accuracy"] = round(accuracy[name], 2)
-    return results
+            rows[name]["accuracy"] = round(accuracy[name], 2)
+        yield rows[name]
 
 
 # ---- showing
 
 
-def infer_table(results):
+def table(results):
     """Markdown: medians over rounds, and how much faster than our teacher one example at a time."""
+    results = measured(results)
     first, scored = results[0], any("accuracy" in r for r in results)
     head = (
         f"| | parameters | on disk, MB | {first['examples']:,} pairs one at a time, s | speed-up | p50, p90, p99, ms "
@@ -224,8 +241,9 @@ def infer_table(results):
     return "\n".join(lines)
 
 
-def draw_infer(path, results):
+def draw(path, results):
     """Bars of the seconds of a pass; the axis ends at the slowest provider's."""
+    results = measured(results)
     slowest = max(r["seconds"][1] for r in results)
     bars = [(f"{r['provider']}: {r['seconds'][1]:,.1f} s", r["seconds"][1] / slowest) for r in results]
     title = f"{results[0]['examples']:,} pairs ({results[0]['pairs']}) one at a time: time, as a share of the slowest's"

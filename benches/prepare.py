@@ -12,8 +12,11 @@ import time
 
 import numpy as np
 
-from benches.process import ROOT, last_line
+from benches import ROOT, Common, last_line
+from benches.report import attempt, measured, speed_up
 from minidistil.cli import UserError
+
+Settings = Common
 
 GIGABYTES, TINY_GIGABYTES = 2.1, 0.004
 VARIED = 0.05  # share of the words that each repetition of the docs corpus draws anew
@@ -69,45 +72,58 @@ def prepared(text, out, workers, kill_after=None):
     return summary | {"peak_mib": round(peak, 1), "hashes": json.loads((out / "meta.json").read_text())["sha256"]}
 
 
-def bench_prepare(settings):
-    """1, 2 ... workers on the same text, then one run that is killed halfway and started again: all the same bytes."""
+def kill_and_restart(text, folder, workers, seconds):
+    """Kills a run halfway through its `seconds`, starts it again, and returns the hashes of what it then wrote."""
+    again = folder / "again"
+    if prepared(text, again, workers, kill_after=0.5 * seconds) is not None:
+        raise UserError("data/prepare.py ended before it was killed: the machine is busy, run it again")
+    if again.exists():
+        raise UserError(f"{again} is there although the run that writes it was killed")
+    hashes = prepared(text, again, workers)["hashes"]
+    if left := [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]:
+        raise UserError(f"the restarted run left {', '.join(left)} of the killed one behind")
+    return hashes
+
+
+def bench(settings):
+    """Yields a row for 1, 2 ... workers; the last also ran once more, killed halfway and started again: the same bytes.
+
+    Raises UserError where other bytes than one worker's were written: no speed is reported for a wrong result.
+    """
     counts = [1, 2] if settings.tiny else sorted({1, 2, os.cpu_count() or 1})
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         text = folder / "text.txt"
         write_text(text, int((TINY_GIGABYTES if settings.tiny else GIGABYTES) * 1e9))
-        megabytes = text.stat().st_size / 1e6
-        results = []
+        megabytes, rows = text.stat().st_size / 1e6, []
         for workers in counts:
-            summary = prepared(text, folder / f"by-{workers}", workers)
-            results.append({
-                "case": "prepare", "provider": f"{workers} worker" + "s" * (workers > 1),
-                "shape": {"megabytes": round(megabytes, 1), "tokens": sum(summary["tokens"].values())},
-                "mb_per_second": round(megabytes / summary["seconds"], 2),
-                "tokens_per_second": summary["tokens_per_second"], "seconds": summary["seconds"],
-                "peak_mib": summary["peak_mib"], "hashes": summary["hashes"],
-            })  # fmt: skip
-        again = folder / "again"
-        if prepared(text, again, counts[-1], kill_after=0.5 * results[-1]["seconds"]) is not None:
-            raise UserError("data/prepare.py ended before it was killed: the machine is busy, run it again")
-        if again.exists():
-            raise UserError(f"{again} is there although the run that writes it was killed")
-        restarted = prepared(text, again, counts[-1])
-        left = [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
-    if left:
-        raise UserError(f"the restarted run left {', '.join(left)} of the killed one behind")
-    for name, hashes in [*((r["provider"], r["hashes"]) for r in results), ("the restarted run", restarted["hashes"])]:
-        if hashes != results[0]["hashes"]:
-            raise UserError(f"{name} wrote other bytes than one worker: no speed is reported for a wrong result")
-    for result in results:
-        result["speed_up"] = round(result["mb_per_second"] / results[0]["mb_per_second"], 2)
-    return results
+            row = {"case": "prepare", "provider": f"{workers} worker" + "s" * (workers > 1)}
+            rows.append(row)
+            with attempt(row):
+                summary = prepared(text, folder / f"by-{workers}", workers)
+                require_same(summary["hashes"], rows[0].get("hashes", summary["hashes"]), row["provider"])
+                if workers == counts[-1]:
+                    again = kill_and_restart(text, folder, workers, summary["seconds"])
+                    require_same(again, summary["hashes"], "the restarted run")
+                row |= {
+                    "shape": {"megabytes": round(megabytes, 1), "tokens": sum(summary["tokens"].values())},
+                    "mb_per_second": round(megabytes / summary["seconds"], 2),
+                    "tokens_per_second": summary["tokens_per_second"], "seconds": summary["seconds"],
+                    "peak_mib": summary["peak_mib"], "hashes": summary["hashes"],
+                }  # fmt: skip
+                row["speed_up"] = speed_up(row, rows[0], "mb_per_second")
+            yield row
 
 
-def prepare_table(results):
+def require_same(hashes, expected, who):
+    if hashes != expected:
+        raise UserError(f"{who} wrote other bytes than one worker: no speed is reported for a wrong result")
+
+
+def table(results):
     """Markdown: megabytes and tokens a second, and the memory of all processes together."""
     lines = ["| workers | MB/s | tokens/s | speed-up | peak memory, MiB |", "|---|---|---|---|---|"]
-    for r in results:
+    for r in measured(results):
         speeds = f"{r['mb_per_second']:,.1f} | {r['tokens_per_second']:,.0f} | {r['speed_up']:.2f}x"
         lines.append(f"| {r['provider'].split()[0]} | {speeds} | {r['peak_mib']:,.0f} |")
     return "\n".join(lines)

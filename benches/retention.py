@@ -1,5 +1,6 @@
 """How much of its teacher does a student keep? Both fine-tuned alike (Sanh et al. 2019, tables 1 and 2)."""
 
+import dataclasses
 import os
 import pathlib
 import shlex
@@ -7,9 +8,10 @@ import statistics
 import subprocess
 import sys
 
-from benches.process import ROOT, last_line
+from benches import ROOT, Common, last_line
+from benches.report import attempt, measured
 from minidistil import weights
-from minidistil.cli import UserError
+from minidistil.cli import UserError, setting
 from minidistil.model import num_params
 from minidistil.plot import bar_chart
 
@@ -24,73 +26,82 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def fine_tuned(models, settings, more=""):
-    """Runs finetune.py on each of {name: folder}, all at once; returns {name: its summary}.
-
-    Runs are kept in runs/retention/NAME: what was interrupted goes on, and more seeds may be added later.
-    """
-    # the models are independent of each other: each gets a share of the processor's cores
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // len(models)))}
-    running = {}
-    for name, folder in models.items():
-        out = RUNS / name
-        command = [sys.executable, ROOT / "finetune.py", "--task", settings.task, "--model", folder]
-        command += ["--data", settings.data, "--seeds", settings.rounds or 3, "--out", out]
-        command += shlex.split(f"{settings.finetune or ''} {more}")
-        command += ["--resume"] if (out / "scores.json").is_file() else []
-        out.mkdir(parents=True, exist_ok=True)
-        print(f"{name}: see {out}.log", flush=True)
-        with open(f"{out}.log", "w") as log:
-            running[name] = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
-    summaries = {}
-    for name, process in running.items():
-        code, said = process.wait(), pathlib.Path(f"{RUNS / name}.log").read_text()
-        # where it failed, its last line says why
-        done = subprocess.CompletedProcess(process.args, code, said, "".join(said.splitlines()[-1:]))
-        summaries[name] = last_line(done)
-    return summaries
+@dataclasses.dataclass
+class Settings(Common):
+    teacher: str = setting(None, "folder of the teacher")
+    student: str = setting(None, "folders of the students, with commas")
+    data: str = setting(None, "the GLUE folder; IMDb may lie in it as aclImdb")
+    task: str = setting("all", "tasks, with commas")
+    rounds: int = setting(3, "seeds")
+    finetune: str = setting(None, 'more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
+    taught: str = setting(None, 'the first student again, taught by the fine-tuned teacher: "--augment 4"')
 
 
-def bench_retention(settings):
-    """Fine-tunes --teacher and each --student with the same budget and seeds.
+def start(name, folder, settings, more, threads):
+    """Starts finetune.py on a model; what was interrupted in runs/retention/NAME goes on, and seeds may be added."""
+    out = RUNS / name
+    command = [sys.executable, ROOT / "finetune.py", "--task", settings.task, "--model", folder]
+    command += ["--data", settings.data, "--seeds", settings.rounds, "--out", out]
+    command += shlex.split(f"{settings.finetune or ''} {more}")
+    command += ["--resume"] if (out / "scores.json").is_file() else []
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: see {out}.log", flush=True)
+    with open(f"{out}.log", "w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        return subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+
+
+def summary_of(name, process):
+    """What a run of finetune.py says in the end; UserError with its last line where it failed."""
+    code, said = process.wait(), pathlib.Path(f"{RUNS / name}.log").read_text()
+    return last_line(subprocess.CompletedProcess(process.args, code, said, "".join(said.splitlines()[-1:])))
+
+
+def bench(settings):
+    """Yields a row for the teacher and each student, fine-tuned with the same budget and seeds, all at once.
 
     With --taught, then the first student once more, as STUDENT-taught: by that teacher (Sanh et al. 2019, section 3).
     """
     if not (settings.teacher and settings.student and settings.data):
         raise UserError("retention compares models: give --teacher, --student (several with commas) and --data")
     students = {pathlib.Path(folder).name: folder for folder in settings.student.split(",")}
-    models = {"teacher": settings.teacher} | students
-    budgets, summaries = dict.fromkeys(models, settings.finetune or ""), fine_tuned(models, settings)
+    models, teacher = {"teacher": settings.teacher} | students, None
+    # the models are independent of each other: each gets a share of the processor's cores
+    threads = max(1, os.cpu_count() // len(models))
+    plan = [(name, folder, "", start(name, folder, settings, "", threads)) for name, folder in models.items()]
     if settings.taught is not None:
         first, folder = next(iter(students.items()))
-        name, more = f"{first}-taught", f"--teacher {RUNS / 'teacher'} {settings.taught}"
-        models[name], budgets[name] = folder, f"{settings.finetune or ''} {settings.taught}".strip()
-        summaries |= fine_tuned({name: folder}, settings, more)
-    results = []
-    for name, summary in summaries.items():
-        scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
-        config, _ = weights.read_config(models[name])
-        results.append({
-            "case": "retention", "provider": name, "parameters": num_params(config), "settings": budgets[name],
-            "seeds": settings.rounds or 3, "scores": scores, "tasks": summary["tasks"],
-            "macro": round(statistics.mean(scores.values()), 2), "seconds": summary["seconds"],
-        })  # fmt: skip
-    for result in results:
-        result["retained"] = round(100 * result["macro"] / results[0]["macro"], 2)
-    return results
+        plan.append((f"{first}-taught", folder, settings.taught, None))
+    for name, folder, more, process in plan:
+        row = {"case": "retention", "provider": name}
+        with attempt(row):
+            if process is None:
+                process = start(name, folder, settings, f"--teacher {RUNS / 'teacher'} {more}", os.cpu_count())
+            summary = summary_of(name, process)
+            scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
+            config, _ = weights.read_config(folder)
+            row |= {
+                "parameters": num_params(config), "settings": f"{settings.finetune or ''} {more}".strip(),
+                "seeds": settings.rounds, "scores": scores, "tasks": summary["tasks"],
+                "macro": round(statistics.mean(scores.values()), 2), "seconds": summary["seconds"],
+            }  # fmt: skip
+            teacher = row if name == "teacher" else teacher
+            row["retained"] = teacher and round(100 * row["macro"] / teacher["macro"], 2)
+        yield row
 
 
-def draw_retention(path, results):
+def draw(path, results):
     """Draws what each student keeps of each task, of its teacher's score."""
-    teacher, *students = results
+    teacher, *students = measured(results)
     bars = [(f"{s['provider']}: {task}", max(s["scores"][task], 0) / teacher["scores"][task])
             for s in students for task in teacher["scores"] if teacher["scores"][task] > 0]  # fmt: skip
     bars += [(f"{s['provider']}: mean", s["macro"] / teacher["macro"]) for s in students]
     bar_chart(path, "share of the teacher's score", bars)
 
 
-def retention_table(results):
+def table(results):
     """Markdown: a row a model, a column a task, the mean, and what is kept of the first row's; the paper's last."""
+    results = measured(results)
     tasks = list(results[0]["scores"])
     rows = [(r["provider"], r["scores"], r["tasks"]) for r in results]
     rows += [(name, scores, {}) for name, scores in PUBLISHED.items()]

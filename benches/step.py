@@ -7,6 +7,7 @@ own choice. Weights are random: they cost what trained ones do.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import random
@@ -18,15 +19,17 @@ import time
 import torch
 import torch.nn.functional as F
 
-from benches.process import ROOT, last_line
-from kernels import layer_norm, linear_distill_kl
+from benches import ROOT, Common, last_line
+from benches.measure import spread
+from benches.report import attempt, measured, speed_up
+from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.accounting import account, peak_tflops, training_flops_per_token
 from minidistil.ahead import Ahead
+from minidistil.cli import setting
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.losses import Objective
 from minidistil.machine import choose_device, precision
-from minidistil.measure import spread
 from minidistil.memory import peak_rss_mib
 from minidistil.metrics import read_metrics
 from minidistil.model import Config, MaskedLM
@@ -94,7 +97,7 @@ def train_here(folder, shape, device, flags, out):
 @contextlib.contextmanager
 def without_kernels():
     """PyTorch does what our kernels would."""
-    modules = layer_norm, linear_distill_kl
+    modules = cosine, layer_norm, linear_distill_kl
     before = [module.on_triton for module in modules]
     try:
         for module in modules:
@@ -229,16 +232,34 @@ def phases(folder, shape, device, flags):
     return {phase: 1000 * seconds / watch.updates for phase, seconds in watch.seconds.items()}
 
 
-def draw_step(path, results):
+def table(results):
+    """Markdown: medians, and how much faster than the original's way."""
+    lines = ["| | tokens/s | speed-up | peak memory, MiB |", "|---|---|---|---|"]
+    for r in results:
+        if "error" in r:
+            lines.append(f"| {r['provider']} | {r['error']} | | |")
+            continue
+        ratio = f"{r['speed_up']:.1f}x" if r["speed_up"] else ""
+        lines.append(f"| {r['provider']} | {r['tokens_per_second'][1]:,.0f} | {ratio} | {r['peak_mib']:,.0f} |")
+    return "\n".join(lines)
+
+
+def draw(path, results):
     """Bars of the phases of our updates, each as a share of the whole."""
     bars = []
-    for r in results:
+    for r in measured(results):
         whole = sum(r.get("phases", {}).values())
         bars += [(f"{r['provider']}: {phase}, {ms:,.0f} ms", ms / whole) for phase, ms in r.get("phases", {}).items()]
     bar_chart(path, "an update's phases, as shares of their sum", bars)
 
 
 # ---- all of it
+
+
+@dataclasses.dataclass
+class Settings(Common):
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
+    rounds: int = setting(None, "times that each provider is measured, in turn (default: 3; on a GPU 1)")
 
 
 def alone(function, *arguments):
@@ -249,51 +270,53 @@ def alone(function, *arguments):
     return last_line(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
 
 
-def step_results(shape, device, rounds, words):
-    """Tokens/s and peak memory of each provider, in turn; then the phases of ours, in runs of their own."""
+def summarise(row, runs, kd_rows, shape, peak):
+    """Puts speed, memory and the share of the hardware's peak (TFLOP/s, or None) of the runs so far into a row."""
+    teacher = Config(**{k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")})
+    student = teacher.student(teacher.layers // 2)
+    speeds = spread([m["tokens_per_second"] for m in runs])
+    flops = training_flops_per_token(Objective(kd_rows=kd_rows), teacher, student, shape["T"])
+    figures = account(0, speeds[1], flops, peak, 1)
+    row |= {
+        "tokens_per_second": [round(x, 1) for x in speeds], "peak_mib": max(m["peak_mib"] for m in runs),
+        **{k: figures[k] for k in ("tflops_per_second", "utilisation", "published_device_hours")},
+    }  # fmt: skip
+
+
+def bench_shape(shape, device, rounds, words, suffix=""):
+    """Yields a row a provider, again with each of its runs, in turn; then the phases of ours, in runs of their own."""
     providers = OURS | (OURS_ON_GPU if device.type == "cuda" else {})
+    peak = peak_tflops(device, "bf16")
     with tempfile.TemporaryDirectory() as folder:
         world = folder, shape, str(device)
         make_world(pathlib.Path(folder), shape, words)
         calls = {"original's way": ("original", *world)}
         calls |= {provider: ("ours", *world, *how) for provider, how in providers.items()}
-        measured, took = {provider: [] for provider in calls}, {}
+        rows = {name: {"case": "step", "provider": name + suffix, "shape": shape} for name in calls}
+        first, runs = rows["original's way"], {name: [] for name in calls}
         for _ in range(rounds):
-            for provider, how in calls.items():
-                measured[provider].append(alone(*how))
-                speed = measured[provider][-1]["tokens_per_second"]
-                print(f"T = {shape['T']}, {provider}: {speed:,.0f} tokens/s", file=sys.stderr)  # it takes minutes
-        for provider in OURS:
-            took[provider] = alone("phases", *world, OURS[provider][0])
-    teacher = Config(**{k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")})
-    student = teacher.student(teacher.layers // 2)
-    peak, results = peak_tflops(device, "bf16"), []
-    for provider, runs in measured.items():
-        speeds = spread([m["tokens_per_second"] for m in runs])
-        rows = providers[provider][0]["kd_rows"] if provider in providers else "all"
-        flops = training_flops_per_token(Objective(kd_rows=rows), teacher, student, shape["T"])
-        figures = account(0, speeds[1], flops, peak, 1)
-        results.append({
-            "case": "step", "provider": provider, "shape": shape, "tokens_per_second": [round(x, 1) for x in speeds],
-            "peak_mib": max(m["peak_mib"] for m in runs),
-            **{k: figures[k] for k in ("tflops_per_second", "utilisation", "published_device_hours")},
-        })  # fmt: skip
-        if provider in took:
-            results[-1]["phases"] = {phase: round(ms, 1) for phase, ms in took[provider].items()}
-    for result in results:
-        result["speed_up"] = round(result["tokens_per_second"][1] / results[0]["tokens_per_second"][1], 2)
-    return results
+            for name, how in calls.items():
+                row = rows[name]
+                with attempt(row):
+                    runs[name].append(alone(*how))
+                    kd_rows = providers[name][0]["kd_rows"] if name in providers else "all"
+                    summarise(row, runs[name], kd_rows, shape, peak)
+                    row["speed_up"] = speed_up(row, first, "tokens_per_second")
+                    speed = runs[name][-1]["tokens_per_second"]
+                    print(f"T = {shape['T']}, {name}: {speed:,.0f} tokens/s", file=sys.stderr, flush=True)
+                yield row
+        for name in OURS:
+            with attempt(rows[name]):
+                took = alone("phases", *world, OURS[name][0])
+                rows[name]["phases"] = {phase: round(ms, 1) for phase, ms in took.items()}
+            yield rows[name]
 
 
-def bench_step(settings):
+def bench(settings):
     """On a GPU at both lengths, on a CPU at the shapes of the original's measurement."""
     device, tiny = choose_device(settings.device), settings.tiny
     shapes = [TINY_STEP] if tiny else GPU_STEPS if device.type == "cuda" else [STEP]
-    rounds = settings.rounds or (1 if device.type == "cuda" else 3)
-    words, results = 40_000 if tiny else 400_000 if device.type == "cpu" else 2_000_000, []
+    rounds = settings.rounds or (1 if device.type == "cuda" or tiny else 3)
+    words = 40_000 if tiny else 400_000 if device.type == "cpu" else 2_000_000
     for shape in shapes:
-        of_shape = step_results(shape, device, rounds, words)
-        for result in of_shape:
-            result["provider"] += f", T = {shape['T']}" if len(shapes) > 1 else ""
-        results += of_shape
-    return results
+        yield from bench_shape(shape, device, rounds, words, f", T = {shape['T']}" if len(shapes) > 1 else "")

@@ -16,8 +16,8 @@ Legend:  B batch   T tokens per sequence   N rows   C width   s, t student and t
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
+from kernels.cosine import cosine_distance
 from kernels.linear_distill_kl import linear_distill_kl
 from minidistil.data import IGNORE
 
@@ -77,7 +77,7 @@ def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t
     h_t_rows = None if h_t is None else h_t.flatten(0, 1)
     cos = h_s.new_zeros((), dtype=torch.float32)
     if objective.alpha_cos:
-        cos = (1 - F.cosine_similarity(h_s_rows.float(), h_t_rows.float(), dim=-1)).sum() / counts.tokens
+        cos = cosine_distance(h_s_rows, h_t_rows) / counts.tokens
     if objective.kd_rows == "masked" or not objective.on_logits:
         # no other row is scored, so no other row meets the vocabulary
         here = row_labels != IGNORE

@@ -21,7 +21,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import distill_kl, layer_norm, linear_distill_kl  # noqa: E402
+from kernels import cosine, distill_kl, layer_norm, linear_distill_kl  # noqa: E402
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -63,6 +63,11 @@ def shipped():
                    dict(norm, dy_ptr=logits, z_ptr=logits, dz_ptr=logits, dx_ptr=logits, dwb_ptr="*fp32",
                         N="i32:any"),
                    flags, warps, A + B)  # fmt: skip
+        rows = dict(a_ptr=logits, b_ptr=logits, stats_ptr="*fp32", stride_a="i32", stride_b="i32", C="i32")
+        flags = dict(BLOCK_1=A, BLOCK_2=B)
+        yield (f"cosine forward, {half}", cosine._forward_kernel, dict(rows, distance_ptr="*fp32"), flags, warps, A + B)
+        yield (f"cosine backward, {half}", cosine._backward_kernel, dict(rows, g_ptr="*fp32", da_ptr=logits),
+               flags, warps, A + B)  # fmt: skip
 
 
 def compiled(kernel, types, constants, warps, architecture):

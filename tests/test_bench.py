@@ -2,16 +2,21 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 import time
+import types
 
 import pytest
 import torch
 
 import bench
 import train
-from benches import prepare, step
+from benches import ROOT, kernels, prepare, step
+from benches.kernel_cases import CASES as KERNEL_CASES
+from benches.report import Report, attempt
 from data import docstrings
-from kernels import layer_norm, linear_distill_kl
+from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import weights
 from minidistil.ahead import Ahead
 from minidistil.cli import UserError
@@ -22,7 +27,8 @@ from minidistil.tokenizer import Tokenizer
 
 
 def run(case, out, capsys):
-    bench.main([case, "--tiny", "--rounds", "1", "--device", "cpu", "--out", str(out)])
+    device = ["--device", "cpu"] if case in KERNEL_CASES or case == "step" else []
+    assert bench.main([case, "--tiny", *device, "--out", str(out)]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(report) == {"device", "versions", "results"}
     assert json.loads((out / f"{case}.json").read_text())["results"] == report["results"]
@@ -42,7 +48,7 @@ def test_step(tmp_path, capsys, monkeypatch):
         low, middle, high = r["tokens_per_second"]
         assert 0 < low <= middle <= high and r["peak_mib"] > 100 and r["speed_up"] > 0
         assert r["published_device_hours"] == pytest.approx(12.6e9 / middle / 3600, rel=1e-3)
-    assert bench.speed_table(results).count("\n") == 4
+    assert step.table(results).count("\n") == 4
     for r in results[1:]:
         assert list(r["phases"]) == list(step.PHASES) and all(ms > 0 for ms in r["phases"].values())
         # about an update of 5 x 2 x 32 tokens, in the same unit: of another run, which may have been disturbed
@@ -69,6 +75,7 @@ def test_the_stopwatch_counts_all_updates_but_the_first():
 def test_kernels_can_be_left_out(tmp_path, monkeypatch):
     """`no kernels` launches none where they would serve: interpreted here, on a GPU there."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cosine, "_forward", None)
     monkeypatch.setattr(layer_norm, "_forward", None)
     monkeypatch.setattr(linear_distill_kl, "_loss_and_gradient_kernel", None)
     shape = step.TINY_STEP | dict(accum=1)
@@ -77,7 +84,7 @@ def test_kernels_can_be_left_out(tmp_path, monkeypatch):
         step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"))
     assert step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"), kernels=False)["tokens_per_second"] > 0
     assert step.original(tmp_path, shape, "cpu")["tokens_per_second"] > 0
-    assert layer_norm.on_triton(torch.zeros(1)) and linear_distill_kl.on_triton(torch.zeros(1))  # they serve again
+    assert all(m.on_triton(torch.zeros(1)) for m in (cosine, layer_norm, linear_distill_kl))  # they serve again
 
 
 def test_prepare(tmp_path, capsys, monkeypatch):
@@ -87,13 +94,13 @@ def test_prepare(tmp_path, capsys, monkeypatch):
     one, two = run("prepare", tmp_path, capsys)
     assert one["hashes"] == two["hashes"] and one["shape"]["megabytes"] >= 4
     assert 0 < one["peak_mib"] < two["peak_mib"] < 500 and one["mb_per_second"] > 0
-    assert bench.prepare_table([one, two]).count("\n") == 3
+    assert prepare.table([one, two]).count("\n") == 3
     summary = {"seconds": 1.0, "tokens_per_second": 9, "peak_mib": 1.0, "tokens": {"train": 5}}
     monkeypatch.setattr(prepare, "prepared", lambda text, out, workers, kill_after=None: (
         None if kill_after else summary | {"hashes": {"train.bin": str(workers)}}
     ))  # fmt: skip
-    with pytest.raises(UserError, match="other bytes than one worker"):
-        prepare.bench_prepare(bench.Settings(case="prepare", tiny=True))
+    *_, two = prepare.bench(prepare.Settings(tiny=True))
+    assert "other bytes than one worker" in two["error"] and "mb_per_second" not in two
 
 
 def test_varied_text_keeps_its_documents(tmp_path, monkeypatch):
@@ -130,7 +137,7 @@ def test_the_original_has_the_same_loss(tmp_path):
     assert logged == pytest.approx(ours.item(), rel=0.02)
 
 
-@pytest.mark.parametrize("case", ["loss", "linear", "layernorm"])
+@pytest.mark.parametrize("case", ["loss", "linear", "layernorm", "cosine"])
 def test_kernels(case, tmp_path, capsys):
     """Each provider is right before it is timed, and the figures hold together."""
     results = run(case, tmp_path, capsys)
@@ -141,34 +148,132 @@ def test_kernels(case, tmp_path, capsys):
     for r in results:
         low, middle, high = r["ms"]
         assert 0 < low <= middle <= high and r["gb_per_s"] >= 0 and r["peak_mib"] >= 0
-        assert r["max_error"] < bench.WRONG[r["dtype"]]
-    assert bench.kernel_table(results).count("\n") == 1 + len(results)
+        assert r["max_error"] < kernels.WRONG[r["dtype"]]
+    assert kernels.table(results).count("\n") == 1 + len(results)
     assert "<svg" in (tmp_path / f"{case}.svg").read_text()
 
 
-def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
-    case = bench.KERNEL_CASES["loss"]
-    monkeypatch.setattr(type(case), "ours", lambda self, s, t, labels, n: 1.001 * self.eager(s, t, labels, n))
-    with pytest.raises(UserError, match="ours.*not timed"):
-        bench.bench_kernel(case, bench.Settings(case="loss", tiny=True, device="cpu", rounds=1, out=str(tmp_path)))
+def kernel_rows(case, out):
+    settings = kernels.Settings(tiny=True, device="cpu", out=str(out))
+    return list({id(row): row for row in kernels.bench(case, settings)}.values())
 
 
-@pytest.mark.parametrize("error, said", [(torch.OutOfMemoryError, "OOM"), (TypeError, "failed"), (None, "failed")])
-def test_another_provider_may_fail(error, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("provider", ["ours", "Liger"])
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError, "out of memory"), (TypeError, "TypeError: as it would"),
+    (None, "a wrong result is not timed"),
+])  # fmt: skip
+def test_a_provider_may_fail(error, said, provider, tmp_path, monkeypatch):
     """Where it runs out of memory, breaks or is wrong, its row says so, and the others are timed."""
-    case = bench.KERNEL_CASES["loss"]
+    case = KERNEL_CASES["loss"]
 
-    def liger(s, t, labels, n):
+    def bad(s, t, labels, n):
         if error:
             raise error("as it would")
         return 2 * case.eager(s, t, labels, n)
 
-    providers = lambda case, shape, device: {"eager": case.eager, "ours": case.ours, "Liger": liger}  # noqa: E731
-    monkeypatch.setattr(bench, "providers_of", providers)
-    settings = bench.Settings(case="loss", tiny=True, device="cpu", rounds=1, out=str(tmp_path))
-    eager, ours, other = results = bench.bench_kernel(case, settings)
-    assert eager["ms"] and ours["ms"] and other["ms"] is None and other["peak_mib"] == said
-    table = bench.kernel_table(results)
-    assert f"| {said} |" in table and table.count("\n") == 4
-    bench.draw_kernel(tmp_path / "loss.svg", results)
-    assert ("as it would" in capsys.readouterr().err) == (error is TypeError)
+    providers = {"eager": case.eager, "ours": case.ours, "Liger": case.eager} | {provider: bad}
+    monkeypatch.setattr(kernels, "providers_of", lambda case, shape, device: providers)
+    results = {row["provider"]: row for row in kernel_rows(case, tmp_path)}
+    failed = results.pop(provider)
+    assert said in failed["error"] and "ms" not in failed and all(row["ms"] for row in results.values())
+    table = kernels.table([*results.values(), failed])
+    assert said in table and table.count("\n") == 4
+    kernels.draw(tmp_path / "loss.svg", [*results.values(), failed])
+
+
+# ---- the report
+
+
+def test_no_row_is_lost(tmp_path, monkeypatch, capsys):
+    """A failure and a kill leave what was measured on disk; the exit code and a file say what failed."""
+
+    def rows(settings):
+        yield {"case": "loss", "provider": "eager", "ms": [1.0, 1.0, 1.0]}
+        row = {"case": "loss", "provider": "ours"}
+        with attempt(row):
+            raise RuntimeError("no such kernel")
+        yield row
+        assert [r["provider"] for r in on_disk("loss.partial")] == ["eager", "ours"]
+        if killed:
+            raise KeyboardInterrupt
+
+    def on_disk(name):
+        return json.loads((tmp_path / f"{name}.json").read_text())["results"]
+
+    case = types.SimpleNamespace(Settings=kernels.Settings, bench=rows, table=lambda rows: "table")
+    monkeypatch.setitem(bench.CASES, "loss", case)
+    killed = False
+    assert bench.main(["loss", "--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "bench.py: loss: ours failed: see" in said.err and json.loads(said.out.splitlines()[-1])["results"]
+    assert [r.get("error") for r in on_disk("loss")] == [None, "RuntimeError: no such kernel"]
+    failures = (tmp_path / "loss.failures.txt").read_text()
+    assert "Traceback" in failures and "in rows" in failures
+    case.bench = lambda settings: iter([{"case": "loss", "provider": "ours", "error": "it failed"}])
+    assert bench.main(["loss", "--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "nothing was measured" in capsys.readouterr().out
+    case.bench, killed = rows, True
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["loss", "--tiny", "--device", "cpu", "--out", str(tmp_path)])
+    assert len(on_disk("loss.partial")) == 2
+
+
+def test_a_row_that_comes_again_is_written_again(tmp_path):
+    report, row = Report(tmp_path, "step", {"device": "here"}), {"case": "step", "provider": "ours"}
+    report.put(row)
+    row["tokens_per_second"] = [1, 2, 3]
+    report.put(row)
+    report.put({"case": "step", "provider": "eager", "error": "out of memory", "traceback": "long"})
+    assert not report.failed
+    report.put({"case": "step", "provider": "ours, too", "error": "out of memory", "traceback": "long"})
+    report.finish()
+    written = json.loads((tmp_path / "step.json").read_text())
+    assert written["device"] == "here" and [r["provider"] for r in written["results"]] == ["ours", "eager", "ours, too"]
+    assert written["results"][0]["tokens_per_second"] and "traceback" not in written["results"][1]
+    assert report.failed == ["ours, too"] and not report.partial.exists()
+
+
+def test_a_later_failure_keeps_the_earlier_rounds(tmp_path, monkeypatch):
+    """The second round of a provider fails: the first one's speed is still there."""
+    speeds = iter([10.0, 20.0, 40.0, 11.0, None, 44.0])
+
+    def alone(function, *arguments):
+        if function == "phases":
+            return {"loss": 1.0}
+        speed = next(speeds)
+        if speed is None:
+            raise UserError("died")
+        return {"tokens_per_second": speed, "peak_mib": 1.0}
+
+    monkeypatch.setattr(step, "alone", alone)
+    monkeypatch.setattr(step, "make_world", lambda *_: None)
+    rows = step.bench(step.Settings(tiny=True, device="cpu", rounds=2, out=str(tmp_path)))
+    original, every, masked = {id(row): row for row in rows}.values()
+    assert original["tokens_per_second"][1] == 10.5 and masked["tokens_per_second"][1] == 42.0
+    assert every["tokens_per_second"][1] == 20.0 and "died" in every["error"]
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["nosuch"], 2, "there is no case nosuch: choose one of"), (["tokenizer", "--teacher", "x"], 2, "unrecognized"),
+    (["loss", "--tiny", "--out", "results"], 1, "name another --out"), (["step", "--profile"], 2, "unrecognized"),
+])  # fmt: skip
+def test_a_wrong_command_line_is_refused(arguments, code, said):
+    done = subprocess.run([sys.executable, "bench.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_all_is_every_case_that_needs_no_models(monkeypatch, capsys):
+    measured = {}
+
+    def measure(name, settings):
+        measured[name] = settings
+        return types.SimpleNamespace(head={"device": "here"}, rows=[], failed=[])
+
+    monkeypatch.setattr(bench, "measure", measure)
+    assert bench.main(["all", "--tiny", "--device", "cpu"]) == 0
+    assert list(measured) == [name for name in bench.CASES if name != "retention"]
+    assert all(settings.tiny for settings in measured.values()) and measured["step"].device == "cpu"

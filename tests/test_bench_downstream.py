@@ -6,12 +6,12 @@ import types
 
 import pytest
 
-from benches import ablation, retention
+from benches import distil, retention
 from minidistil.cli import UserError
 
 
 def settings(**given):
-    names = dict(teacher=None, student=None, data=None, task="sst2,rte", rounds=None, finetune=None, taught=None,
+    names = dict(teacher=None, student=None, data=None, task="sst2,rte", rounds=3, finetune=None, taught=None,
                  train=None)  # fmt: skip
     return types.SimpleNamespace(**names | {"tiny": False} | given)
 
@@ -24,14 +24,14 @@ def test_retention_runs_finetune_on_each_model(tiny, glue, tmp_path, monkeypatch
     shutil.copytree(tiny / "teacher", tmp_path / "half")
     few = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --dtype fp32 --seq-len 32"
     given = settings(teacher=str(tiny / "teacher"), student="half", data=str(glue), rounds=2, finetune=few)
-    results = retention.bench_retention(given)
+    results = list(retention.bench(given))
     assert [r["provider"] for r in results] == ["teacher", "half"]
     # the same weights, budget and seeds: the same scores
     assert results[0]["scores"] == results[1]["scores"] and set(results[0]["scores"]) == {"sst2", "rte"}
     assert results[1]["retained"] == 100.0 and results[0]["seeds"] == 2
-    table = retention.retention_table(results).splitlines()
+    table = retention.table(results).splitlines()
     assert table[0] == "| | sst2 | rte | mean | kept |" and len({line.count("|") for line in table}) == 1
-    retention.draw_retention(tmp_path / "kept.svg", results)
+    retention.draw(tmp_path / "kept.svg", results)
     assert (tmp_path / "kept.svg").read_text().count("half: ") == 3
 
 
@@ -40,7 +40,7 @@ def test_the_first_student_is_taught_again_by_the_fine_tuned_teacher(tiny, glue,
     shutil.copytree(tiny / "teacher", tmp_path / "half")
     few = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --dtype fp32 --seq-len 32"
     given = settings(teacher=str(tiny / "teacher"), student="half", data=str(glue), rounds=1, finetune=few, task="sst2")
-    results = retention.bench_retention(settings(**{**vars(given), "taught": "--augment 2"}))
+    results = list(retention.bench(settings(**{**vars(given), "taught": "--augment 2"})))
     assert [r["provider"] for r in results] == ["teacher", "half", "half-taught"]
     assert [r["settings"] for r in results] == [few, few, f"{few} --augment 2"]
     said = (tmp_path / "runs" / "retention" / "half-taught.log").read_text()
@@ -51,14 +51,15 @@ def test_the_first_student_is_taught_again_by_the_fine_tuned_teacher(tiny, glue,
 def test_retention_says_why_a_run_failed(tiny, glue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = settings(teacher=str(tiny / "teacher"), student="nowhere", data=str(glue), finetune="--examples 8 --lr x")
-    with pytest.raises(UserError, match="--lr x: give one learning rate"):
-        retention.bench_retention(given)
+    teacher, student = retention.bench(given)
+    assert "--lr x: give one learning rate" in teacher["error"] and "nowhere is not a folder" in student["error"]
+    assert "scores" not in teacher and "scores" not in student
 
 
 @pytest.mark.parametrize("missing", ["teacher", "student", "data"])
 def test_retention_needs_models_and_data(missing):
     with pytest.raises(UserError, match="give --teacher, --student"):
-        retention.bench_retention(settings(**dict(teacher="a", student="b", data="c") | {missing: None}))
+        list(retention.bench(settings(**dict(teacher="a", student="b", data="c") | {missing: None})))
 
 
 def test_published_scores_keep_what_the_paper_says():
@@ -67,10 +68,15 @@ def test_published_scores_keep_what_the_paper_says():
     means = [round(sum(row.values()) / len(row), 1) for row in (bert, distilbert)]
     assert means == [79.5, 77.0]
     row = {"provider": "teacher", "scores": bert, "tasks": {}}
-    assert "96.9%" in retention.retention_table([row]).splitlines()[-1]
+    assert "96.9%" in retention.table([row]).splitlines()[-1]
 
 
 # ---- ablation
+
+
+def last_rows(rows):
+    """What a report keeps of rows that come again with each seed."""
+    return list({id(row): row for row in rows}.values())
 
 
 def fake_script(calls):
@@ -89,8 +95,8 @@ def fake_script(calls):
 
 def test_ablation_leaves_out_one_part_at_a_time(monkeypatch):
     calls = []
-    monkeypatch.setattr(ablation, "script", fake_script(calls))
-    results = ablation.bench_ablation(settings(train="--steps 5", rounds=2))
+    monkeypatch.setattr(distil, "script", fake_script(calls))
+    results = last_rows(distil.bench_ablation(settings(train="--steps 5", rounds=2)))
     assert len(calls) == 10 and all(words[:2] == ["--steps", "5"] for words in calls)
     assert [words[2:4] for words in calls[1:5]] == [
         ["--alpha-ce", "0"], ["--alpha-cos", "0"], ["--alpha-mlm", "0"], ["--student-init", "random"],
@@ -98,13 +104,13 @@ def test_ablation_leaves_out_one_part_at_a_time(monkeypatch):
     whole, *_, random = results[1:]
     assert whole["top1"] == [0.31, 0.01] and whole["change"] == 0.0 and whole["seconds"] == 2.0
     assert random["change"] == pytest.approx(-0.1) and random["paper"] == -3.69
-    table = ablation.ablation_table(results).splitlines()
+    table = distil.ablation_table(results).splitlines()
     assert len(table) == 7 and "| -10.00 | -3.69 |" in table[-1] and "31.0% ± 1.0%" in table[2]
 
 
 def test_ablation_runs_train(tiny, monkeypatch):
-    monkeypatch.setattr(ablation, "ABLATIONS", {"all three losses": ([], 0.0)})
+    monkeypatch.setattr(distil, "ABLATIONS", {"all three losses": ([], 0.0)})
     flags = f"--teacher {tiny / 'teacher'} --data {tiny / 'corpus'} --seq-len 32 --batch 4 --steps 3 --accum 1 --lr .01"
-    results = ablation.bench_ablation(settings(train=flags, rounds=1))
+    results = last_rows(distil.bench_ablation(settings(train=flags, rounds=1)))
     teacher, whole = results
     assert whole["steps"] == 3 and whole["top1"][1] == 0 and whole["kl"][0] > 0 and whole["change"] == 0

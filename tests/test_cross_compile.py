@@ -13,10 +13,11 @@ pytest.importorskip("triton")
 SCRIPT = pathlib.Path(__file__).parent / "cross_compile.py"
 
 # What an H100 can issue while it moves bytes at 90 % of 3.35 TB/s: 29.7e12 / 3.0e12 = 9.85 thread-instructions a byte
-# (kernels/README.md). Bytes per pair of bf16 logits, or per element of a LayerNorm:
+# (kernels/README.md). Bytes per pair of bf16 logits, or per element of a LayerNorm or of a cosine:
 BYTES = {
     "distill_kl forward": 4, "distill_kl backward": 6, "linear_distill_kl": 6, "layer_norm forward without": 8,
     "layer_norm forward with": 8, "layer_norm backward without": 6, "layer_norm backward with": 8,
+    "cosine forward": 4, "cosine backward": 6,
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def test_kernels_compile_well(arch, compilations):
     done = compilations[arch]
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 18
+    assert len(kernels) == 22
     for k in kernels:
         print(json.dumps(k))  # pytest -s shows the figures
         name = f"{k['kernel']} on {arch}"
@@ -49,13 +50,18 @@ def test_kernels_compile_well(arch, compilations):
             continue
         wide = ("128", "256") if arch.startswith("sm_") else ("x4",)
         assert any(x.endswith(wide) for x in k["loads"]), (name, k["loads"])
-        if "distill_kl forward" not in name:  # which writes statistics alone
+        if "distill_kl forward" not in name and "cosine forward" not in name:  # these write statistics alone
             assert any(x.endswith(wide) for x in k["stores"]), (name, k["stores"])
         if arch.startswith("sm_") and k["where"] == "loops" and "distill_kl" in name:  # no narrow load in a main loop
             assert all(x.endswith(wide) for x in k["loads"]), (name, k["loads"])
             assert k["barriers"] == 0, name  # no thread waits for another one there
         if arch.startswith("sm_") and "layer_norm backward" in name:  # the next row comes while this one is worked on
             assert any(x.startswith("LDGSTS") for x in k["loads"]), (name, k["loads"])
+        if arch.startswith("sm_") and "cosine" in name:
+            # backward also loads the statistics of a row and the upstream gradient, four bytes each
+            narrow = [x for x in k["loads"] if not x.endswith(wide)]
+            assert not narrow or ("backward" in name and not any("16" in x or "8" in x for x in narrow)), (name, narrow)
+            assert k["shared"] == 0, name  # one warp owns a row: no sum goes through shared memory
         if arch == "sm_90" and "bf16" in name:
             (moved,) = [b for prefix, b in BYTES.items() if name.startswith((f"{prefix},", f"{prefix} "))]
             assert k["instructions"] <= 9.85 * moved, (name, k["instructions"])

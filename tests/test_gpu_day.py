@@ -207,7 +207,7 @@ def measured():
         dict(compared, provider="ours", ms=[0.5, 0.5, 0.5]),
         dict(compared, provider="torch.compile", ms=[1.2, 1.2, 1.2]),
         dict(compared, provider="eager", ms=[4.0, 4.0, 4.0]),
-        dict(stage="compare", **loss, provider="Liger", ms=None, peak_mib="OOM"),
+        dict(stage="compare", **loss, provider="Liger", error="out of memory"),
         dict(stage="step:ours, all rows", **step, provider="ours, all rows", tokens_per_second=480_000.0),
         dict(stage="step:original's way", **step, provider="original's way", tokens_per_second=170_000.0),
         dict(stage="sweeps", status="ok", seconds=50.0, starts=1, card="1980 MHz"),
@@ -230,7 +230,7 @@ def measured():
         "- T = 512, ours, all rows: 480,000 tokens/s (predicted 465,000 to 500,000), 2.8x",
         "- kernel of linear: CHANGE (4096, 8), 1.0000 ms; best (4096, 16), 0.9000 ms (10.0%, noise 1.0%); launch()",
         "| loss | 4915 30522 1.0 | ours | 0.5 | 0.55 to 0.6 | 8.0 | 0.9 | 100 | 286.0 | 286 |",
-        "| loss | 4915 30522 1.0 | Liger |  |  |  |  |  | OOM |  |",
+        "| loss | 4915 30522 1.0 | Liger |  |  |  |  |  | out of memory |  |",
     ],
 )
 def test_summary(line, tmp_path):

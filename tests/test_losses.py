@@ -31,7 +31,7 @@ def test_published_formula():
     torch.testing.assert_close(parts.double(), torch.stack([kl, ce, cos, mse]).detach(), rtol=1e-5, atol=1e-7)
     parameters = [p for n, p in student.named_parameters()]
     got, want = torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(expected, parameters)
-    for g, w in zip(got, want, strict=True):  # the cosine is taken in fp32
+    for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-7 * w.abs().max().item() + 1e-9)
 
 
@@ -105,6 +105,7 @@ def test_twenty_updates_with_kernels_are_twenty_without(monkeypatch):
         elif kernels == "off":
             monkeypatch.setattr("kernels.linear_distill_kl.on_triton", lambda x: False)
             monkeypatch.setattr("kernels.layer_norm.on_triton", lambda x: False)
+            monkeypatch.setattr("kernels.cosine.on_triton", lambda x: False)
         else:
             monkeypatch.undo()
         teacher = MaskedLM(config, seed=1).to(DEVICE).eval().requires_grad_(False)

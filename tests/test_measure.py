@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from minidistil.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
+from benches.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -18,9 +18,9 @@ import torch
 from test_train import same_bits, settings
 
 import train
-from bench import call
-from kernels.cases import CASES
-from minidistil.measure import extra_memory_mib
+from benches.kernel_cases import CASES
+from benches.kernels import both_passes
+from benches.measure import extra_memory_mib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRETENDED = "PRETENDED_GPU" in os.environ
@@ -50,7 +50,7 @@ def python(library, kernels, *arguments):
     return done.stdout
 
 
-KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py"
+KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py tests/test_cosine.py"
 TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/test_pretended_gpu.py"
 
 
@@ -68,7 +68,7 @@ def test_marked_gpu(kernels, files, chosen, least, library):
     assert int(re.search(r"(\d+) passed", printed)[1]) >= least
 
 
-@pytest.mark.parametrize("case", ["loss", "linear", "layernorm"])
+@pytest.mark.parametrize("case", ["loss", "linear", "layernorm", "cosine"])
 def test_bench(case, library, tmp_path):
     """Ours, through the interpreted kernels, is as near to fp64 as PyTorch is; memory is the device's own count."""
     program = "import pretended_gpu, bench, sys; bench.main(sys.argv[1:])"
@@ -155,9 +155,8 @@ def test_memory_beside_that_of_eager(case, most, monkeypatch):
     took = {}
     for provider in ("eager", "ours"):
         arguments = case.prepared(provider, inputs)
-        took[provider] = extra_memory_mib(
-            lambda: call(getattr(case, provider), arguments, case.leaves, "bfloat16"), device  # noqa: B023
-        )
+        once = both_passes(getattr(case, provider), arguments, case.leaves, "bfloat16")
+        took[provider] = extra_memory_mib(once, device)
     assert 0 < took["ours"] <= most * took["eager"]
 
 

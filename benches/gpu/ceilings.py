@@ -8,9 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benches.gpu.prepare import FOLDER
 from benches.gpu.timing import timed
+from benches.measure import copy_bandwidth
 from minidistil import model
 from minidistil.machine import versions
-from minidistil.measure import copy_bandwidth
 
 COPY_MIB = 1024  # of the tensor whose copy is the ceiling of memory
 DROPOUTS = (0.1, 0.125, 0.05)

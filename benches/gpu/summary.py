@@ -119,16 +119,18 @@ def comparison(rows):
     found = [row for row in rows if "provider" in row and row["case"] != "step"]
     names = ("case", "shape", "provider", "ms", "predicted", "x eager", "of a copy", "host us", "MiB", "predicted")
     yield from ("", "## Kernels", f"| {' | '.join(names)} |", "|---" * len(names) + "|")
-    eager = {(row["case"], str(row["shape"])): row["ms"][1] for row in found if row["provider"] == EAGER and row["ms"]}
+    eager = {
+        (row["case"], str(row["shape"])): row["ms"][1] for row in found if row["provider"] == EAGER and "ms" in row
+    }
     for row in found:
-        case, shape, ms = row["case"], row["shape"], row["ms"] and row["ms"][1]
+        case, shape, ms = row["case"], row["shape"], row.get("ms", (None, None))[1]
         predictions = PREDICTIONS.get((case, shape["N"]), {}) if shape.get("p") != 0 else {}
         low, high, mib = predictions.get(row["provider"], (None, None, None))
         base = eager.get((case, str(shape)))
         cells = [
             case, " ".join(str(value) for name, value in shape.items() if name != "dtype"), row["provider"], ms,
             low and f"{low} to {high}", base and ms and round(base / ms, 1), row.get("share_of_copy"),
-            row.get("host_us"), row["peak_mib"], mib,
+            row.get("host_us"), row.get("peak_mib", row.get("error")), mib,
         ]  # fmt: skip
         yield f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |"
 

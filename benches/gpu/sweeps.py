@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benches.gpu import variants
 from benches.gpu.day import SWEEPS
 from benches.gpu.timing import sweep
+from benches.measure import extra_memory_mib
 from kernels.distill_kl import distill_kl, padded
 from kernels.linear_distill_kl import linear_distill_kl
-from minidistil.measure import extra_memory_mib
 
 partial = functools.partial
 

@@ -47,7 +47,7 @@ def targets(rows):
 
     def ms(case, N, provider):
         row = kernels.get((case, N), {}).get(provider, {})
-        return row["ms"][1] if row.get("ms") else None
+        return row["ms"][1] if "ms" in row else None
 
     def of_ours(case, N, name):
         return kernels.get((case, N), {}).get(OURS, {}).get(name)

@@ -7,7 +7,7 @@ import traceback
 import torch
 
 from benches.gpu.run import first_line
-from minidistil.measure import interleaved, spread
+from benches.measure import interleaved, spread
 
 
 def timed(run, functions, rounds, before=None):

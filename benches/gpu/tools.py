@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from benches.gpu.compare import repeatable
 from benches.gpu.day import ROOT
-from kernels.cases import CASES
+from benches.kernel_cases import CASES
+from benches.kernels import both_passes
 
 OTHERS = ("test_pretended_gpu", "test_gpu_day", "test_readme")  # they test what runs without a GPU
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct",
@@ -58,7 +58,7 @@ def probe(run):
         shape = max(case.shapes(run.device, small), key=lambda shape: (shape["N"] == 4915, shape.get("p", 0)))
         for dtype in ("float32", "bfloat16") if small else ("bfloat16",):
             inputs = case.prepared("ours", case.inputs(shape | dict(dtype=dtype), run.device))
-            repeatable(case.ours, inputs, case.leaves, dtype)()
+            both_passes(case.ours, inputs, case.leaves, dtype)()
     torch.cuda.synchronize()
     print("probe: done", flush=True)
 

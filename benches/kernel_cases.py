@@ -1,13 +1,15 @@
-"""What `bench.py loss | linear | layernorm` compares: one computation, forward and backward, by every provider.
+"""What `bench.py loss | linear | layernorm | cosine` compares: one computation, forward and backward, by provider.
 
 A case makes inputs for a shape, says which of them take a gradient (`leaves`), and names its providers: functions of
-these inputs that return what is differentiated. Eager PyTorch is written the usual way, and in fp64 is the definition.
+these inputs that return what is differentiated; `liger` is None where Liger has no such kernel. Eager PyTorch is
+written the usual way, and in fp64 is the definition. `also_on_gpu` names ways of ours beside "ours", which `prepared`
+tells apart.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels import distill_kl, layer_norm, linear_distill_kl
+from kernels import cosine, distill_kl, layer_norm, linear_distill_kl
 
 TAU, ALPHA_KL, ALPHA_CE = 2.0, 5.0, 2.0  # of the released DistilBERT
 
@@ -33,6 +35,7 @@ class Loss:
     """KL and cross-entropy of logits that are there already."""
 
     name, leaves, liger_on_cpu = "loss", (0,), False
+    also_on_gpu = ("ours, unpadded rows",)  # as F.linear makes them: 30,522 numbers apart
 
     def shapes(self, device, tiny):
         if tiny:
@@ -79,7 +82,7 @@ class Loss:
 class Linear:
     """Vocabulary projection of both models, and the loss."""
 
-    name, leaves, liger_on_cpu = "linear", (0, 1, 2), True
+    name, leaves, liger_on_cpu, also_on_gpu = "linear", (0, 1, 2), True, ()
 
     def shapes(self, device, tiny):
         if tiny:
@@ -122,15 +125,15 @@ class Linear:
         return loss
 
     def bytes(self, shape):
-        """Logits written and read, gradient written and read (see linear_distill_kl.py), weights and their gradient."""
+        """Logits written and read, their gradient written and read for dh, dW and db; weights and their gradient."""
         itemsize = getattr(torch, shape["dtype"]).itemsize
-        return 7 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
+        return 8 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
 
 
 class LayerNorm:
     """LayerNorm(dropout(x) + residual)."""
 
-    name, leaves, liger_on_cpu = "layernorm", (0, 1, 2, 3), False
+    name, leaves, liger_on_cpu, also_on_gpu = "layernorm", (0, 1, 2, 3), False, ()
 
     def shapes(self, device, tiny):
         if tiny:
@@ -169,4 +172,35 @@ class LayerNorm:
         return layer_norm.bytes_moved(shape["N"], shape["C"], itemsize, shape["p"])
 
 
-CASES = {case.name: case for case in (Loss(), Linear(), LayerNorm())}
+class Cosine:
+    """Cosine distance of hidden states, summed over rows."""
+
+    name, leaves, liger_on_cpu, also_on_gpu = "cosine", (0,), False, ()
+    liger = None  # Liger has no such kernel
+
+    def shapes(self, device, tiny):
+        if tiny:
+            return [dict(N=16, C=64, dtype="float32")]
+        if device.type == "cpu":
+            return [dict(N=4096, C=768, dtype="float32")]
+        return [dict(N=32768, C=768, dtype="bfloat16")]
+
+    def inputs(self, shape, device):
+        N, C, g = shape["N"], shape["C"], generator(device)
+        return [torch.randn(N, C, device=device, generator=g).to(getattr(torch, shape["dtype"])) for _ in "ab"]
+
+    def prepared(self, provider, inputs):
+        return inputs
+
+    def ours(self, a, b):
+        return cosine.cosine_distance(a, b)
+
+    def eager(self, a, b):
+        wide = torch.promote_types(a.dtype, torch.float32)
+        return cosine.cosine_distance_ref(a.to(wide), b.to(wide))
+
+    def bytes(self, shape):
+        return cosine.bytes_moved(shape["N"], shape["C"], getattr(torch, shape["dtype"]).itemsize)
+
+
+CASES = {case.name: case for case in (Loss(), Linear(), LayerNorm(), Cosine())}

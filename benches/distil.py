@@ -1,0 +1,142 @@
+"""What does distillation add? The demo against its baselines, and against itself with one part left out."""
+
+import contextlib
+import dataclasses
+import pathlib
+import shlex
+import statistics
+import tempfile
+import types
+
+from benches import Common, script
+from benches.report import attempt, measured
+from minidistil.cli import setting
+from minidistil.metrics import read_metrics
+from minidistil.plot import line_chart
+
+VARIANTS = {
+    "distilled": [],
+    "same start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0"],
+    "random start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0", "--student-init", "random"],
+}
+# name -> settings of train.py, and the published change in GLUE macro score (Sanh et al. 2019, table 4)
+ABLATIONS = {
+    "all three losses": ([], 0.0),
+    "no KL": (["--alpha-ce", "0"], -2.96),
+    "no cosine": (["--alpha-cos", "0"], -1.46),
+    "no masked-LM loss": (["--alpha-mlm", "0"], -0.31),
+    "random start": (["--student-init", "random"], -3.69),
+}
+FIGURES = ("top1", "mlm_loss", "kl", "agreement")
+
+
+@dataclasses.dataclass
+class DemoSettings(Common):
+    rounds: int = setting(3, "seeds")
+
+
+@dataclasses.dataclass
+class AblationSettings(Common):
+    rounds: int = setting(3, "seeds")
+    train: str = setting(None, "settings of train.py, in quotes (default: the demo)")
+
+
+def train_variants(case, variants, settings, flags=()):
+    """Runs train.py with each of {name: flags}, seed after seed; yields the teacher's row, then each variant's.
+
+    A variant's row comes again with each seed: a figure is [mean, standard deviation] over the seeds so far, `curve`
+    is [update, mean held-out top-1, mean masked-LM loss] of each evaluation.
+    """
+    flags = [*flags, *(["--steps", "2", "--eval-tokens", "512"] if settings.tiny else [])]
+    rows, runs, curves = {}, {name: [] for name in variants}, {name: [] for name in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(settings.rounds):
+            for name, more in variants.items():
+                row = rows.setdefault(name, {"case": case, "provider": name})
+                out = pathlib.Path(folder) / f"{name}-{seed}".replace(" ", "-")
+                with attempt(row):
+                    runs[name].append(script("train.py", *flags, *more, "--seed", seed, "--out", out))
+                    curves[name].append([m for m in read_metrics(out / "metrics.jsonl") if "held_out" in m])
+                    if "teacher" not in rows:
+                        rows["teacher"] = {"case": case, "provider": "teacher", **runs[name][0]["teacher"]}
+                        yield rows["teacher"]
+                    summarise(row, runs[name], curves[name])
+                yield row
+
+
+def summarise(row, summaries, curves):
+    """Puts the means and standard deviations over runs of one variant into its row."""
+    row["parameters"] = summaries[0]["student"]["parameters"]
+    for figure in FIGURES:
+        with contextlib.suppress(KeyError):  # without a teacher there is no KL and no agreement
+            values = [summary["student"][figure] for summary in summaries]
+            row[figure] = [round(statistics.mean(values), 4), round(statistics.pstdev(values), 4)]
+    row["seconds"] = max(summary["seconds"] for summary in summaries)
+    row["seeds"], row["steps"] = len(summaries), summaries[0]["steps"]
+    row["curve"] = [
+        [same[0]["step"], *(round(statistics.mean(m["held_out"][k] for m in same), 4) for k in ("top1", "mlm_loss"))]
+        for same in zip(*curves, strict=True)
+    ]
+
+
+def bench_demo(settings):
+    """`python train.py` and its baselines: same student, same data, same number of updates."""
+    return train_variants("demo", VARIANTS, settings)
+
+
+def bench_ablation(settings):
+    """The demo, or with --train another run of train.py, with one part left out at a time."""
+    variants, whole = {name: flags for name, (flags, _) in ABLATIONS.items()}, None
+    for row in train_variants("ablation", variants, settings, shlex.split(settings.train or "")):
+        if row["provider"] in ABLATIONS and "error" not in row:
+            whole = row if row["provider"] == next(iter(ABLATIONS)) else whole
+            row["paper"] = ABLATIONS[row["provider"]][1]
+            row["change"] = whole and round(row["top1"][0] - whole["top1"][0], 4)
+        row["settings"] = settings.train
+        yield row
+
+
+def with_spread(row, figure, form):
+    """Mean, with the standard deviation where there is more than one seed."""
+    mean, deviation = row[figure]
+    return f"{mean:{form}}" + (f" ± {deviation:{form}}" if row["seeds"] > 1 else "")
+
+
+def demo_table(results):
+    """Markdown: means over seeds, and their standard deviations where there is more than one."""
+    teacher, *students = measured(results)
+    lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | |")
+    for r in students:
+        row = [f"student, {r['provider']}", f"{r['parameters']:,}", with_spread(r, "top1", ".1%")]
+        row += [f"{r['top1'][0] / teacher['top1']:.1%}", with_spread(r, "mlm_loss", ".3f")]
+        lines.append(f"| {' | '.join([*row, with_spread(r, 'agreement', '.1%')])} |")
+    return "\n".join(lines)
+
+
+def ablation_table(results):
+    """Markdown: held-out accuracy in per cent, and the change that leaving a part out makes, ours and the paper's."""
+    lines = ["| | held-out top-1 | change, points | the paper's, points of GLUE | KL to the teacher |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for r in measured(results)[1:]:
+        change = [f"{100 * r['change']:+.2f}", f"{r['paper']:+.2f}"] if r["paper"] else ["", ""]
+        lines.append(f"| {r['provider']} | {with_spread(r, 'top1', '.1%')} | {' | '.join(change)} | {r['kl'][0]:.3f} |")
+    return "\n".join(lines)
+
+
+def draw_demo(path, results):
+    """Held-out accuracy and loss of every student, and the teacher's, dashed."""
+    teacher, *students = measured(results)
+    panels = []
+    titles = {"top1": "held-out top-1 accuracy", "mlm_loss": "held-out masked-LM loss, nats"}
+    for column, (figure, title) in enumerate(titles.items(), 1):
+        lines = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
+        ends = [students[0]["curve"][i][0] for i in (0, -1)]
+        lines["teacher (dashed)"] = [(update, teacher[figure]) for update in ends]
+        panels.append({"title": title, "x": "update", "lines": lines})
+    line_chart(path, panels)
+
+
+DEMO = types.SimpleNamespace(Settings=DemoSettings, bench=bench_demo, table=demo_table, draw=draw_demo)
+ABLATION = types.SimpleNamespace(Settings=AblationSettings, bench=bench_ablation, table=ablation_table)

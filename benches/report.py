@@ -1,0 +1,73 @@
+"""What a bench has measured, on disk as soon as it is known: neither a failure nor a kill loses a row.
+
+A bench is a generator of rows (dicts). It yields a row when the row is known, and yields the same dict again when it
+knows more. A provider that fails is a row with the key "error".
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import traceback
+
+import torch
+
+from minidistil import files
+
+
+@contextlib.contextmanager
+def attempt(row):
+    """Turns an exception into the row's "error" and "traceback"; the next provider is then measured."""
+    try:
+        yield
+    except Exception as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        message = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}".splitlines()[0]
+        row |= {"error": message, "traceback": traceback.format_exc()}
+        print(f"{row['case']}, {row['provider']} failed: {message}", file=sys.stderr, flush=True)
+
+
+class Report:
+    """The rows of one case, in `folder`/CASE.partial.json until `finish` renames it to CASE.json.
+
+    `head` is what the file says beside its rows (JSON-able). Tracebacks go to CASE.failures.txt.
+    """
+
+    def __init__(self, folder, case, head):
+        self.folder, self.case, self.head, self.rows = pathlib.Path(folder), case, head, []
+        self.partial, self.failures = (self.folder / f"{case}.{end}" for end in ("partial.json", "failures.txt"))
+        self.failures.unlink(missing_ok=True)
+
+    def put(self, row):
+        """Adds a row, or writes a known one again."""
+        if "traceback" in row:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.failures, "a", encoding="utf-8") as file:
+                what = {k: v for k, v in row.items() if k != "traceback"}
+                file.write(f"{what}\n{row.pop('traceback')}\n")
+        if not any(known is row for known in self.rows):
+            self.rows.append(row)
+        files.write_json(self.partial, {**self.head, "results": self.rows})
+
+    def finish(self):
+        os.replace(self.partial, self.folder / f"{self.case}.json")
+
+    @property
+    def failed(self):
+        """Providers that failed; one of others that needs more memory than there is has not, that is its figure."""
+        return [r["provider"] for r in self.rows if "error" in r
+                and (r["error"] != "out of memory" or r["provider"].startswith("ours"))]  # fmt: skip
+
+
+def measured(rows):
+    """The rows that have figures."""
+    return [row for row in rows if "error" not in row]
+
+
+def speed_up(row, first, figure):
+    """How many times `first`'s figure the row's is; None where either has none. A figure may be [low, median, high]."""
+    values = [r.get(figure) for r in (row, first)]
+    if None in values:
+        return None
+    ours, theirs = (v[1] if isinstance(v, list) else v for v in values)
+    return round(ours / theirs, 2)
