@@ -13,11 +13,11 @@ import tarfile
 import time
 import zipfile
 
+from benches import ROOT
 from benches.gpu.prepare import FOLDER
 from benches.gpu.summary import summary
 from minidistil.cli import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 LAST = 10  # seconds that are kept for packing
 REHEARSAL = 3  # factor on the time limits of a rehearsal on the null GPU, whose machine has few cores
 START = 30  # seconds without output that a process may take beside `silence` until it has begun its first unit

@@ -5,7 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from benches import ROOT
+
 FOLDER = ROOT / "data" / "cache" / "gpu-day"  # git ignores it
 WORDS = 2_000_000  # of the step's corpus
 RUNS = (("first run", 500, 530, ""), ("second run, while the machine is warm", 190, 210, " --second"))  # budget, limit

@@ -9,6 +9,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from kernels.cosine import cosine_distance, cosine_distance_ref
 from kernels.distill_kl import distill_kl, distill_kl_ref, padded
 from kernels.layer_norm import BITS, dropout_add_layer_norm
 from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
@@ -141,8 +142,6 @@ def norm(run, dtype, N, p):
 
 
 def cosine(run, dtype, N):
-    from kernels.cosine import cosine_distance, cosine_distance_ref
-
     a, b = (run.randn(N, run.C, dtype=getattr(torch, dtype)) for _ in "ab")
 
     def of(function, *rows):

@@ -11,8 +11,10 @@ from benches.gpu import variants
 from benches.gpu.day import SWEEPS
 from benches.gpu.timing import sweep
 from benches.measure import extra_memory_mib
+from kernels.cosine import cosine_distance, cosine_distance_ref
 from kernels.distill_kl import distill_kl, padded
 from kernels.linear_distill_kl import linear_distill_kl
+from minidistil import model
 
 partial = functools.partial
 
@@ -108,8 +110,6 @@ def norm(run, N):
 
 
 def attention(run, B):
-    from minidistil import model
-
     T, H, D = (512, 12, 64) if not run.tiny else (32, 2, 16)
     qkv = run.randn(B, T, 3, H, D, dtype=torch.bfloat16).requires_grad_()
     dy = run.randn(B, H, T, D, dtype=torch.bfloat16)
@@ -132,8 +132,6 @@ def attention(run, B):
 
 
 def cosine(run, N):
-    from kernels.cosine import cosine_distance, cosine_distance_ref
-
     a, b = run.randn(N, run.C, dtype=torch.bfloat16).requires_grad_(), run.randn(N, run.C, dtype=torch.bfloat16)
     eager = lambda a, b: cosine_distance_ref(a.float(), b.float())  # noqa: E731
     providers = {"ours": cosine_distance, "eager": eager, "torch.compile": torch.compile(eager, dynamic=False)}

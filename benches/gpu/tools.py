@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from benches.gpu.day import ROOT
+from benches import ROOT
 from benches.kernel_cases import CASES
 from benches.kernels import both_passes
 
