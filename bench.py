@@ -32,8 +32,8 @@ import torch
 from benches import Common, distil, gpu, infer, kernels, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, measured
-from minidistil.cli import given, run, setting
-from minidistil.machine import choose_device, versions
+from minidistil.cli import option, parse_args, run_script
+from minidistil.device import choose_device, versions
 
 
 def kernel_case(case):
@@ -58,12 +58,12 @@ README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer
 
 @dataclasses.dataclass
 class AllSettings(Common):
-    device: str = setting("auto", "of the kernels' cases and step: auto, cpu, cuda, cuda:1 ...")
+    device: str = option("auto", "of the kernels' cases and step: auto, cpu, cuda, cuda:1 ...")
 
 
 @dataclasses.dataclass
 class ReadmeSettings:
-    out: str = setting("results", "folder of the JSON files")
+    out: str = option("results", "folder of the JSON files")
 
 
 def device_name(device):
@@ -103,7 +103,8 @@ def main(argv):
     if name not in classes:
         print(f"bench.py: error: there is no case {name}: choose one of {', '.join(classes)}", file=sys.stderr)
         return 2
-    settings = classes[name](**given(classes[name], flags, f"python bench.py {name}: see also python bench.py --help"))
+    description = f"python bench.py {name}: see also python bench.py --help"
+    settings = classes[name](**parse_args(classes[name], flags, description))
     if name == "readme":
         print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
         return 0
@@ -125,4 +126,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

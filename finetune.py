@@ -29,18 +29,20 @@ import torch
 import torch.nn.functional as F
 
 from kernels.distill_kl import distill_kl
-from minidistil import bilstm, checkpoint, files, hub, weights
-from minidistil.augment import altered
-from minidistil.batches import batches, padded, predict
-from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, mix
-from minidistil.datasets import digest, open_task
-from minidistil.heads import NOWHERE, Classifier
-from minidistil.machine import choose_device, choose_dtype, duration, precision, versions
-from minidistil.memory import keep_freed_memory, peak_rss_mib
-from minidistil.schedule import lr_at
-from minidistil.stop import Stop
-from minidistil.tasks import GLUE, TASKS
+from minidistil import files, hub, weights
+from minidistil.cli import option, parse_args, run_script
+from minidistil.data import IGNORE
+from minidistil.device import choose_device, choose_dtype, keep_freed_memory, peak_rss_mib, precision, versions
+from minidistil.downstream import bilstm
+from minidistil.downstream.batches import batches, padded, predict
+from minidistil.downstream.distil import altered
+from minidistil.downstream.glue import GLUE, TASKS
+from minidistil.downstream.heads import NOWHERE, Classifier, load_finetuned, load_pretrained
+from minidistil.downstream.tasks import digest, open_task
+from minidistil.errors import UserError
+from minidistil.progress import duration, lr_at
+from minidistil.rng import mix
+from minidistil.run import CHECKPOINT, SignalFlag, choose_folder, load_checkpoint, restore, save_checkpoint
 from minidistil.tokenizer import Tokenizer
 
 # Grids of peak learning rates: BERT's own, and for narrower models one after Turc et al. 2019, arXiv 1908.08962
@@ -50,35 +52,35 @@ WIDE, NARROW, LSTM = (2e-5, 3e-5, 5e-5), (5e-5, 1e-4, 3e-4), (1e-3,)
 @dataclasses.dataclass
 class Settings:
     # what
-    task: str = setting(None, f"{', '.join(TASKS)}, squad; several with commas; all: the nine of GLUE", required=True)
-    model: str = setting(None, "what to fine-tune: folder, name on the Hugging Face Hub, or bilstm", required=True)
-    data: str = setting(None, "GLUE folder, folder of the task, or (imdb, squad) a single file", required=True)
-    out: str = setting(None, "output folder; without it, runs/finetune-TASK, a fresh one each time")
-    words: str = setting(None, "whose word vectors and vocabulary a bilstm has (default: the teacher's)")
+    task: str = option(None, f"{', '.join(TASKS)}, squad; several with commas; all: the nine of GLUE", required=True)
+    model: str = option(None, "what to fine-tune: folder, name on the Hugging Face Hub, or bilstm", required=True)
+    data: str = option(None, "GLUE folder, folder of the task, or (imdb, squad) a single file", required=True)
+    out: str = option(None, "output folder; without it, runs/finetune-TASK, a fresh one each time")
+    words: str = option(None, "whose word vectors and vocabulary a bilstm has (default: the teacher's)")
     # how long
-    epochs: float = setting(3.0, "passes over the training set")
-    batch: int = setting(32, "examples in an update")
-    seq_len: int = setting(None, "tokens of an example at most (default: 128; imdb 512; squad 384)")
-    examples: int = setting(None, "train on this many examples only, drawn at random but always the same")
-    seeds: int = setting(1, "runs from different heads and orders; the median is reported")
+    epochs: float = option(3.0, "passes over the training set")
+    batch: int = option(32, "examples in an update")
+    seq_len: int = option(None, "tokens of an example at most (default: 128; imdb 512; squad 384)")
+    examples: int = option(None, "train on this many examples only, drawn at random but always the same")
+    seeds: int = option(1, "runs from different heads and orders; the median is reported")
     # optimiser: AdamW with betas (0.9, 0.999), weight decay 0.01 on matrices
-    lr: str = setting(None, "peak learning rates to choose from, with commas (default: a grid of three)")
-    warmup: float = setting(0.1, "share of the updates over which the learning rate rises; then it falls to zero")
-    clip: float = setting(1.0, "largest norm of the gradient")
+    lr: str = option(None, "peak learning rates to choose from, with commas (default: a grid of three)")
+    warmup: float = option(0.1, "share of the updates over which the learning rate rises; then it falls to zero")
+    clip: float = option(1.0, "largest norm of the gradient")
     # a teacher that was fine-tuned for the task
-    teacher: str = setting(None, "its folder, or an --out that holds one for each task; with commas: an ensemble")
-    temperature: float = setting(2.0, "softens both distributions in the KL term")
-    alpha_task: float = setting(0.5, "with a teacher, weight of the task's own loss")
-    alpha_ce: float = setting(0.5, "weight of tau^2 KL to the teacher's distribution (stsb: of the squared difference)")
-    alpha_mse: float = setting(0.0, "weight of the squared difference of logits")
-    augment: int = setting(0, "copies of each example, words masked or exchanged, that the teacher alone labels")
+    teacher: str = option(None, "its folder, or an --out that holds one for each task; with commas: an ensemble")
+    temperature: float = option(2.0, "softens both distributions in the KL term")
+    alpha_task: float = option(0.5, "with a teacher, weight of the task's own loss")
+    alpha_ce: float = option(0.5, "weight of tau^2 KL to the teacher's distribution (stsb: of the squared difference)")
+    alpha_mse: float = option(0.0, "weight of the squared difference of logits")
+    augment: int = option(0, "copies of each example, words masked or exchanged, that the teacher alone labels")
     # machine
-    dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
-    seed: int = setting(0, "of the first run; the others follow")
+    dtype: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    seed: int = option(0, "of the first run; the others follow")
     # keeping
-    resume: bool = setting(False, "go on in --out: runs that ended are kept, the one that was interrupted goes on")
-    save_every: float = setting(10.0, "minutes between checkpoints")
+    resume: bool = option(False, "go on in --out: runs that ended are kept, the one that was interrupted goes on")
+    save_every: float = option(10.0, "minutes between checkpoints")
 
 
 # settings that may differ between a run and its resumption: none of them enters the arithmetic of a single run
@@ -156,7 +158,7 @@ def load_teachers(settings, work, tokenizer):
     for place in settings.teacher.split(",") if settings.teacher else ():
         folder = pathlib.Path(place) / work.name
         folder = folder if folder.is_dir() else pathlib.Path(place)
-        model, labels = weights.load_finetuned(folder)
+        model, labels = load_finetuned(folder)
         if type(model) is not work.kind or labels != tuple(work.labels):
             raise UserError(f"{folder} was not fine-tuned for {work.name}: give a teacher that was")
         if Tokenizer.load(folder).digest != tokenizer.digest:
@@ -221,10 +223,10 @@ def objective(settings, regression, logits, targets, soft=None, mean=None):
 def build(settings, folder, work, seed):
     """A model for the task, in training mode: a fresh head on the encoder in `folder`, or a BiLSTM on its words."""
     if settings.model == "bilstm":
-        words = weights.load_pretrained(folder, Classifier, 1).encoder.embeddings.words.weight
+        words = load_pretrained(folder, Classifier, 1).encoder.embeddings.words.weight
         model = bilstm.BiLSTM(words, len(work.labels), pair=work.task.pair, seed=seed).train()
     else:
-        model = weights.load_pretrained(folder, work.kind, len(work.labels) or 2, seed)
+        model = load_pretrained(folder, work.kind, len(work.labels) or 2, seed)
     if work.regression:  # from the mean, not from 0: hundreds of updates would go into that alone
         *_, bias = model.parameters()
         torch.nn.init.constant_(bias, work.train[1].nanmean().item())
@@ -246,10 +248,10 @@ def fine_tune(settings, model, work, soft, mean, lr, seed, tokenizer, device, dt
     optimizer = torch.optim.AdamW(groups, fused=True)
     autocast, scaler = precision(dtype, device)
     update, seconds_before, epochs = 0, 0.0, []
-    if checkpoint.path_of(out).is_file():
-        saved, tensors = checkpoint.load(out)
+    if out / CHECKPOINT.is_file():
+        saved, tensors = load_checkpoint(out)
         if saved["key"] == key and saved["identity"] == identity:
-            checkpoint.restore(tensors, model, optimizer, saved["adam_steps"])
+            restore(tensors, model, optimizer, saved["adam_steps"])
             update, seconds_before, epochs = saved["update"], saved["seconds"], saved["epochs"]
             scaler.load_state_dict(saved["scale"])
             print(f"{key}: goes on after update {update}", flush=True)
@@ -259,7 +261,7 @@ def fine_tune(settings, model, work, soft, mean, lr, seed, tokenizer, device, dt
     def save():
         info = {"update": update, "seconds": seconds_before + time.monotonic() - began, "epochs": epochs}
         info |= {"key": key, "identity": identity, "scale": scaler.state_dict(), "dtype": dtype}
-        checkpoint.save(out, model, optimizer, info)
+        save_checkpoint(out, model, optimizer, info)
 
     while update < total:
         epoch, place = divmod(update, per_epoch)
@@ -330,7 +332,7 @@ def finetune(settings, argv=()):
     check(settings)
     names = tasks_of(settings)
     stem = f"finetune-{settings.task.replace(',', '-')}"
-    out = checkpoint.choose_out(settings.out, stem, settings.resume, "scores.json")
+    out = choose_folder(settings.out, stem, settings.resume, "scores.json")
     device = choose_device(settings.device)
     keep_freed_memory()
 
@@ -345,7 +347,7 @@ def finetune(settings, argv=()):
         if "squad" in names:
             raise UserError("--model bilstm classifies sentences: choose another --task than squad")
     folder = hub.resolve(str(source))
-    config, _ = weights.read_config(folder)
+    config = weights.read_config(folder)
     tokenizer = Tokenizer.load(folder)
     if len(tokenizer.vocab) != config.vocab_size:
         raise UserError(f"{folder} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: copy it again")
@@ -373,7 +375,7 @@ def finetune(settings, argv=()):
         dtype = state["dtype"]
     began = time.monotonic()
 
-    with Stop() as stop:
+    with SignalFlag() as stop:
         for name in names:
             # ---- the task's data, and what its teachers say of it, once
             work = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples)
@@ -425,7 +427,7 @@ def finetune(settings, argv=()):
                     keep(out / name, model.cpu().eval(), work, tokenizer, config)
                 runs.append({"lr": lr, "seed": seed, **done})
                 files.write_json(out / "scores.json", state)
-                checkpoint.path_of(out).unlink(missing_ok=True)
+                out / CHECKPOINT.unlink(missing_ok=True)
 
     # ---- what it comes to
     summaries = {name: summary_of(state["runs"][name]) for name in names}
@@ -453,11 +455,11 @@ def keep(folder, model, work, tokenizer, config):
         extra["problem_type"] = "regression" if work.regression else "single_label_classification"
     weights.save_model(folder, model, **extra)
     tokenizer.max_length = config.positions
-    tokenizer.save(folder, "bert" if config.token_types else "distilbert")
+    tokenizer.save(folder, config.family)
 
 
 def main(argv):
-    values = given(Settings, argv, __doc__)
+    values = parse_args(Settings, argv, __doc__)
     for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse", "augment"):
         if name in values and "teacher" not in values:
             raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
@@ -466,4 +468,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

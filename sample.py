@@ -22,7 +22,8 @@ import unicodedata
 import torch
 
 from minidistil import hub, weights
-from minidistil.cli import UserError, given, run, setting
+from minidistil.cli import option, parse_args, run_script
+from minidistil.errors import UserError
 from minidistil.model import num_params
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -33,12 +34,12 @@ EIGHTHS, HASHES = " ▏▎▍▌▋▊▉█", " #"  # what bars are made of, fr
 
 @dataclasses.dataclass
 class Settings:
-    prompt: str = setting(dataclasses.MISSING, f"a sentence with [MASK] in it (default: {PROMPT})", nargs="?")
-    model: str = setting(None, "student: a folder or a name; without it, the newest model in runs/")
-    teacher: str = setting(None, "folder, name or none; without it, the teacher that the model's run.json names")
-    k: int = setting(20, "words to show for each blank", short="-k")
-    temperature: float = setting(1.0, "above 1 brings out what a model holds for less likely, below 1 hides it")
-    json: bool = setting(False, "print one line of JSON and nothing else")
+    prompt: str = option(dataclasses.MISSING, f"a sentence with [MASK] in it (default: {PROMPT})", nargs="?")
+    model: str = option(None, "student: a folder or a name; without it, the newest model in runs/")
+    teacher: str = option(None, "folder, name or none; without it, the teacher that the model's run.json names")
+    k: int = option(20, "words to show for each blank", short="-k")
+    temperature: float = option(1.0, "above 1 brings out what a model holds for less likely, below 1 hides it")
+    json: bool = option(False, "print one line of JSON and nothing else")
 
 
 # ---- which models
@@ -182,7 +183,7 @@ def show(settings, folders, models, blanks, sentences):
 
 
 def main(argv):
-    values = given(Settings, argv, __doc__)
+    values = parse_args(Settings, argv, __doc__)
     settings = Settings(**{**values, "prompt": PROMPT if values["prompt"] is None else values["prompt"]})
     check(settings)
     folders = find_folders(settings)
@@ -211,4 +212,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

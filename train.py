@@ -17,31 +17,27 @@ Legend:  B sequences in a micro-batch   T tokens per sequence   C width   G sequ
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import shlex
 import signal
-import time
 
 import numpy as np
 import torch
 
-from minidistil import checkpoint, files, hub, weights
-from minidistil.accounting import account, peak_tflops, training_flops_per_token
-from minidistil.ahead import Ahead
+from minidistil import files, hub, weights
 from minidistil.checks import check_fit, check_settings
-from minidistil.cli import UserError, given, run, setting
-from minidistil.data import IGNORE, Corpus, Sequences, mix
+from minidistil.cli import option, parse_args, run_script
+from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
+from minidistil.device import choose_device, choose_dtype, keep_freed_memory
+from minidistil.distiller import Distiller
+from minidistil.distributed import Distributed
+from minidistil.errors import UserError
 from minidistil.evaluate import HeldOut
-from minidistil.fit import CPU_TOKENS, MOST_TOKENS, divisors, largest_that_fits, rehearse
-from minidistil.losses import Counts, Objective, distillation_loss
-from minidistil.machine import cast_products, choose_device, choose_dtype, duration, precision, versions
-from minidistil.memory import keep_freed_memory, peak_rss_mib
-from minidistil.metrics import draw_curve, read_metrics
-from minidistil.model import num_params
-from minidistil.ranks import Ranks
-from minidistil.schedule import lr_at
-from minidistil.stop import Stop
+from minidistil.losses import Denominators, Objective
+from minidistil.micro_batch import choose_micro_batch
+from minidistil.progress import Progress, lr_at
+from minidistil.report import RunReport
+from minidistil.rng import mix
+from minidistil.run import CHECKPOINT, Run, SignalFlag, State, choose_folder, resume_command
 from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
@@ -52,47 +48,47 @@ EVAL_SEED = 20191002  # of the held-out masks, the same for every run
 @dataclasses.dataclass
 class Settings:
     # what
-    teacher: str = setting("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
-    data: str = setting(None, "folder that data/prepare.py wrote; without it, the docs corpus, prepared once")
-    out: str = setting(None, "output folder; without it, runs/NAME, a fresh one each time")
+    teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
+    data: str = option(None, "folder that data/prepare.py wrote; without it, the docs corpus, prepared once")
+    out: str = option(None, "output folder; without it, runs/NAME, a fresh one each time")
     # how long
-    steps: int = setting(None, "updates; overrides --epochs")
-    epochs: float = setting(3.0, "passes over the corpus")
-    batch: int = setting(5, "sequences in a micro-batch")
-    accum: int = setting(50, "micro-batches in an update")
-    micro_batch: str = setting(None, "sequences at once: splits batch * accum anew; auto: the most that fit on a GPU, "
+    steps: int = option(None, "updates; overrides --epochs")
+    epochs: float = option(3.0, "passes over the corpus")
+    batch: int = option(5, "sequences in a micro-batch")
+    accum: int = option(50, "micro-batches in an update")
+    micro_batch: str = option(None, "sequences at once: splits batch * accum anew; auto: the most that fit on a GPU, "
                                "a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
-    seq_len: int = setting(512, "tokens in a sequence, [CLS] and [SEP] included")
+    seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
-    lr: float = setting(5e-4, "peak learning rate")
-    warmup: float = setting(0.05, "share of the updates over which the learning rate rises; then it falls to zero")
-    clip: float = setting(5.0, "largest norm of the gradient")
+    lr: float = option(5e-4, "peak learning rate")
+    warmup: float = option(0.05, "share of the updates over which the learning rate rises; then it falls to zero")
+    clip: float = option(5.0, "largest norm of the gradient")
     # objective
-    temperature: float = setting(2.0, "softens both distributions in the KL term")
-    alpha_ce: float = setting(5.0, "weight of tau^2 KL to the teacher's distribution")
-    alpha_mlm: float = setting(2.0, "weight of the masked-LM cross-entropy")
-    alpha_cos: float = setting(1.0, "weight of 1 - cosine between last hidden states")
-    alpha_mse: float = setting(0.0, "weight of the squared difference of logits")
-    kd_rows: str = setting("all", "where the teacher's distribution is learnt", choices=("all", "masked"))
-    mask_smoothing: float = setting(0.7, "mask rare words first: weight count^-this; 0 is uniform")
+    temperature: float = option(2.0, "softens both distributions in the KL term")
+    alpha_ce: float = option(5.0, "weight of tau^2 KL to the teacher's distribution")
+    alpha_mlm: float = option(2.0, "weight of the masked-LM cross-entropy")
+    alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
+    alpha_mse: float = option(0.0, "weight of the squared difference of logits")
+    kd_rows: str = option("all", "where the teacher's distribution is learnt", choices=("all", "masked"))
+    mask_smoothing: float = option(0.7, "mask rare words first: weight count^-this; 0 is uniform")
     # student
-    student_layers: str = setting(None, "how many of the teacher's layers, or which: 6, or 0,2,4 (default: half)")
-    student_init: str = setting(None, "teacher, random, or a folder (default: teacher where there is one)")
-    student_config: str = setting(None, "config.json of a student of another shape; its weights are random")
-    dropout: float = setting(None, "dropout of the student in this run, attention included (default: its config's)")
+    student_layers: str = option(None, "how many of the teacher's layers, or which: 6, or 0,2,4 (default: half)")
+    student_init: str = option(None, "teacher, random, or a folder (default: teacher where there is one)")
+    student_config: str = option(None, "config.json of a student of another shape; its weights are random")
+    dropout: float = option(None, "dropout of the student in this run, attention included (default: its config's)")
     # machine
-    dtype: str = setting("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
-    compile: bool = setting(False, "compile the models first: takes a minute, for long runs")
-    price_per_hour: float = setting(None, "of one device: adds costs to progress, metrics.jsonl and run.json")
-    seed: int = setting(0, "of data order, masks, dropout and fresh weights")
+    dtype: str = option("auto", "of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    compile: bool = option(False, "compile the models first: takes a minute, for long runs")
+    price_per_hour: float = option(None, "of one device: adds costs to progress, metrics.jsonl and run.json")
+    seed: int = option(0, "of data order, masks, dropout and fresh weights")
     # keeping
-    resume: bool = setting(False, "go on from the checkpoint in --out, to the same bits as without the interruption")
-    eval_every: int = setting(0, "updates between held-out evaluations; 0: ten in a run")
-    eval_data: str = setting(None, "corpus whose held-out part to evaluate on (default: that of --data)")
-    eval_tokens: int = setting(32768, "held-out tokens to evaluate on, at most")
-    save_every: float = setting(10.0, "minutes between checkpoints")
-    time_limit: float = setting(None, "minutes after which to save, evaluate and end; --resume goes on")
+    resume: bool = option(False, "go on from the checkpoint in --out, to the same bits as without the interruption")
+    eval_every: int = option(0, "updates between held-out evaluations; 0: ten in a run")
+    eval_data: str = option(None, "corpus whose held-out part to evaluate on (default: that of --data)")
+    eval_tokens: int = option(32768, "held-out tokens to evaluate on, at most")
+    save_every: float = option(10.0, "minutes between checkpoints")
+    time_limit: float = option(None, "minutes after which to save, evaluate and end; --resume goes on")
 
 
 # What `python train.py` changes in the published recipe to show it in two minutes on two CPU cores: short sequences,
@@ -105,13 +101,31 @@ DEMO = dict(
 
 # settings that may differ between a run and its resumption: none of them enters the arithmetic of an update
 # (epochs enters as steps; batch, accum and the number of ranks as their product; the chosen dtype is in the checkpoint)
-FREE_ON_RESUME = {
+MAY_CHANGE_ON_RESUME = {
     "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "eval_every",
     "eval_data", "eval_tokens", "save_every", "time_limit",
 }  # fmt: skip
 
 
-# ---- small pieces
+# ---- what a run is made of
+
+
+def load_models(settings, ranks):
+    """Returns (teacher or None, its folder or None, student, tokenizer, the folder that the tokenizer is from).
+
+    Both models are fp32 on the CPU; the teacher is frozen.
+    """
+    teacher = teacher_folder = init = None
+    if settings.teacher != "none":
+        teacher_folder = ranks.rank0_first(lambda: hub.resolve(settings.teacher))
+        teacher = weights.load_model(teacher_folder).eval().requires_grad_(False)
+    if settings.student_init not in (None, "teacher", "random"):
+        init = ranks.rank0_first(lambda: hub.resolve(settings.student_init))
+    folder = teacher_folder or init or settings.data or hub.resolve("demo")
+    tokenizer = Tokenizer.load(folder)
+    if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
+        raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
+    return teacher, teacher_folder, build_student(settings, teacher, init), tokenizer, folder
 
 
 def open_corpus(settings, tokenizer, tokenizer_folder):
@@ -136,9 +150,23 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
     return corpus
 
 
-def searches(device):
-    """Whether --micro-batch auto searches here: a CPU would swap rather than refuse."""
-    return device.type == "cuda"
+def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
+    if not settings.eval_data:
+        return corpus
+    eval_corpus = Corpus(settings.eval_data)
+    eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
+    return eval_corpus
+
+
+def identity_of(settings, total, G, corpus, teacher_folder):
+    """All that enters the arithmetic of an update: a resumed run must have the same."""
+    return {
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
+        "steps": total,
+        "sequences in an update": G,
+        "data": corpus.meta["sha256"]["train.bin"],
+        "teacher": teacher_folder and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
+    }
 
 
 def dropout_seed(seed, update, rank):
@@ -156,291 +184,116 @@ def train(settings, argv=()):
     once an interrupted run is saved.
     """
     check_settings(settings)
-    stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
-    ranks = Ranks()
+    ranks = Distributed()
     device = choose_device(ranks.device(settings.device))
     ranks.join(device)
-    witness = f"checkpoint/{checkpoint.NAME}"
-    out = ranks.same(lambda: checkpoint.choose_out(settings.out, stem, settings.resume, witness))
+    stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
+    out = ranks.broadcast(lambda: choose_folder(settings.out, stem, settings.resume, CHECKPOINT))
     keep_freed_memory()
 
-    # ---- teacher and vocabulary
-    teacher = teacher_folder = init = None
-    if settings.teacher != "none":
-        teacher_folder = ranks.after_the_first(lambda: hub.resolve(settings.teacher))
-        teacher = weights.load_model(teacher_folder).eval().requires_grad_(False)
-    if settings.student_init not in (None, "teacher", "random"):
-        init = ranks.after_the_first(lambda: hub.resolve(settings.student_init))
-    tokenizer_folder = teacher_folder or init or settings.data or hub.resolve("demo")
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
-        raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
-
-    # ---- data: update u takes sequences u * G ... (u + 1) * G - 1, each rank its share of them
-    corpus = ranks.after_the_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
-    eval_corpus = corpus
-    if settings.eval_data:
-        eval_corpus = Corpus(settings.eval_data)
-        eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
-    T, share = settings.seq_len, settings.batch * settings.accum  # a rank's share of an update
+    # ---- models and data: update u takes sequences u * G ... (u + 1) * G - 1, and each rank its share of them
+    teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, ranks)
+    corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
+    eval_corpus = open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder)
+    T, share = settings.seq_len, settings.batch * settings.accum
     G = share * ranks.size
     sequences = Sequences(
         corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
     )
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
-    take = Ahead(lambda update: sequences.take(update * G + ranks.rank * share, share), device)
-
-    # ---- student, objective, optimiser
+    batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
     objective = Objective.of(settings)
-    student = build_student(settings, teacher, init)
     check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
+
+    # ---- optimiser (AdamW without weight decay, as published), and where an earlier run stands
     student.to(device)
     if teacher:
         teacher.to(device)
-    # no weight decay, as published, and so no parameter groups
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
-
-    # ---- resume: the same arithmetic, or not at all
-    identity = {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in FREE_ON_RESUME},
-        "steps": total,
-        "sequences in an update": G,
-        "data": corpus.meta["sha256"]["train.bin"],
-        "teacher": teacher and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
-    }
-    update, seconds_before, dtype, scale, most = 0, 0.0, None, None, MOST_TOKENS // T
-    if settings.resume:
-        saved, tensors = checkpoint.load(out)
-        before = saved["identity"]
-        different = [f"{name} {before.get(name)} -> {now}" for name, now in identity.items() if before.get(name) != now]
-        if settings.dtype not in ("auto", saved["dtype"]):
-            different.append(f"dtype {saved['dtype']} -> {settings.dtype}")
-        if different:
-            different = ", ".join(different)
-            raise UserError(f"{out} was begun with other settings ({different}): repeat them, or choose a new --out")
-        checkpoint.restore(tensors, student, optimizer, saved["adam_steps"])
-        update, seconds_before, dtype, scale = (saved[k] for k in ("update", "seconds", "dtype", "scale"))
-        most = saved["searched"] or most  # a search ends where it did, unless this is a smaller GPU
-    dtype = dtype or ranks.same(lambda: choose_dtype(settings.dtype, device))
-    autocast, scaler = precision(dtype, device)
-    scaler.load_state_dict(scale or scaler.state_dict())
-
-    # ---- held-out set: fixed blocks, fixed uniform masks, fp32; rank 0 alone evaluates
-    eval_every = settings.eval_every or max(1, total // 10)
-    if ranks.first:
+    run = Run(out, identity_of(settings, total, G, corpus, teacher_folder), writes=ranks.first)
+    state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
+    state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
+    held_out = None
+    if ranks.first:  # fixed blocks with fixed uniform masks, in fp32
         val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
-        held_out = HeldOut(*val.take(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
-    if teacher:  # which has been evaluated
-        cast_products(teacher, dtype)
+        held_out = HeldOut(*val.batch(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
+    distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
+    distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
+    B = choose_micro_batch(settings, state, distiller, optimizer, batches)
+    distiller.distribute()
 
-    # ---- micro-batches: A of B sequences are a rank's share of an update
-    teach, forward = teacher, student  # as they are, compiled, or wrapped
-
-    def learn(x, y, masked, counts):
-        """Adds the gradient of a micro-batch to what is there; returns its share of (loss, kl, ce, cos, mse), (5,)."""
-        x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))  # (B, T)
-        with autocast():
-            h_t = None
-            if objective.needs_teacher:
-                with torch.no_grad():
-                    h_t = teach(x)  # (B, T, C)
-            h_s = forward(x)  # (B, T, C)
-            loss, parts = distillation_loss(objective, counts, y, student, h_s, teacher, h_t, masked)
-        scaler.scale(loss * ranks.size).backward()  # see Ranks.wrap
-        return torch.cat([loss.detach().float()[None], parts])
-
-    def attempt(size):
-        x, y = (tensor[:size] for tensor in take(update))
-        masked = size * sequences.masked_per_sequence
-        rehearse(student, optimizer, learn, (x, y, masked, Counts(size * T, masked)), device)
-
-    B, searched = settings.batch, None
-    if settings.micro_batch not in (None, "auto"):
-        B = int(settings.micro_batch)
-    elif searches(device):  # the default: a few sequences at once keep a GPU waiting for the host
-        B = searched = ranks.least(largest_that_fits(share, most, attempt))
-    elif settings.micro_batch:
-        B = next(divisors(share, CPU_TOKENS // T))
-    if settings.compile:  # for training's one shape; evaluation, whose shape is another, uses the models as they are
-        teach, forward = (model and torch.compile(model, dynamic=False) for model in (teacher, student))
-        ranks.say("compiling: this takes a minute")
-        attempt(B)  # before the clock starts
-    forward = ranks.wrap(forward, device)
-    A = share // B
-
-    # ---- from here on rank 0 writes
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        metrics_path = out / "metrics.jsonl"
-        history = [m for m in read_metrics(metrics_path) if m["step"] <= update] if settings.resume else []
-        files.write_text(metrics_path, "".join(json.dumps(m) + "\n" for m in history))  # what came after is done again
-    else:
-        metrics_path, history = os.devnull, []
-    metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
-    teacher_text = f"teacher {num_params(teacher.config):,} parameters, " if teacher else ""
-    several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
-    ranks.say(
-        f"{teacher_text}student {num_params(student.config):,} parameters; {len(corpus.train):,} tokens of text; "
-        f"{total} updates of {several}{A} x {B} x {T} = {G * T:,} tokens; {dtype} on {device}; {out}"
-    )
-    flops = training_flops_per_token(objective, teacher and teacher.config, student.config, T)
-    peak = peak_tflops(device, dtype)
-    first_update = update
-    began = time.monotonic()
-    aside = 0.0  # seconds of evaluating and saving
-
-    def seconds():  # of the whole run, interruptions apart
-        return seconds_before + time.monotonic() - began
-
-    def log(record):
-        history.append(record)
-        metrics.write(json.dumps(record) + "\n")
+    progress = Progress(total, G * T, state.update, state.seconds)
+    report = RunReport(settings, run, progress, distiller, state.dtype, ranks)
+    run.open(state.update if settings.resume else None)
+    report.begin(corpus, share // B, B, T, held_out)
 
     def evaluate():
-        nonlocal aside
-        if not ranks.first:
-            return None
-        start = time.monotonic()
-        figures = held_out.figures(student)
-        aside += time.monotonic() - start
-        log({"step": update, "held_out": figures})
-        ranks.say(f"held-out, student after {update}: {shown(figures)}")
-        return figures
+        if ranks.first:
+            with progress.paused():
+                metrics = held_out.evaluate(student)
+            report.evaluated(metrics)
+            return metrics
 
     def save():
-        nonlocal aside
-        if not ranks.first:
-            return
-        start = time.monotonic()
-        info = {"update": update, "seconds": seconds(), "dtype": dtype, "scale": scaler.state_dict()}
-        checkpoint.save(out, student, optimizer, {**info, "searched": searched, "identity": identity})
-        aside += time.monotonic() - start
+        with progress.paused():
+            state.update, state.seconds, state.scale = progress.update, progress.seconds, distiller.scaler.state_dict()
+            run.save(student, optimizer, state)
+        progress.reset("save")
 
-    def accounts():  # at this speed, for the whole run and for the published one
-        return account(total * G * T, speed(), flops, peak, ranks.size, settings.price_per_hour)
+    def goes_on(done, A):  # after a micro-batch: a signal ends a run of one process at once
+        if done < A and progress.due("line", max(10.0, progress.line_every)):  # an update may take minutes
+            ranks.print0(f"  update {progress.update + 1}/{total}: micro-batch {done}/{A}")
+        return stop.signal is None or ranks.size > 1
 
-    def rate(figures):  # for a line of progress
-        share = f" ({figures['utilisation']:.0%} of peak)" if peak else ""
-        cost = "" if figures["cost"] is None else f"  {figures['cost']:,.2f} in all"
-        return f"{speed():,.0f} tokens/s  {figures['tflops_per_second']:.2f} TFLOP/s{share}{cost}"
-
-    def peak_mib():  # of the device
-        return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
-
-    def speed():  # tokens/s of training in this process, evaluating and saving apart
-        return (update - first_update) * G * T / max(time.monotonic() - began - aside, 1e-9)
-
-    # ---- the loop
-    if ranks.first and held_out.teacher_figures:
-        ranks.say(f"held-out, teacher: {shown(held_out.teacher_figures)}")
     if not settings.resume:
         save()
-    figures = history[-1].get("held_out") if history else evaluate()
-    command = [*ranks.launcher, "train.py", *(a for a in argv if a != "--resume"), "--resume"]
-    command = shlex.join(command + ([] if settings.out else ["--out", str(out)]))
+    metrics = run.history[-1].get("held_out") if run.history else evaluate()
+    how_to_resume = resume_command(ranks.launcher, "train.py", argv, out)
+    eval_every = settings.eval_every or max(1, total // 10)
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
-    seconds_before, aside = seconds(), 0.0
-    began = last_line = last_save = time.monotonic()
-    with Stop() as stop, metrics, ranks.together(f"go on from the last checkpoint with: {command}"):
-        over = False
-        while update < total and not over:
+    progress.restart(progress.seconds)
+    with SignalFlag() as stop, run.metrics, ranks.report_lost_rank(f"resume from the last checkpoint: {how_to_resume}"):
+        signals = late = False
+        while not (progress.done or signals or late):
+            update = progress.update
             torch.manual_seed(dropout_seed(settings.seed, update, ranks.rank))
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            ids, labels = take(update)  # (share, T)
+
+            # the gradient of the update: a sum over micro-batches and ranks of shares of one mean
+            ids, labels = batches(update)  # (share, T)
             (masked,) = ranks.sum((labels != IGNORE).sum().item())
-            counts = Counts(tokens=G * T, masked=int(masked))
-            shares = []  # of the update's loss, kl, ce, cos, mse: (5,) a micro-batch
-            for i in range(A):
-                part = slice(i * B, (i + 1) * B)
-                x, y = ids[part], labels[part]  # (B, T)
-                with ranks.alone(forward, last=i == A - 1):
-                    shares.append(learn(x, y, int((y != IGNORE).sum()), counts))
-                if stop.signal is not None and ranks.size == 1:
-                    break
-                if time.monotonic() - last_line > 10:  # updates may take minutes: show life inside them
-                    last_line = time.monotonic()
-                    ranks.say(f"  update {update + 1}/{total}: micro-batch {i + 1}/{A}")
-            if stop.signal is not None and ranks.size == 1:
-                break  # what was begun is not counted: resume does it again, to the same bits
+            terms = distiller.accumulate(ids, labels, B, Denominators(G * T, int(masked)), goes_on)
+            if terms is None:
+                break  # an update that was begun is not counted: the resumed run takes it again, to the same bits
+            norm = distiller.clip(optimizer, settings.clip)
+            numbers = torch.cat([*terms, norm[None]]).cpu()  # the one place where the host waits for the device
+            terms, norm = numbers[:-1].view(-1, 5), numbers[-1]  # loss, kl, ce, cos, mse of each micro-batch
 
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
-            numbers = torch.cat([*shares, norm[None]]).cpu()  # the update's one wait for the device
-            shares, norm = numbers[:-1].view(-1, 5), numbers[-1]
-            # ranks end together: at the same losses, the first signal to one of them, and the clock of rank 0
-            ends = [stop.signal or 0, ranks.first and time.monotonic() - began > limit]
-            loss, kl, ce, cos, mse, signals, late = ranks.sum(*shares.sum(0).tolist(), *ends)
-            if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
-                raise UserError(not_finite(update, shares[:, 0], norm, B, share, ranks, out))
-            scaler.step(optimizer)  # with fp16, an overflow skips the step and lowers the scale
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            update += 1
-            over = bool(signals or late)
+            # all ranks see the same losses, a signal to any of them, and the clock of rank 0: they end together
+            ends = [stop.signal or 0, ranks.first and progress.elapsed > limit]
+            loss, kl, ce, cos, mse, signals, late = ranks.sum(*terms.sum(0).tolist(), *ends)
+            if not math.isfinite(loss) or not (norm.isfinite() or distiller.scaler.is_enabled()):
+                raise UserError(not_finite(update, terms[:, 0], norm, B, share, ranks, out))
+            distiller.step(optimizer)
+            progress.update += 1
 
-            record = {"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}
-            machine = {k: v for k, v in accounts().items() if not k.startswith("published")}
-            machine |= {"tokens_per_second": round(speed(), 1), "peak_mib": round(peak_mib(), 1)}
-            log({"step": update, **record, "grad_norm": norm.item(), **machine})
-            if time.monotonic() - last_line > 2 or update in (first_update + 1, total):
-                last_line = time.monotonic()
-                left = duration((total - update) * G * T / speed())
-                ranks.say(
-                    f"update {update:>6}/{total}  {shown(record)}  {rate(machine)}  {left} left  {peak_mib():,.0f} MiB"
-                )
-            if update % eval_every == 0 or update == total:
-                figures = evaluate()
-            if time.monotonic() - last_save > settings.save_every * 60:
+            report.updated({"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}, norm.item())
+            if progress.update % eval_every == 0 or progress.done:
+                metrics = evaluate()
+            if progress.due("save", settings.save_every * 60):
                 save()
-                last_save = time.monotonic()
 
-        if update > first_update or stop.signal is not None:
+        if progress.update > progress.first or stop.signal is not None:
             save()
-        if stop.signal is not None or (over and signals):
-            ranks.say(f"saved after update {update} of {total}; go on with: {command}")
+        if stop.signal is not None or signals:
+            ranks.print0(f"saved after update {progress.update} of {total}; go on with: {how_to_resume}")
             raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-        if ranks.first and "held_out" not in history[-1]:  # the time limit came between evaluations
-            figures = evaluate()
+        if ranks.first and "held_out" not in run.history[-1]:  # the time limit came between evaluations
+            metrics = evaluate()
     ranks.leave()
-    if not ranks.first:
-        return None
-
-    # ---- what the run leaves
-    tokens_per_second = round(speed(), 1)
-    summary = {
-        "out": str(out),
-        "steps": update,
-        "tokens": update * G * T,
-        "seconds": round(seconds(), 1),
-        "tokens_per_second": tokens_per_second,
-        "peak_rss_mib": peak_rss_mib(),
-        "peak_gpu_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if device.type == "cuda" else 0.0,
-        "teacher": {"parameters": num_params(teacher.config), **held_out.teacher_figures} if teacher else None,
-        "student": {"parameters": num_params(student.config), **figures},
-    }
-    figures_of_all = accounts()
-    ranks.say(
-        f"{flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {total} updates take "
-        f"{figures_of_all['device_hours']:,.2f} device-hours, the published recipe's 12.6 billion tokens "
-        f"{figures_of_all['published_device_hours']:,.0f}"
-    )
-    student.cpu().eval()
-    weights.save_model(out, student)
-    tokenizer.max_length = student.config.positions
-    tokenizer.save(out, "bert" if student.config.token_types else "distilbert")
-    draw_curve(out / "curve.svg", history, held_out.teacher_figures)
-    files.write_json(out / "run.json", {
-        "settings": dataclasses.asdict(settings), "dtype": dtype, "identity": identity, "versions": versions(),
-        "data": corpus.meta, "summary": summary, "accounting": figures_of_all,
-    })  # fmt: skip
-    return summary
-
-
-def shown(figures):
-    """Figures for a line of progress; a term that is not part of the objective is left out."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items() if value)
+    return report.finish(corpus, tokenizer, held_out, metrics) if ranks.first else None
 
 
 def not_finite(update, losses, norm, B, share, ranks, out):
@@ -454,12 +307,12 @@ def not_finite(update, losses, norm, B, share, ranks, out):
         what = f"the gradient's norm is {norm.item()} (sequences {update * G} to {(update + 1) * G - 1})"
     return (
         f"update {update + 1}: {what}: lower --lr or --clip, or look at these sequences; "
-        f"the last good checkpoint is untouched in {checkpoint.path_of(out)}"
+        f"the last good checkpoint is untouched in {out / CHECKPOINT}"
     )
 
 
 def main(argv):
-    values = given(Settings, argv, __doc__)
+    values = parse_args(Settings, argv, __doc__)
     demo = DEMO if values.get("teacher", "demo") == "demo" else {}
     summary = train(Settings(**{**demo, **values}), argv)
     if summary:  # rank 0 has it
@@ -467,4 +320,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

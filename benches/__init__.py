@@ -10,7 +10,8 @@ import pathlib
 import subprocess
 import sys
 
-from minidistil.cli import UserError, setting
+from minidistil.cli import option
+from minidistil.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -18,8 +19,8 @@ RESULTS = ROOT / "results"
 
 @dataclasses.dataclass
 class Common:
-    tiny: bool = setting(False, "seconds instead of minutes: shows that it runs, not how fast")
-    out: str = setting(None, "folder for the JSON files (default: results; with --tiny, runs/tiny)")
+    tiny: bool = option(False, "seconds instead of minutes: shows that it runs, not how fast")
+    out: str = option(None, "folder for the JSON files (default: results; with --tiny, runs/tiny)")
 
     @property
     def folder(self):

@@ -10,9 +10,9 @@ import types
 
 from benches import Common, script
 from benches.report import attempt, measured
-from minidistil.cli import setting
-from minidistil.metrics import read_metrics
+from minidistil.cli import option
 from minidistil.plot import line_chart
+from minidistil.run import read_metrics
 
 VARIANTS = {
     "distilled": [],
@@ -32,13 +32,13 @@ FIGURES = ("top1", "mlm_loss", "kl", "agreement")
 
 @dataclasses.dataclass
 class DemoSettings(Common):
-    rounds: int = setting(3, "seeds")
+    rounds: int = option(3, "seeds")
 
 
 @dataclasses.dataclass
 class AblationSettings(Common):
-    rounds: int = setting(3, "seeds")
-    train: str = setting(None, "settings of train.py, in quotes (default: the demo)")
+    rounds: int = option(3, "seeds")
+    train: str = option(None, "settings of train.py, in quotes (default: the demo)")
 
 
 def train_variants(case, variants, settings, flags=()):

@@ -23,11 +23,13 @@ from benches import ROOT, Common
 from benches.measure import spread
 from benches.report import attempt, measured
 from data.docstrings import harvest, python_files
-from minidistil import tasks, weights
-from minidistil.batches import encode_pair, padded, predict
-from minidistil.cli import UserError, setting
-from minidistil.datasets import open_task
-from minidistil.heads import Classifier
+from minidistil import weights
+from minidistil.cli import option
+from minidistil.downstream import glue
+from minidistil.downstream.batches import encode_pair, padded, predict
+from minidistil.downstream.heads import Classifier, load_finetuned
+from minidistil.downstream.tasks import open_task
+from minidistil.errors import UserError
 from minidistil.model import BERT_BASE, Config
 from minidistil.plot import bar_chart
 from minidistil.tokenizer import Tokenizer
@@ -44,10 +46,10 @@ WRONG = 1e-4  # largest error of an fp32 logit that is still timed
 
 @dataclasses.dataclass
 class Settings(Common):
-    teacher: str = setting(None, "a fine-tuned folder (default: BERT-base's shape)")
-    student: str = setting(None, "a fine-tuned folder (default: half the teacher's layers)")
-    data: str = setting(None, "the GLUE folder")
-    rounds: int = setting(3, "times that each provider is timed, in turn")
+    teacher: str = option(None, "a fine-tuned folder (default: BERT-base's shape)")
+    student: str = option(None, "a fine-tuned folder (default: half the teacher's layers)")
+    data: str = option(None, "the GLUE folder")
+    rounds: int = option(3, "times that each provider is timed, in turn")
 
 
 # ---- models
@@ -64,7 +66,7 @@ def open_models(settings, work):
         folders[name] = getattr(settings, name) or work / name
         if not getattr(settings, name):
             weights.save_model(folders[name], Classifier(config, 1, seed), id2label={"0": "score"})
-        models[name], _ = weights.load_finetuned(folders[name])
+        models[name], _ = load_finetuned(folders[name])
         if not isinstance(models[name], Classifier):
             raise UserError(f"{folders[name]} does not classify sentences: fine-tune one on a task of GLUE")
         config = models[name].config.student(max(1, models[name].config.layers // 2))
@@ -123,7 +125,7 @@ def pairs_of(settings):
     """Returns (what they are, pairs of texts): STS-B's dev set, or as many from what is installed, without --data."""
     n = 40 if settings.tiny else 1500
     if settings.data:
-        return "STS-B dev", [(e.first, e.second) for e in tasks.load("stsb", settings.data)[1]["dev"]][:n]
+        return "STS-B dev", [(e.first, e.second) for e in glue.load("stsb", settings.data)[1]["dev"]][:n]
     texts = harvest(python_files()[:: 200 if settings.tiny else 8])
     sentences = [re.split(r"(?<=[.!?])\s|\n\n", text, maxsplit=1)[0] for text in texts]
     return "docstrings", list(zip(sentences[: 2 * n : 2], sentences[1 : 2 * n : 2], strict=False))

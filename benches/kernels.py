@@ -11,8 +11,9 @@ import torch
 from benches import Common
 from benches.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
 from benches.report import attempt, measured
-from minidistil.cli import UserError, setting
-from minidistil.machine import choose_device
+from minidistil.cli import option
+from minidistil.device import choose_device
+from minidistil.errors import UserError
 from minidistil.plot import bar_chart
 
 WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that is still timed, relative to its largest
@@ -20,9 +21,9 @@ WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that 
 
 @dataclasses.dataclass
 class Settings(Common):
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
-    rounds: int = setting(21, "times that each provider is timed, in turn")
-    profile: bool = setting(False, "also write a trace of each provider, for chrome://tracing")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    rounds: int = option(21, "times that each provider is timed, in turn")
+    profile: bool = option(False, "also write a trace of each provider, for chrome://tracing")
 
 
 def both_passes(function, inputs, leaves, dtype):

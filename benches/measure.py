@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from minidistil.memory import status_kib
+from minidistil.device import status_kib
 
 SLEEP = 10_000_000  # cycles of a GPU, 5 ms: launching takes the host less
 

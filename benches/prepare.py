@@ -14,7 +14,7 @@ import numpy as np
 
 from benches import ROOT, Common, last_line
 from benches.report import attempt, measured, speed_up
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 Settings = Common
 

@@ -11,7 +11,8 @@ import sys
 from benches import ROOT, Common, last_line
 from benches.report import attempt, measured
 from minidistil import weights
-from minidistil.cli import UserError, setting
+from minidistil.cli import option
+from minidistil.errors import UserError
 from minidistil.model import num_params
 from minidistil.plot import bar_chart
 
@@ -28,13 +29,13 @@ PUBLISHED = {
 
 @dataclasses.dataclass
 class Settings(Common):
-    teacher: str = setting(None, "folder of the teacher")
-    student: str = setting(None, "folders of the students, with commas")
-    data: str = setting(None, "the GLUE folder; IMDb may lie in it as aclImdb")
-    task: str = setting("all", "tasks, with commas")
-    rounds: int = setting(3, "seeds")
-    finetune: str = setting(None, 'more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
-    taught: str = setting(None, 'the first student again, taught by the fine-tuned teacher: "--augment 4"')
+    teacher: str = option(None, "folder of the teacher")
+    student: str = option(None, "folders of the students, with commas")
+    data: str = option(None, "the GLUE folder; IMDb may lie in it as aclImdb")
+    task: str = option("all", "tasks, with commas")
+    rounds: int = option(3, "seeds")
+    finetune: str = option(None, 'more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
+    taught: str = option(None, 'the first student again, taught by the fine-tuned teacher: "--augment 4"')
 
 
 def start(name, folder, settings, more, threads):
@@ -79,7 +80,7 @@ def bench(settings):
                 process = start(name, folder, settings, f"--teacher {RUNS / 'teacher'} {more}", os.cpu_count())
             summary = summary_of(name, process)
             scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
-            config, _ = weights.read_config(folder)
+            config = weights.read_config(folder)
             row |= {
                 "parameters": num_params(config), "settings": f"{settings.finetune or ''} {more}".strip(),
                 "seeds": settings.rounds, "scores": scores, "tasks": summary["tasks"],

@@ -23,17 +23,16 @@ from benches import ROOT, Common, last_line
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
 from kernels import cosine, layer_norm, linear_distill_kl
-from minidistil import weights
-from minidistil.accounting import account, peak_tflops, training_flops_per_token
-from minidistil.ahead import Ahead
-from minidistil.cli import setting
-from minidistil.data import IGNORE, Corpus, Sequences
+from minidistil import distiller, weights
+from minidistil.cli import option
+from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
+from minidistil.device import choose_device, peak_rss_mib, precision
 from minidistil.losses import Objective
-from minidistil.machine import choose_device, precision
-from minidistil.memory import peak_rss_mib
-from minidistil.metrics import read_metrics
 from minidistil.model import Config, MaskedLM
 from minidistil.plot import bar_chart
+from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
+from minidistil.run import read_metrics
+from minidistil.student import student_from_teacher, student_layers
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 STEP = dict(
@@ -138,14 +137,14 @@ def original(folder, shape, device):
     corpus = Corpus(folder / "corpus")
     sequences = Sequences(corpus.train, shape["T"], tokenizer, 0, corpus.counts, 0.7, shuffle=True)
     teacher = weights.load_model(folder / "teacher").eval()
-    student = weights.student_from_teacher(teacher, weights.student_layers(teacher.config.layers)).train().to(device)
+    student = student_from_teacher(teacher, student_layers(teacher.config.layers)).train().to(device)
     teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), 5e-4, (0.9, 0.98), eps=1e-6)
     G, tau, n, start = shape["batch"] * shape["accum"], 2.0, 0, time.perf_counter()
     for update in range(shape["updates"] + 1):
         if update == 1:  # the first warms up
             start = time.perf_counter()
-        ids, labels = map(torch.from_numpy, sequences.take(update * G, G))
+        ids, labels = map(torch.from_numpy, sequences.batch(update * G, G))
         for x, y in zip(ids.split(shape["batch"]), labels.split(shape["batch"]), strict=True):
             # grouped by size, its batches are all but full: 122 to 128 of 128 tokens
             lengths = torch.randint(shape["T"] - shape["padding"], shape["T"] + 1, (len(x),))
@@ -218,12 +217,11 @@ class Stopwatch:
 
 def phases(folder, shape, device, flags):
     """Runs train.py's `train` in this process; returns milliseconds an update of each phase."""
-    import train
 
     watch = Stopwatch(shape["updates"] + 1)
-    watch.watch(Ahead, "__call__", "data")
+    watch.watch(Prefetcher, "__call__", "data")
     watch.watch(MaskedLM, "forward", lambda model: "student forward" if model.training else "teacher")
-    watch.watch(train, "distillation_loss", "loss")
+    watch.watch(distiller, "distillation_loss", "loss")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(torch.nn.utils, "clip_grad_norm_", "optimiser")
     watch.watch(torch.optim.AdamW, "step", "optimiser")
@@ -258,8 +256,8 @@ def draw(path, results):
 
 @dataclasses.dataclass
 class Settings(Common):
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 ...")
-    rounds: int = setting(None, "times that each provider is measured, in turn (default: 3; on a GPU 1)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    rounds: int = option(None, "times that each provider is measured, in turn (default: 3; on a GPU 1)")
 
 
 def alone(function, *arguments):
@@ -276,7 +274,7 @@ def summarise(row, runs, kd_rows, shape, peak):
     student = teacher.student(teacher.layers // 2)
     speeds = spread([m["tokens_per_second"] for m in runs])
     flops = training_flops_per_token(Objective(kd_rows=kd_rows), teacher, student, shape["T"])
-    figures = account(0, speeds[1], flops, peak, 1)
+    figures = estimate_cost(0, speeds[1], flops, peak, 1)
     row |= {
         "tokens_per_second": [round(x, 1) for x in speeds], "peak_mib": max(m["peak_mib"] for m in runs),
         **{k: figures[k] for k in ("tflops_per_second", "utilisation", "published_device_hours")},

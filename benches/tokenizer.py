@@ -7,13 +7,14 @@ import time
 from benches import ROOT, Common
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
-from minidistil.cli import UserError, setting
+from minidistil.cli import option
+from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass
 class Settings(Common):
-    rounds: int = setting(3, "times that each provider is timed, in turn")
+    rounds: int = option(3, "times that each provider is timed, in turn")
 
 
 def providers_of(texts):

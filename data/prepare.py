@@ -34,9 +34,10 @@ from data import sources as text_sources
 from data.encode import HASHES, encoder, token_dtype
 from data.workers import cores, ordered_map
 from minidistil import __version__, cli, files
-from minidistil.cli import UserError, setting
+from minidistil.cli import option
 from minidistil.data import meta_digest
-from minidistil.memory import peak_rss_mib
+from minidistil.device import peak_rss_mib
+from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
 
 SMALLEST_VAL = 2048  # tokens: a corpus so small that its share is less holds out more, up to a tenth
@@ -44,14 +45,14 @@ SMALLEST_VAL = 2048  # tokens: a corpus so small that its share is less holds ou
 
 @dataclasses.dataclass
 class Settings:
-    source: str = setting(
+    source: str = option(
         dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
     )
-    vocab: str = setting(None, "vocab.txt, or a model: folder, name on the Hugging Face Hub, or demo", required=True)
-    out: str = setting(None, "folder to write; must not exist", required=True)
-    val_share: float = setting(0.01, "share of the documents that is held out")
-    workers: int = setting(None, "processes (default: the cores of this computer)")
-    field: str = setting("text", "field of .jsonl, column of .tsv files that holds the text")
+    vocab: str = option(None, "vocab.txt, or a model: folder, name on the Hugging Face Hub, or demo", required=True)
+    out: str = option(None, "folder to write; must not exist", required=True)
+    val_share: float = option(0.01, "share of the documents that is held out")
+    workers: int = option(None, "processes (default: the cores of this computer)")
+    field: str = option("text", "field of .jsonl, column of .tsv files that holds the text")
 
 
 def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True):
@@ -222,7 +223,7 @@ def _threshold_of_few(smallest, total):
 
 
 def main(argv):
-    settings = Settings(**cli.given(Settings, argv, __doc__))
+    settings = Settings(**cli.parse_args(Settings, argv, __doc__))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # clean up, as Ctrl-C does
     started = time.perf_counter()
     vocab = pathlib.Path(settings.vocab).expanduser()
@@ -245,4 +246,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

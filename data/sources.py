@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data import docstrings, wikipedia
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 BATCH_BYTES = 1 << 20
 _OPENERS = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".bz2": bz2.BZ2File}

@@ -26,7 +26,8 @@ from data import sources as text_sources
 from data.encode import HASHES, document_hash
 from data.workers import cores, ordered_map
 from minidistil import cli, files
-from minidistil.cli import UserError, setting
+from minidistil.cli import option
+from minidistil.errors import UserError
 from minidistil.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, Tokenizer
 
 HELD_OUT = 0.02  # share of the documents that the reported figures are measured on
@@ -37,15 +38,15 @@ _WORD_START = "\u2581"  # sentencepiece's mark
 
 @dataclasses.dataclass
 class Settings:
-    source: str = setting(
+    source: str = option(
         dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
     )
-    out: str = setting(None, "vocab.txt to write, or a folder for it and its configuration", required=True)
-    size: int = setting(8192, "entries, special tokens included")
-    cased: bool = setting(False, "keep capitals and accents")
-    sample_bytes: int = setting(500_000_000, "stop reading after so many bytes of text")
-    workers: int = setting(None, "processes (default: the cores of this computer)")
-    field: str = setting("text", "field of .jsonl, column of .tsv files that holds the text")
+    out: str = option(None, "vocab.txt to write, or a folder for it and its configuration", required=True)
+    size: int = option(8192, "entries, special tokens included")
+    cased: bool = option(False, "keep capitals and accents")
+    sample_bytes: int = option(500_000_000, "stop reading after so many bytes of text")
+    workers: int = option(None, "processes (default: the cores of this computer)")
+    field: str = option("text", "field of .jsonl, column of .tsv files that holds the text")
 
 
 def learn(counts, size, tokenizer):
@@ -172,7 +173,7 @@ def count_words(sources, tokenizer, sample_bytes, workers, field):
 
 
 def main(argv):
-    settings = Settings(**cli.given(Settings, argv, __doc__))
+    settings = Settings(**cli.parse_args(Settings, argv, __doc__))
     started = time.perf_counter()
     out = pathlib.Path(settings.out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
@@ -202,4 +203,4 @@ def main(argv):
 if __name__ == "__main__":
     from data.vocab import main  # under its importable name: workers look up functions by it
 
-    cli.run(main)
+    cli.run_script(main)

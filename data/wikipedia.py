@@ -8,7 +8,7 @@ import html
 import re
 import xml.etree.ElementTree
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 _NAMESPACE = re.compile(rb'<namespace key="(-2|6|14)"[^<>]*>([^<>]*)</namespace>')  # Media, File, Category
 _DROPPED_LINKS = {"media", "file", "image", "category"}

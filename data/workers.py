@@ -19,7 +19,7 @@ import traceback
 if __name__ == "__main__":  # a worker: `data` and `minidistil` are importable from the repository's root
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 _WINDOW = 16 << 20  # bytes of unanswered items per worker; one larger item travels alone
 

@@ -17,20 +17,26 @@ Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_
 Arithmetic and statistics are fp32 whatever the logits are, and in base 2, since exp2 is what the hardware has.
 Bytes per row of bf16 logits: forward 4 V (read s, t), backward 6 V (read s, t, write the gradient): 10 V in all,
 305 kB at V = 30,522. What limits both kernels is memory, as long as loads are 16 bytes wide. Triton makes them so where
-the row stride is a multiple of 16, which 30,522 = 2 * 3 * 5,087 is not: `padded` allocates rows that are so apart.
+it can prove that a row begins at a multiple of 16 bytes. Rows of 30,522 = 2 * 3 * 5,087 bf16 logits do not: the kernels
+then start at the boundary below (PEEL), and ignore what precedes the row. `padded` allocates rows that begin at one.
 
 Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
          E logits of a 16-byte load   G such loads in a block   P parts of a row
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
+from kernels.operator import differentiable, opaque
 
 IGNORE = -100  # PyTorch's label of a row without cross-entropy
 BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
-FLOOR = -16384.0  # of a log-probability: a probability of 0, and still finite when multiplied by one
+FLOOR_LOG2 = -16384.0  # of log2 of a probability over the row's largest: 2 to this power is 0, and KL stays finite
+FLOOR_NATS = FLOOR_LOG2 * math.log(2)
+FLOOR = tl.constexpr(FLOOR_LOG2)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1.0e30)  # the maximum of no logits: finite, since -inf - -inf is NaN
@@ -47,9 +53,14 @@ def distill_kl_ref(s, t, labels=None, temperature=2.0):
     return kl, F.cross_entropy(s, labels, ignore_index=IGNORE, reduction="none")
 
 
+def row_width(V):
+    """V rounded up to a multiple of 64, as wide loads and matrix units want rows of logits."""
+    return -(-V // 64) * 64
+
+
 def padded(N, V, dtype, device):
-    """Uninitialised logits (N, V) whose rows begin at multiples of 64 elements, as wide loads and matrix units want."""
-    return torch.empty(N, -(-V // 64) * 64, dtype=dtype, device=device)[:, :V]
+    """Uninitialised logits (N, V) in rows of `row_width(V)` elements."""
+    return torch.empty(N, row_width(V), dtype=dtype, device=device)[:, :V]
 
 
 # ---- Triton
@@ -83,8 +94,8 @@ def _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: 
     Z_s, Z_t, Z_1, c = _shifted(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
     d_s = s - n_s[:, None]
     # the floor keeps 0 * (-inf - -inf) from being NaN; plain tl.maximum would turn a NaN logit into probability 0
-    x_s = tl.maximum(d_s * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
-    x_t = tl.maximum((t - n_t[:, None]) * k, -16384.0, propagate_nan=tl.PropagateNan.ALL)
+    x_s = tl.maximum(d_s * k, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    x_t = tl.maximum((t - n_t[:, None]) * k, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e_s = tl.exp2(x_s)
     e_t = tl.exp2(x_t)
     if HAS_LABELS:
@@ -108,9 +119,20 @@ def _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.con
 
 
 @triton.jit
-def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One pass over columns start ... stop of a row; `start` is a multiple of BLOCK_V.
+def _load_inside(ptr, at, skip, stop, end):
+    """fp32 logits at places skip ... stop, -inf elsewhere. Loads are wide where 16 divides `end`, which bounds them."""
+    x = tl.load(ptr + at, mask=at < end, other=float("-inf"))
+    return tl.where((at >= skip) & (at < stop), x, float("-inf")).to(tl.float32)
 
+
+@triton.jit
+def row_statistics(
+    s_ptr, t_ptr, start, skip, stop, end, k,
+    HAS_LABELS: tl.constexpr, TAU: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One pass over places start ... stop from 16-byte boundaries on; `start` is a multiple of BLOCK_V.
+
+    If PEEL, the first `skip` places belong to what precedes the row. Places from `stop` to `end` may be read, too.
     A thread loads E logits at once, 16 bytes, and keeps statistics of what it has loaded: threads meet after the loop.
     """
     E: tl.constexpr = 128 // s_ptr.dtype.element_ty.primitive_bitwidth
@@ -122,15 +144,19 @@ def row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS: tl.constexpr, TAU: 
     Z_t = tl.zeros((G,), tl.float32)
     Z_1 = tl.zeros((G,), tl.float32)
     c = tl.zeros((G,), tl.float32)
-    full = start + (stop - start) // BLOCK_V * BLOCK_V
+    if PEEL:
+        s = _load_inside(s_ptr, start + cols, skip, stop, end)
+        t = _load_inside(t_ptr, start + cols, skip, stop, end)
+        m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
+        start += BLOCK_V
+    full = start + tl.maximum(stop - start, 0) // BLOCK_V * BLOCK_V
     for v in range(start, full, BLOCK_V):  # a mask here would make every load two bytes wide
         s = tl.load(s_ptr + v + cols).to(tl.float32)
         t = tl.load(t_ptr + v + cols).to(tl.float32)
         m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
     if full < stop:
-        inside = full + cols < stop
-        s = tl.load(s_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_ptr + full + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        s = _load_inside(s_ptr, full + cols, 0, stop, end)
+        t = _load_inside(t_ptr, full + cols, 0, stop, end)
         m_s, m_t, Z_s, Z_t, Z_1, c = _update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
     return _merged(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS, TAU)
 
@@ -150,10 +176,10 @@ def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
 
 @triton.jit
 def block_gradient(
-    s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
+    s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
     HAS_LABELS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of g_kl kl / tau + g_ce ce at one block of columns; l_* are the base-2 logarithms of Z_*."""
+    """Gradient of g_kl kl / tau + g_ce ce at places `at`, y_at that of the label; l_* are base-2 logarithms of Z_*."""
     d = s - m_s
     q = tl.exp2(d * k - l_s)
     g = g_kl * (q - tl.exp2((t - m_t) * k - l_t))
@@ -164,8 +190,20 @@ def block_gradient(
             q_1 = q * q * tl.exp2(2.0 * l_s - l_1)  # exp(d) = exp(d / 2)^2
         else:
             q_1 = tl.exp2(d * LOG2E - l_1)
-        g += g_ce * q_1 - tl.where(cols == y, g_ce, 0.0)
+        g += g_ce * q_1 - tl.where(at == y_at, g_ce, 0.0)
     return g
+
+
+@triton.jit
+def _row(ptr, row, stride, PEEL: tl.constexpr):
+    """(pointer, skip): the row begins `skip` elements after the pointer, which is at a 16-byte boundary where PEEL."""
+    offset = row * stride
+    if PEEL:
+        E: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+        aligned = offset // E * E  # so written, the compiler sees that E divides it
+        return ptr + aligned, (offset - aligned).to(tl.int32)
+    else:
+        return ptr + offset, 0
 
 
 @triton.jit
@@ -202,21 +240,28 @@ def _forward_kernel(
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
     SPLIT: tl.constexpr,  # whether P > 1
+    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, those of s and t alike
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 70,345 rows
-    s_ptr += row * stride_s
-    t_ptr += row * stride_t
+    s_ptr, skip = _row(s_ptr, row, stride_s, PEEL)
+    t_ptr, _ = _row(t_ptr, row, stride_t, PEEL)
     k = LOG2E / tau
+    stop = skip + V
     if not SPLIT:
-        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, HAS_LABELS, TAU, BLOCK_V)
+        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(
+            s_ptr, t_ptr, 0, skip, stop, stop, k, HAS_LABELS, TAU, PEEL, BLOCK_V
+        )  # fmt: skip
         _store_row(
-            s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS
+            s_ptr + skip, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS
         )  # fmt: skip
     else:
         start = tl.program_id(1) * width
-        stop = tl.minimum(start + width, V)
-        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, start, stop, k, HAS_LABELS, TAU, BLOCK_V)
+        if tl.program_id(1) + 1 < tl.num_programs(1):  # the last part takes the `skip` places, too
+            stop = start + width
+        m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(
+            s_ptr, t_ptr, start, skip, stop, stop, k, HAS_LABELS, TAU, PEEL, BLOCK_V
+        )  # fmt: skip
         parts_ptr += (row * tl.num_programs(1) + tl.program_id(1)) * 6
         tl.store(parts_ptr + 0, m_s)
         tl.store(parts_ptr + 1, m_t)
@@ -277,14 +322,16 @@ def _backward_kernel(
     tau,
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
+    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, those of s, t and ds alike
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    s_ptr, skip = _row(s_ptr, row, stride_s, PEEL)
+    t_ptr, _ = _row(t_ptr, row, stride_t, PEEL)
+    ds_ptr, _ = _row(ds_ptr, row, stride_ds, PEEL)
     start = tl.program_id(1) * BLOCK_V
-    cols = start + tl.arange(0, BLOCK_V)
-    s_ptr += row * stride_s
-    t_ptr += row * stride_t
-    ds_ptr += row * stride_ds
+    stop = skip + V
+    at = start + tl.arange(0, BLOCK_V)
     stats_ptr += row * 5
     k = LOG2E / tau
     m_s = tl.load(stats_ptr + 0)
@@ -293,19 +340,20 @@ def _backward_kernel(
     l_t = tl.load(stats_ptr + 3)
     l_1 = tl.load(stats_ptr + 4)
     y = tl.load(labels_ptr + row) if HAS_LABELS else -100
+    y_at = y + skip
     g_kl = tl.load(g_kl_ptr + row * stride_g_kl) * tau  # tau^2 of the value, 1 / tau of the softened logits
     g_ce = tl.where(y == -100, 0.0, tl.load(g_ce_ptr + row * stride_g_ce))
-    if start + BLOCK_V <= V:
-        s = tl.load(s_ptr + cols).to(tl.float32)
-        t = tl.load(t_ptr + cols).to(tl.float32)
-        g = block_gradient(s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
-        tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty))
+    if (start >= skip) & (start + BLOCK_V <= stop):
+        s = tl.load(s_ptr + at).to(tl.float32)
+        t = tl.load(t_ptr + at).to(tl.float32)
+        g = block_gradient(s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
+        tl.store(ds_ptr + at, g.to(ds_ptr.dtype.element_ty))
     else:
-        inside = cols < V
-        s = tl.load(s_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
-        t = tl.load(t_ptr + cols, mask=inside, other=float("-inf")).to(tl.float32)
-        g = block_gradient(s, t, cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
-        tl.store(ds_ptr + cols, g.to(ds_ptr.dtype.element_ty), mask=inside)
+        inside = (at >= skip) & (at < stop)
+        s = tl.load(s_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+        g = block_gradient(s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS, TAU)
+        tl.store(ds_ptr + at, g.to(ds_ptr.dtype.element_ty), mask=inside)
 
 
 # ---- CPU: the same closed form, a few rows at a time; what is one number a row is computed for all of them at once
@@ -342,6 +390,11 @@ def exponentials(x, tau, m, Z, out):
     return out
 
 
+def floored(x):
+    """Log-probabilities x (R, V), up to a constant a row: raises in place those below the floor to the floor."""
+    return x.clamp_(min=x.amax(-1, keepdim=True) + FLOOR_NATS)
+
+
 def _forward_rows(s, t, labels, tau):
     """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, of logits divided by tau."""
     N, V = s.shape
@@ -358,8 +411,8 @@ def _forward_rows(s, t, labels, tau):
         torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
     m_s, m_t, Z_s, Z_t, Z_1 = columns
     for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
-        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs FLOOR
-        a, b = ((x[rows].to(wide) / tau - m[rows]).clamp_(min=FLOOR) for x, m in ((s, m_s), (t, m_t)))
+        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs the floor
+        a, b = (floored(x[rows].to(wide).div_(tau).sub_(m[rows])) for x, m in ((s, m_s), (t, m_t)))
         c[rows] = (b.exp() * (b - a)).sum(-1, keepdim=True)
     log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
     kl = (c / Z_t - log_Z_t + log_Z_s)[:, 0] * tau**2
@@ -403,16 +456,29 @@ def power_of(tau):
 def _split(N, V, device):
     """(parts, width): into how many parts of `width` columns to cut each row, so that few rows still fill a GPU."""
     programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    count = triton.cdiv(V, BLOCK_V)
-    width = triton.cdiv(count, min(count, triton.cdiv(programs, N))) * BLOCK_V
-    return triton.cdiv(V, width), width
+    count = -(-V // BLOCK_V)  # triton.cdiv costs the host 2 us
+    width = -(-count // min(count, -(-programs // N))) * BLOCK_V
+    return -(-V // width), width
 
 
-# ---- the operator: `torch.library` makes it one node for torch.compile
+def _peel(*tensors):
+    """Whether the kernels start each row at the 16-byte boundary at or below it: Triton cannot prove that it is at one.
+
+    All tensors must then be alike: of one dtype, their rows equally far off a boundary, their first elements at one.
+    """
+    E = 16 // tensors[0].element_size()
+    strides = [x.stride(0) for x in tensors]
+    return (
+        any(stride % 16 for stride in strides)
+        and all((stride - strides[0]) % E == 0 for stride in strides)
+        and all(x.dtype == tensors[0].dtype and x.data_ptr() % 16 == 0 for x in tensors)
+    )
 
 
-@torch.library.custom_op("minidistil::distill_kl", mutates_args=())
-def _forward(
+# ---- the operator
+
+
+def _forward_losses(
     s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, tau: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     N, V = s.shape
@@ -426,24 +492,22 @@ def _forward(
     options = dict(HAS_LABELS=labels is not None, TAU=power_of(tau))
     _forward_kernel[(N, parts)](
         s, t, labels, kl, ce, stats, scratch, s.stride(0), t.stride(0), V, width, tau,
-        SPLIT=parts > 1, BLOCK_V=BLOCK_V, num_warps=WARPS, **options,
+        SPLIT=parts > 1, PEEL=_peel(s, t), BLOCK_V=BLOCK_V, num_warps=WARPS, **options,
     )  # fmt: skip
     if parts > 1:
         _merge_kernel[(N,)](
             s, labels, kl, ce, stats, scratch, s.stride(0), V, parts, tau,
-            BLOCK_P=triton.next_power_of_2(parts), num_warps=1, **options,
+            BLOCK_P=1 << (parts - 1).bit_length(), num_warps=1, **options,
         )  # fmt: skip
     return kl, ce, stats
 
 
-@_forward.register_fake
-def _(s, t, labels, tau):
+def _fake_losses(s, t, labels, tau):
     wide = torch.promote_types(s.dtype, torch.float32)
     return tuple(s.new_empty(shape, dtype=wide) for shape in ((len(s),), (len(s),), (len(s), 5)))
 
 
-@torch.library.custom_op("minidistil::distill_kl_backward", mutates_args=())
-def _backward(
+def _backward_losses(
     g_kl: torch.Tensor, g_ce: torch.Tensor, s: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None,
     stats: torch.Tensor, tau: float,
 ) -> torch.Tensor:  # fmt: skip
@@ -452,16 +516,21 @@ def _backward(
     if not on_triton(s) or s.dtype == torch.float64:
         return _backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
-        _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
+        peel = _peel(s, t, ds)
+        most = V + (16 // s.element_size() - 1 if peel else 0)  # places of a row, with those before it
+        _backward_kernel[(N, -(-most // BLOCK_V))](
             s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
-            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=WARPS,
+            g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), PEEL=peel, BLOCK_V=BLOCK_V,
+            num_warps=WARPS,
         )  # fmt: skip
     return ds
 
 
-@_backward.register_fake
-def _(g_kl, g_ce, s, t, labels, stats, tau):
+def _fake_gradient(g_kl, g_ce, s, t, labels, stats, tau):
     return torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)
+
+
+_backward = opaque("distill_kl_backward", _backward_losses, _fake_gradient)
 
 
 def _setup_context(ctx, inputs, output):
@@ -474,15 +543,16 @@ def _backward_of_forward(ctx, g_kl, g_ce, _):
     return _backward(g_kl, g_ce, *ctx.saved_tensors, ctx.tau), None, None, None
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+_forward = differentiable("distill_kl", _forward_losses, _fake_losses, _setup_context, _backward_of_forward)
 
 
 def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=None):
     """Sums over rows of kl_weights * tau^2 KL(softmax(t / tau) || softmax(s / tau)) and ce_weights * cross-entropy.
 
     s, t (N, V) logits of student and teacher, fp32, bf16, fp16 (fp64 without a kernel); the last dimension contiguous,
-    and any row stride, but only a multiple of 16 elements (`padded`) loads wide. labels (N,) int64: rows labelled -100,
-    or all without labels, have no cross-entropy. kl_weights, ce_weights (N,) fp32: 1 where left out; 0 drops a row.
+    and any row stride: loads are wide where rows of s and t are equally far off 16-byte boundaries. labels (N,) int64
+    are -100 in rows without cross-entropy; None: no row has one. kl_weights, ce_weights (N,) fp32: 1 where left out; 0
+    drops a row.
     Returns (kl, ce): 0-d fp32, in nats, differentiable in s alone and apart from each other. Raises ValueError where
     shapes disagree or the teacher's logits want a gradient. Source: Hinton et al. 2015, section 2.
     """

@@ -8,9 +8,10 @@ Since the loss of a row depends on that row alone, its gradient can be had while
 rows the forward pass projects, turns student logits into G in place, and multiplies G out. Backward only scales.
 
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
-its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V): 14 V. The gradient
-of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB at BERT-base, as much as 440 rows. Hence
-chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer, of hundreds.
+its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V), and so does the sum
+over rows for db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB
+at BERT-base, as much as 380 rows. Hence chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer,
+of hundreds.
 
 G is kept in units of the largest weight, which enters in fp32 after the products: its entries, probabilities divided by
 thousands of rows, would otherwise vanish in half precision. A loss scale therefore has nothing left to save.
@@ -23,17 +24,19 @@ import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
 from kernels.distill_kl import (
-    FLOOR,
     IGNORE,
     LOG2E,
     block_gradient,
     distill_kl_ref,
     exponentials,
+    floored,
     power_of,
     row_losses,
     row_statistics,
+    row_width,
     rows_in_cache,
 )
+from kernels.operator import differentiable
 
 CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, and little memory
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
@@ -76,7 +79,7 @@ def _loss_and_gradient_kernel(
     cols = tl.arange(0, BLOCK_V)
     k = LOG2E / tau
     y = tl.load(labels_ptr + row)
-    m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, V, k, True, TAU, BLOCK_V)
+    m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(s_ptr, t_ptr, 0, 0, V, stride, k, True, TAU, False, BLOCK_V)
     kl, ce = row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, True)
     tl.store(losses_ptr + 0, kl)
     tl.store(losses_ptr + 1, ce)
@@ -97,15 +100,15 @@ def _loss_and_gradient_kernel(
             mse += tl.sum((s - t) * (s - t), 0)
         tl.store(s_ptr + v + cols, g.to(s_ptr.dtype.element_ty))
     if full < stride:
-        inside = full + cols < V
+        there, inside = full + cols < stride, full + cols < V  # 16 divides the stride: loads with this mask are wide
         # beyond V the row's maximum stands in: exp of anything else may overflow
-        s = tl.load(s_ptr + full + cols, mask=inside, other=m_s).to(tl.float32)
-        t = tl.load(t_ptr + full + cols, mask=inside, other=m_t).to(tl.float32)
+        s = tl.where(inside, tl.load(s_ptr + full + cols, mask=there, other=0.0).to(tl.float32), m_s)
+        t = tl.where(inside, tl.load(t_ptr + full + cols, mask=there, other=0.0).to(tl.float32), m_t)
         g = block_gradient(s, t, full + cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, True, TAU)
         if HAS_MSE:
             g += 2.0 * mse_weight * (s - t)
             mse += tl.sum(tl.where(inside, (s - t) * (s - t), 0.0), 0)
-        tl.store(s_ptr + full + cols, tl.where(inside, g, 0.0).to(s_ptr.dtype.element_ty), mask=full + cols < stride)
+        tl.store(s_ptr + full + cols, tl.where(inside, g, 0.0).to(s_ptr.dtype.element_ty), mask=there)
     tl.store(losses_ptr + 2, mse)
 
 
@@ -144,9 +147,10 @@ def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch)
         else:
             d = t_.to(p.dtype).add_(biases[1])
             exponentials(d, tau, m_t, Z_t, p).mul_(-1 / Z_t)  # minus the teacher's probabilities
+            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs the floor
+                floored(a)
+                floored(d)
             d.sub_(a)
-            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs FLOOR
-                d.nan_to_num_(0.0, -FLOOR, FLOOR)
             kl = kl - torch.dot(p.view(-1), d.view(-1))
             torch.addcmul(p, e, 1 / Z_s, out=a)
             if kl_weight * tau != 1:
@@ -180,32 +184,54 @@ def _chunk(N, V, dtype, on_cpu):
     return max(1, -(-N // max(1, -(-N // most))))
 
 
-def _decoder(W, b, dtype, width):
-    """(weight, bias) in `dtype`, with rows of zeros from V to `width`: padding columns of a product are then zero."""
-    if W.dtype == dtype and len(W) == width:
-        return W, b
-    wide_W, wide_b = W.new_zeros(width, W.shape[1], dtype=dtype), b.new_zeros(width, dtype=dtype)
-    wide_W[: len(W)], wide_b[: len(b)] = W, b
-    return wide_W, wide_b
+def _in_kernel(x, dtype):
+    """Whether a kernel serves matrix products in `dtype` of what is where tensor x is."""
+    return on_triton(x) and dtype != torch.float64
 
 
-def _add_outer(dW, G, h, unit, first):
-    """dW = unit G^T h, plus dW for all chunks but the first, summed in the precision of dW."""
-    beta = 0.0 if first else 1.0  # 0: what was there, even NaN, does not count
-    if G.dtype == dW.dtype:
-        torch.addmm(dW, G.t(), h, beta=beta, alpha=unit, out=dW)
-    elif G.is_cuda:
-        torch.addmm(dW, G.t(), h, out_dtype=dW.dtype, beta=beta, alpha=unit, out=dW)
+def _converted(x, dtype, rows):
+    """x in `dtype`, with zeros from its last row to `rows`; x itself where it is so already."""
+    n, *rest = x.shape
+    if x.dtype == dtype and n == rows:
+        return x
+    wide = x.new_empty(rows, *rest, dtype=dtype)
+    wide[:n] = x
+    wide[n:] = 0
+    return wide
+
+
+def decoder_for(W, b, dtype):
+    """(weight, bias) as `linear_distill_kl` multiplies them: in `dtype`, and padded to `row_width(V)` for a kernel.
+
+    Each call converts both decoders. A frozen teacher's can be converted once and passed as W_t, b_t to all calls,
+    which then use it without a copy. dtype is the one that autocast gives products, or that of the hidden rows.
+    """
+    V = W.shape[0]
+    rows = row_width(V) if _in_kernel(W, dtype) else V
+    return _converted(W, dtype, rows), _converted(b, dtype, rows)
+
+
+def _multiply(A, B, unit, out, add=False):
+    """out = unit A B, plus what `out` holds if `add`, summed in the precision of `out` where that is wider."""
+    beta = 1.0 if add else 0.0  # 0: what was there, even NaN, does not count
+    if A.dtype == out.dtype:
+        torch.addmm(out, A, B, beta=beta, alpha=unit, out=out)
+    elif A.is_cuda:
+        torch.addmm(out, A, B, out_dtype=out.dtype, beta=beta, alpha=unit, out=out)
     else:
-        product = torch.mm(G.t(), h)
-        dW.copy_(product).mul_(unit) if first else dW.add_(product, alpha=unit)
+        product = torch.mm(A, B)
+        out.add_(product, alpha=unit) if add else out.copy_(product).mul_(unit)
 
 
-# ---- the operator: `torch.library` makes it one node for torch.compile
+def _dtype_of_dh(h_s, dtype):
+    """bf16 where h_s is; fp32 where h_s is fp16, in which unit G W may vanish before the loss scale multiplies it."""
+    return torch.bfloat16 if h_s.dtype == dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.custom_op("minidistil::linear_distill_kl", mutates_args=())
-def _forward(
+# ---- the operator
+
+
+def _loss_and_gradients(
     h_s: torch.Tensor, W_s: torch.Tensor, b_s: torch.Tensor,
     h_t: torch.Tensor | None, W_t: torch.Tensor | None, b_t: torch.Tensor | None,
     labels: torch.Tensor, tau: float, kl_weight: float, ce_weight: float, mse_weight: float,
@@ -213,21 +239,21 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss, sums (3,), dh, dW, db): loss and its gradients; those that are not wanted are empty."""
     (N, C), V, wide = h_s.shape, len(W_s), torch.promote_types(dtype, torch.float32)
-    kernel = on_triton(h_s) and dtype != torch.float64
-    width = -(-V // 64) * 64 if kernel else V
+    kernel = _in_kernel(h_s, dtype)
+    width = row_width(V) if kernel else V
     unit = max(abs(kl_weight) * tau, abs(ce_weight), abs(mse_weight)) or 1.0
     weights = [weight / unit for weight in (kl_weight, ce_weight, mse_weight)]
     R = _chunk(N, V, dtype, not h_s.is_cuda)
     losses = h_s.new_zeros(N if kernel else 1, 3, dtype=wide)  # kl, ce, mse
-    dh = h_s.new_empty((N, C) if wants_dh else (0,), dtype=wide)
+    dh = h_s.new_empty((N, C) if wants_dh else (0,), dtype=_dtype_of_dh(h_s, dtype))
     dW, db = (torch.empty_like(x, dtype=wide) if wants_dW else h_s.new_empty(0, dtype=wide) for x in (W_s, b_s))
     if N == 0:
         dW.zero_()
     db.zero_()
     with torch.autocast(h_s.device.type, enabled=False):
-        models = [(h_s, *_decoder(W_s, b_s, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
+        models = [(h_s, *decoder_for(W_s, b_s, dtype), h_s.new_empty(R, width, dtype=dtype))]
         if h_t is not None:
-            models += [(h_t, *_decoder(W_t, b_t, dtype, width), h_s.new_empty(R, width, dtype=dtype))]
+            models += [(h_t, *decoder_for(W_t, b_t, dtype), h_s.new_empty(R, width, dtype=dtype))]
         if not kernel:
             biases = [b.to(wide) / tau for _, _, b, _ in models]
             scratch = h_s.new_empty(2, R if h_s.is_cuda else min(R, rows_in_cache(V, wide)), V, dtype=wide)
@@ -248,22 +274,23 @@ def _forward(
                 _loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
             G = s
             if wants_dh:
-                dh[rows] = torch.mm(G, models[0][1]).to(wide).mul_(unit)
+                _multiply(G, models[0][1], unit if G.is_cuda else 1.0, dh[rows])
             if wants_dW:
-                _add_outer(dW, G[:, :V], inputs[0][0], unit, first=start == 0)
+                _multiply(G[:, :V].t(), inputs[0][0], unit, dW, add=start > 0)
                 db.add_(G[:, :V].sum(0, dtype=wide), alpha=unit)
+    if wants_dh and not h_s.is_cuda:
+        dh.mul_(unit)  # once: a CPU's product would round its factor into each of several partial sums
     sums = losses.sum(0)
     # numbers, not a tensor of them: that would be copied to the device, and the host would wait
     loss = sums[0] * kl_weight + sums[1] * ce_weight + sums[2] * mse_weight
     return loss, sums, dh, dW, db
 
 
-@_forward.register_fake
-def _(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
+def _fake(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
     wide = torch.promote_types(dtype, torch.float32)
-    gradients = [x.new_empty(x.shape if wanted else (0,), dtype=wide)
-                 for x, wanted in ((h_s, wants_dh), (W_s, wants_dW), (b_s, wants_dW))]  # fmt: skip
-    return h_s.new_empty((), dtype=wide), h_s.new_empty(3, dtype=wide), *gradients
+    dh = h_s.new_empty(h_s.shape if wants_dh else (0,), dtype=_dtype_of_dh(h_s, dtype))
+    dW, db = (x.new_empty(x.shape if wants_dW else (0,), dtype=wide) for x in (W_s, b_s))
+    return h_s.new_empty((), dtype=wide), h_s.new_empty(3, dtype=wide), dh, dW, db
 
 
 def _setup_context(ctx, inputs, output):
@@ -284,21 +311,25 @@ def _backward(ctx, upstream, *_):
     return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 11)
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_forward = differentiable("linear_distill_kl", _loss_and_gradients, _fake, _setup_context, _backward)
 
 
 def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
     """Vocabulary projection and distillation losses in one, on any device: never keeps logits, nor a graph over them.
 
     h_s (N, C_s), W_s (V, C_s), b_s (V): student rows after the head's transform, decoder weight, bias; differentiable.
-    h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher.
+    h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher. W_t and
+    b_t may come from `decoder_for`, which saves their conversion.
     labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
     Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
     sums over rows, in nats (kl with its tau^2), are for the log, and may be 0 where their weight is. Matrix products
-    follow autocast; softmax and sums are fp32 or better. Raises ValueError where the teacher wants a gradient.
+    follow autocast; softmax and sums are fp32 or better. Raises ValueError where the teacher wants a gradient or has
+    another vocabulary.
     """
     if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):
         raise ValueError("the teacher must be frozen: its rows, weight and bias take no gradient")
+    if W_t is not None and len(W_t) not in (len(W_s), row_width(len(W_s))):
+        raise ValueError(f"student and teacher must share a vocabulary: of {len(W_s)} and {len(W_t)} words")
     if h_t is None:
         tau, kl_weight, mse_weight = 1.0, 0.0, 0.0
     device = h_s.device.type

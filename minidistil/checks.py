@@ -2,7 +2,7 @@
 
 import math
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.losses import Objective
 
 

@@ -1,6 +1,6 @@
 """Command lines made from dataclasses: a setting is one line, an error is one line.
 
-Every script declares a `@dataclass` whose fields are `setting(default, help)`; `--help`, types and the refusal of
+Every script declares a `@dataclass` whose fields are `option(default, help)`; `--help`, types and the refusal of
 unknown flags follow from it. Exit codes: 0 success, 2 a wrong command line, 1 anything else the user can mend.
 """
 
@@ -10,18 +10,12 @@ import errno
 import os
 import sys
 
+from minidistil.errors import RankLost, UserError
+
 OUT_OF_MEMORY = "out of memory: use a smaller --batch (or --micro-batch), or a shorter --seq-len"
 
 
-class UserError(Exception):
-    """Something the user can mend; the message reads `what is wrong: how to mend it`."""
-
-
-class RankLost(UserError):
-    """Another process of the run has ended: worth a line on whichever is left, where else rank 0 alone speaks."""
-
-
-def setting(default, help, **argparse_options):
+def option(default, help, **argparse_options):
     """Returns a dataclass field with its help text; extra options (`choices`, `nargs`, `metavar`) go to argparse."""
     return dataclasses.field(default=default, metadata={"help": help, **argparse_options})
 
@@ -31,8 +25,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}: see `{self.prog} --help`\n")
 
 
-def given(settings_class, argv=None, description=None):
-    """Returns only what the command line says, as a dict; `settings_class(**given(...))` adds the defaults.
+def parse_args(settings_class, argv=None, description=None):
+    """Returns only what the command line says, as a dict; `settings_class(**parse_args(...))` adds the defaults.
 
     A field without a default is positional. Underscores become hyphens; a bool is a switch.
     Exits with 2 and one line where the command line is wrong.
@@ -80,7 +74,7 @@ def describe_os_error(error):
     return f"{(error.strerror or str(error)).lower()}{path}: {_MEND.get(error.errno, 'see --debug')}"
 
 
-def run(main, argv=None):
+def run_script(main, argv=None):
     """Calls `main(argv)` and ends the process with its exit code; what the user can mend becomes one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     program = os.path.basename(sys.argv[0])

@@ -12,6 +12,7 @@ drawn without replacement with weight count^-smoothing (rare words first); of th
 token, 10 % stay.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -20,7 +21,8 @@ import pathlib
 import numpy as np
 
 from minidistil import files
-from minidistil.cli import UserError
+from minidistil.errors import UserError
+from minidistil.rng import mix, permuted, uniform
 
 IGNORE = -100  # label of a token that is not masked: PyTorch's word for "no loss here"
 MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
@@ -98,49 +100,11 @@ class Corpus:
             )
 
 
-# ---- randomness as a function
-
-
-def mix(*keys):
-    """Hashes integers or uint64 arrays, broadcast together, to uint64: a chain of splitmix64 (Steele et al. 2014)."""
-    state = np.zeros(1, np.uint64)
-    for key in keys:
-        z = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap silently
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = z ^ (z >> np.uint64(31))
-    return state
-
-
-def uniform(*keys):
-    """Like `mix`, as float64 in (0, 1): never 0, so that its logarithm is finite."""
-    return ((mix(*keys) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-
-
-def permuted(index, n, *keys):
-    """The place of each `index` (uint64 array, below n) in a random permutation of n that the keys name.
-
-    A four-round Feistel network over the next power of four; what falls outside n walks on until it is inside
-    (Black and Rogaway 2002). Shuffles any number of blocks in no memory.
-    """
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    result = np.array(index, np.uint64)
-    outside = np.arange(len(result))
-    while len(outside):
-        left, right = result[outside] >> half, result[outside] & low
-        for r in range(4):
-            left, right = right, left ^ (mix(*keys, r, right) & low)
-        result[outside] = (left << half) | right
-        outside = outside[result[outside] >= n]
-    return result
-
-
 # ---- sequences
 
 
 class Sequences:
-    """Masked sequences of T tokens from a stream of ids; `take(first, n)` is a pure function of its arguments.
+    """Masked sequences of T tokens from a stream of ids; `batch(first, n)` is a pure function of its arguments.
 
     With `shuffle`, each epoch permutes the blocks anew and starts them at another offset; without (evaluation),
     sequence g is block g. `smoothing` 0 masks uniformly, 0.7 is the published preference for rare words.
@@ -158,7 +122,7 @@ class Sequences:
         self.weights[special] = 0.0
         self.masked_per_sequence = round(MASK_SHARE * T)
 
-    def take(self, first, n):
+    def batch(self, first, n):
         """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where not masked."""
         index = np.arange(first, first + n, dtype=np.uint64)
         if self.shuffle:
@@ -192,3 +156,31 @@ class Sequences:
         ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
         replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
         return np.where(replace, random_ids, ids), labels
+
+
+# ---- batches
+
+
+class Prefetcher:
+    """make(u) for u one after the other; for a GPU a thread makes the next meanwhile, so that it never waits for data.
+
+    `make` returns numpy arrays; they become tensors, pinned for a GPU, so that copying them there waits for nothing. On
+    a CPU the thread would only take time from the model.
+    """
+
+    def __init__(self, make, device):
+        self.make, self.cuda = make, device.type == "cuda"
+        self.pool, self.coming = concurrent.futures.ThreadPoolExecutor(1) if self.cuda else None, {}
+
+    def __call__(self, u):
+        if self.pool is None:
+            return self._tensors(u)
+        now = self.coming.pop(u, None) or self.pool.submit(self._tensors, u)
+        self.coming = {u + 1: self.pool.submit(self._tensors, u + 1)}
+        return now.result()
+
+    def _tensors(self, u):
+        import torch  # which preparing a corpus does without
+
+        tensors = [torch.from_numpy(array) for array in self.make(u)]
+        return [tensor.pin_memory() for tensor in tensors] if self.cuda else tensors

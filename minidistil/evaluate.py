@@ -1,4 +1,4 @@
-"""Held-out figures on fixed masks: what the teacher knows, what the student kept, how often they agree."""
+"""Held-out metrics on fixed masks: what the teacher knows, what the student kept, how often they agree."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ ROWS = 256  # logits at a time: 256 x 30,522 fp32 is 31 MB
 class HeldOut:
     """Fixed, uniformly masked held-out sequences, and the teacher's view of them, computed once.
 
-    ids, labels (n, T) int64 from `Sequences.take`; `teacher` may be None. Arithmetic is fp32. Figures are over masked
+    ids, labels (n, T) int64 from `Sequences.take`; `teacher` may be None. Arithmetic is fp32. Metrics are over masked
     positions only: `mlm_loss` in nats, `top1` and `agreement` (same first guess as the teacher) as shares, `kl` in nats
     at temperature 1 from teacher to student.
     """
@@ -23,7 +23,7 @@ class HeldOut:
         self.targets = labels[self.masked].to(device)
         self.teacher = teacher
         self.teacher_rows = None if teacher is None else self._rows(teacher)
-        self.teacher_figures = None if teacher is None else self._figures(teacher, self.teacher_rows)
+        self.teacher_metrics = None if teacher is None else self._metrics(teacher, self.teacher_rows)
 
     @torch.no_grad()
     def _rows(self, model):
@@ -38,7 +38,7 @@ class HeldOut:
         return torch.cat(rows)
 
     @torch.no_grad()
-    def _figures(self, model, rows):
+    def _metrics(self, model, rows):
         against = self.teacher_rows is not None and model is not self.teacher
         mlm_loss = top1 = kl = agreement = 0.0
         for start in range(0, len(rows), ROWS):
@@ -51,11 +51,11 @@ class HeldOut:
                 log_p = F.log_softmax(F.linear(self.teacher_rows[part], *self.teacher.decoder), -1)
                 kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
                 agreement += (guess == log_p.argmax(-1)).sum().item()
-        figures = {"mlm_loss": mlm_loss, "top1": top1}
+        metrics = {"mlm_loss": mlm_loss, "top1": top1}
         if against:
-            figures |= {"kl": kl, "agreement": agreement}
-        return {name: round(total / max(len(rows), 1), 6) for name, total in figures.items()}
+            metrics |= {"kl": kl, "agreement": agreement}
+        return {name: round(total / max(len(rows), 1), 6) for name, total in metrics.items()}
 
-    def figures(self, student):
+    def evaluate(self, student):
         """Returns {"mlm_loss", "top1"} of a student, with a teacher also {"kl", "agreement"}."""
-        return self._figures(student, self._rows(student))
+        return self._metrics(student, self._rows(student))

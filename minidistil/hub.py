@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.weights import weight_files
 
 DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"

@@ -52,7 +52,7 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Counts:
+class Denominators:
     """Denominators of one update, over all its micro-batches: tokens, and masked tokens."""
 
     tokens: int
@@ -65,11 +65,14 @@ class Counts:
 # ---- the whole objective
 
 
-def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t=None, masked=None):
+def distillation_loss(
+    objective, denominators, labels, student, h_s, teacher=None, h_t=None, teacher_decoder=None, masked=None
+):
     """One micro-batch's share of the update's loss.
 
     labels (B, T) int64, of which `masked` are not IGNORE (counted where it is None, which makes the host wait for a
-    GPU); h_s, h_t (B, T, C) last hidden states of the `MaskedLM`s `student` and `teacher`. The shares of all
+    GPU); h_s, h_t (B, T, C) last hidden states of the `MaskedLM`s `student` and `teacher`; `teacher_decoder` is the
+    teacher's as `decoder_for` converted it, so that no micro-batch does that again. The shares of all
     micro-batches add up to L. Returns (loss, parts): parts is fp32 (4,), this micro-batch's share of the means
     (kl, ce, cos, mse), unweighted.
     """
@@ -77,7 +80,7 @@ def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t
     h_t_rows = None if h_t is None else h_t.flatten(0, 1)
     cos = h_s.new_zeros((), dtype=torch.float32)
     if objective.alpha_cos:
-        cos = cosine_distance(h_s_rows, h_t_rows) / counts.tokens
+        cos = cosine_distance(h_s_rows, h_t_rows) / denominators.tokens
     if objective.kd_rows == "masked" or not objective.on_logits:
         # no other row is scored, so no other row meets the vocabulary
         here = row_labels != IGNORE
@@ -87,8 +90,8 @@ def distillation_loss(objective, counts, labels, student, h_s, teacher=None, h_t
     on_teacher = (None, None, None)
     if objective.on_logits:
         with torch.no_grad():
-            on_teacher = (teacher.head(h_t_rows), *teacher.decoder)
-    kd_denominator, mlm_denominator = max(counts.kd_rows(objective), 1), max(counts.masked, 1)
+            on_teacher = (teacher.head(h_t_rows), *(teacher_decoder or teacher.decoder))
+    kd_denominator, mlm_denominator = max(denominators.kd_rows(objective), 1), max(denominators.masked, 1)
     loss, kl, ce, mse = linear_distill_kl(
         student.head(h_s_rows), *student.decoder, *on_teacher, row_labels, objective.temperature,
         objective.alpha_ce / kd_denominator, objective.alpha_mlm / mlm_denominator,

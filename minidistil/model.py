@@ -3,8 +3,8 @@
     BERT        Devlin et al. 2018, arXiv 1810.04805
     DistilBERT  Sanh et al. 2019, arXiv 1910.01108: half the layers, no token types, no pooler
 
-Both are one `Config`: DistilBERT is the one with `token_types=0`. No pooler and no next-sentence head exist here,
-since masked-LM distillation uses neither.
+Both are one `Config`, which names its family. No pooler and no next-sentence head exist here, since masked-LM
+distillation uses neither.
 
 Legend:  B batch   T tokens per sequence   N gathered rows   C width   H heads   D = C/H head width
          F MLP width   L layers   V vocabulary
@@ -23,11 +23,11 @@ from kernels.layer_norm import dropout, dropout_add_layer_norm
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The shape of a model; the defaults are bert-base-uncased."""
+    """The family and shape of a model; the defaults are bert-base-uncased."""
 
     vocab_size: int = 30522
     positions: int = 512  # longest sequence
-    token_types: int = 2  # 0: DistilBERT
+    token_types: int = 2  # 0: the family has none
     layers: int = 12
     heads: int = 12
     width: int = 768  # C
@@ -37,6 +37,7 @@ class Config:
     norm_eps: float = 1e-12
     init_range: float = 0.02  # standard deviation of fresh weights
     pad_id: int = 0
+    family: str = "bert"  # a key of families.FAMILIES
 
     def __post_init__(self):
         for name in ("vocab_size", "positions", "layers", "heads", "width", "mlp_width"):
@@ -47,7 +48,7 @@ class Config:
 
     def student(self, layers):
         """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal."""
-        return dataclasses.replace(self, layers=layers, token_types=0)
+        return dataclasses.replace(self, layers=layers, token_types=0, family="distilbert")
 
 
 BERT_BASE = Config()
@@ -202,6 +203,8 @@ class MaskedLM(nn.Module):
     `forward` stops at the hidden states. Logits cost V numbers a row (122 kB in fp32), so that a caller first gathers
     the rows it will score, then asks for `head(rows)` and hands them, with `decoder`, to the loss.
     """
+
+    hub_name = "MaskedLM"  # as transformers' class names end
 
     def __init__(self, config, seed=None):
         super().__init__()

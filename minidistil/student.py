@@ -1,10 +1,47 @@
 """How a student begins: from its teacher's layers, from a folder, or from random weights."""
 
 import pathlib
+import re
+
+import torch
 
 from minidistil import weights
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.model import MaskedLM
+
+
+def student_layers(teacher_layers, k=None):
+    """Returns the k teacher layers (default half) to begin a student with, evenly spread: 0, 2, 4, 7, 9, 11 of 12.
+
+    Those of the published recipe. Raises UserError unless 1 <= k <= teacher_layers.
+    """
+    k = max(1, teacher_layers // 2) if k is None else k
+    if not 1 <= k <= teacher_layers:
+        raise UserError(f"cannot choose {k} layers of {teacher_layers}: ask for 1 to {teacher_layers}")
+    return [round(i * (teacher_layers - 1) / max(1, k - 1)) for i in range(k)]
+
+
+def student_from_teacher(teacher, layers):
+    """Returns a DistilBERT-shaped MaskedLM, in training mode: copies of some of a teacher's layers and all the rest.
+
+    BERT adds token-type row 0 to every position of a single segment; here it is folded into the position table, so
+    that a student of all layers computes what its teacher does. Raises UserError for a layer that there is not.
+    """
+    L = teacher.config.layers
+    if not layers or not all(0 <= layer < L for layer in layers):
+        raise UserError(f"student layers {layers}: choose from the teacher's layers 0 to {L - 1}")
+    source = teacher.state_dict()
+    with torch.device("meta"):
+        student = MaskedLM(teacher.config.student(len(layers)))
+    state = {}
+    for name in student.state_dict():
+        theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
+        state[name] = source[theirs].clone()
+    if teacher.config.token_types:
+        state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
+    student.load_state_dict(state, assign=True)
+    return student
+
 
 
 def chosen_layers(text, teacher_layers):
@@ -18,7 +55,7 @@ def chosen_layers(text, teacher_layers):
     k = numbers[0] if numbers else None
     if k is not None and not 1 <= k <= teacher_layers:
         raise UserError(f"--student-layers {k}: the teacher has {teacher_layers} layers: choose 1 to {teacher_layers}")
-    return weights.student_layers(teacher_layers, k)
+    return student_layers(teacher_layers, k)
 
 
 def build_student(settings, teacher, init):
@@ -33,11 +70,11 @@ def build_student(settings, teacher, init):
             raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
         student = weights.load_model(init, fresh_head=True)
     elif source == "teacher":
-        student = weights.student_from_teacher(teacher, chosen_layers(settings.student_layers, teacher.config.layers))
+        student = student_from_teacher(teacher, chosen_layers(settings.student_layers, teacher.config.layers))
     else:
         if settings.student_config:
             path = pathlib.Path(settings.student_config)
-            config, _ = weights.read_config(path.parent if path.name == "config.json" else path)
+            config = weights.read_config(path.parent if path.name == "config.json" else path)
         elif teacher:
             config = teacher.config.student(len(chosen_layers(settings.student_layers, teacher.config.layers)))
         else:

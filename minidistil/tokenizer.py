@@ -22,7 +22,7 @@ import unicodedata
 
 import numpy as np
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.files import write_json, write_text
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}

@@ -1,181 +1,20 @@
-"""Checkpoints in and out: Hugging Face folders, read and written by hand.
+"""Models in and out of Hugging Face folders, by the tables of families.py.
 
-    file      model.safetensors (parsed here), pytorch_model.bin (tensors only), either of them in shards
-    names     one table per family; every tensor of a file is used or ignored with a reason, every parameter is filled
-    student   a DistilBERT made of some of a teacher's layers
-
-safetensors: 8 bytes, the header's length as a little-endian integer; a JSON header that maps each name to
-{"dtype", "shape", "data_offsets": [begin, end]}; then the data, which those ranges cover without hole or overlap.
-Format: https://huggingface.co/docs/safetensors. A file is not trusted: whatever its bytes are, it loads or is refused.
+A folder's weights are model.safetensors or pytorch_model.bin, whole or in shards. Every tensor of the files is used or
+ignored with a reason, and every parameter of the model is filled. A file is not trusted: whatever its bytes are, it
+loads or is refused.
 """
 
-import hashlib
-import json
-import math
-import os
 import pathlib
 import re
 
 import torch
 
-from minidistil.cli import UserError
-from minidistil.files import replacing, write_json
-from minidistil.heads import Classifier, SpanReader
+from minidistil.errors import UserError
+from minidistil.families import FAMILIES, IGNORED, ONLY
+from minidistil.files import write_json
 from minidistil.model import Config, MaskedLM
-
-# ---- safetensors
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-ZERO_DIGEST = "0" * 64  # stands in for the digest while it is computed
-
-
-def _damaged(path, fault):
-    return UserError(f"{path}: the file is damaged: {fault}: copy or download it again")
-
-
-def read_safetensors(path, checksum=False):
-    """Returns (tensors by name, metadata str -> str) of a safetensors file.
-
-    The tensors are views of a private memory map: read them, do not write to them, and leave the file alone meanwhile.
-    With `checksum`, the file must hold the digest that `write_safetensors(checksum=True)` gave it, and agree with it.
-    Raises UserError, naming the file and the fault, for anything that the format forbids.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start == b"version ":
-            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
-            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
-        header = file.read(length)
-    try:
-        metadata, entries = _parse_header(header, size - 8 - length)
-    except ValueError as error:
-        raise _damaged(path, error) from None
-    data = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
-    if checksum:
-        _verify(path, start + header, data[8 + length :], metadata.get("sha256", ""))
-    tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        part = data[8 + length + begin : 8 + length + end]
-        # a header of odd length leaves the data unaligned, which no view can be
-        part = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
-        tensors[name] = part.view(dtype).view(shape)
-    return tensors, metadata
-
-
-def _parse_header(header, data_size):
-    """Returns (metadata, {name: (dtype, shape, begin, end)}); ValueError says what is wrong."""
-    if not header.startswith(b"{"):
-        raise ValueError("the header is not a JSON object")
-    header = _parse_json(header)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("__metadata__ does not map strings to strings")
-    entries = {}
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"the entry of {name!r} is not dtype, shape and data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{name!r} has the unknown dtype {dtype!r}")
-        # 64 dimensions are torch's limit; a product beyond 2^63 would overflow its strides, even beside a zero
-        sane = _are_sizes(shape) and len(shape) <= 64 and math.prod(max(n, 1) for n in shape) < 2**63
-        if not sane or not _are_sizes(offsets) or len(offsets) != 2:
-            raise ValueError(f"{name!r} has an impossible shape or data_offsets")
-        entries[name] = (DTYPES[dtype], shape, *offsets)
-    position = 0
-    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != position:
-            raise ValueError(f"{name!r} begins at byte {begin}, not {position}, where the tensor before it ends")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name!r} has {end - begin} bytes, but its shape is {shape} of {DTYPE_NAMES[dtype]}")
-        position = end
-    if position != data_size:
-        raise ValueError(f"the header describes {position} bytes of data, the file has {data_size}")
-    return metadata, entries
-
-
-def _are_sizes(values):
-    """Whether `values` is a list of integers, none negative; JSON's true is no integer."""
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _parse_json(data):
-    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, NaN and doubled keys too."""
-
-    def unique(pairs):
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return values
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
-
-
-def _checksum_field(digest):
-    """Returns the one place of a header that can hold these bytes: in a string, the quotes would be escaped."""
-    return f'"sha256":"{digest}"'.encode()
-
-
-def _verify(path, header, data, digest):
-    """Raises UserError unless the file, its own digest blanked, hashes to that digest."""
-    if not re.fullmatch("[0-9a-f]{64}", digest) or _checksum_field(digest) not in header:
-        raise _damaged(path, "it holds no checksum")
-    hasher = hashlib.sha256(header.replace(_checksum_field(digest), _checksum_field(ZERO_DIGEST)))
-    hasher.update(data.numpy())
-    if hasher.hexdigest() != digest:
-        raise _damaged(path, "its bytes and its checksum disagree")
-
-
-def write_safetensors(path, tensors, metadata=None, checksum=False):
-    """Writes tensors by name, and metadata str -> str, as a safetensors file, atomically and one tensor at a time.
-
-    The same tensors give the same bytes. With `checksum`, the metadata entry `sha256` is the SHA-256 of the whole file
-    while that entry's 64 digits are zeros; `read_safetensors(checksum=True)` checks it.
-    """
-    metadata = {"format": "pt", **(metadata or {})}  # some readers demand the format
-    if checksum:
-        metadata["sha256"] = ZERO_DIGEST
-    header, position = {"__metadata__": dict(sorted(metadata.items()))}, 0
-    # widest types first, so that every tensor begins at a multiple of its item size
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in names:
-        dtype, shape, end = tensors[name].dtype, list(tensors[name].shape), position + tensors[name].nbytes
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        hasher = hashlib.sha256(start)
-        file.write(start)
-        for name in names:
-            part = tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy()
-            file.write(part)
-            if checksum:
-                hasher.update(part)
-        if checksum:
-            file.seek(start.index(_checksum_field(ZERO_DIGEST)))
-            file.write(_checksum_field(hasher.hexdigest()))
-
+from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
 # ---- the weights of a folder, whatever its files
 
@@ -216,30 +55,30 @@ def read_weights(folder):
         part = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
         twice = tensors.keys() & part.keys()
         if twice:
-            raise _damaged(path, f"{min(twice)!r} is in another shard too")
+            raise damaged(path, f"{min(twice)!r} is in another shard too")
         tensors |= part
     return tensors
 
 
-def _read_json(path):
+def read_json(path):
     """Returns the JSON object in a file, with a fault as UserError."""
     with open(path, "rb") as file:
         data = file.read(HEADER_LIMIT)
     try:
-        return _parse_json(data)
+        return parse_json(data)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}: copy or download it again") from None
 
 
 def _read_index(path):
     """Returns the shards that an index names, sorted: plain file names, so that no path leads out of the folder."""
-    shards = _read_json(path).get("weight_map")
+    shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise _damaged(path, "it has no weight_map")
+        raise damaged(path, "it has no weight_map")
     suffix = ".safetensors" if ".safetensors." in path.name else ".bin"
     for shard in shards.values():
         if not isinstance(shard, str) or not re.fullmatch(rf"\w[\w.-]*\{suffix}", shard, re.ASCII):
-            raise _damaged(path, f"{shard!r} is not the name of a {suffix} file")
+            raise damaged(path, f"{shard!r} is not the name of a {suffix} file")
     return sorted(set(shards.values()))
 
 
@@ -272,72 +111,52 @@ def _is_plain(tensor):
 
 # ---- config.json
 
-# ours, BertConfig, DistilBertConfig
-CONFIG_KEYS = [
-    ("vocab_size", "vocab_size", "vocab_size"),
-    ("positions", "max_position_embeddings", "max_position_embeddings"),
-    ("layers", "num_hidden_layers", "n_layers"),
-    ("heads", "num_attention_heads", "n_heads"),
-    ("width", "hidden_size", "dim"),
-    ("mlp_width", "intermediate_size", "hidden_dim"),
-    ("token_types", "type_vocab_size", None),
-    ("dropout", "hidden_dropout_prob", "dropout"),
-    ("attention_dropout", "attention_probs_dropout_prob", "attention_dropout"),
-    ("norm_eps", "layer_norm_eps", "layer_norm_eps"),
-    ("init_range", "initializer_range", "initializer_range"),
-    ("pad_id", "pad_token_id", "pad_token_id"),
-]
 REQUIRED = ("vocab_size", "positions", "layers", "heads", "width", "mlp_width")
 SIZE_LIMIT = 2**24  # of any one number, so that products stay below 2^63
 LAYER_LIMIT = 256  # the same for a model built without memory, in about a second
 
 
 def read_config(folder):
-    """Returns (Config, "bert" or "distilbert") from a folder's config.json.
+    """Returns the Config in a folder's config.json.
 
     Raises UserError for another architecture, a missing or impossible number, or a setting that this model has not.
     """
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: give the folder of a model")
-    values = _read_json(path)
+    values = read_json(path)
     family = _family(path, values)
-    column = 1 if family == "bert" else 2
-    for key, only in (
-        ("hidden_act", "gelu"),
-        ("activation", "gelu"),
-        ("position_embedding_type", "absolute"),
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-    ):
+    for key, only in ONLY:
         if values.get(key, only) not in (only, None):
             raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {only!r}")
-    numbers = {} if family == "bert" else {"token_types": 0}
-    for rule in CONFIG_KEYS:
-        ours, theirs = rule[0], rule[column]
+    numbers = {"family": family}
+    for ours, theirs in FAMILIES[family].config_keys.items():
         if values.get(theirs) is not None:
             numbers[ours] = _number(path, ours, theirs, values[theirs])
         elif ours in REQUIRED:
             raise UserError(f"{path} has no {theirs}: copy or download it again")
+    if "token_types" not in FAMILIES[family].config_keys:
+        numbers["token_types"] = 0
     try:
         config = Config(**numbers)
     except ValueError as error:
         raise UserError(f"{path}: {error}: correct it") from None
     if config.pad_id >= config.vocab_size:
         raise UserError(f"{path}: pad_token_id is {config.pad_id}, beyond the {config.vocab_size} words: correct it")
-    return config, family
+    return config
 
 
 def _family(path, values):
-    """Returns "bert" or "distilbert"; old files say it in `architectures` only, or only by their keys."""
+    """Returns a key of FAMILIES; old files name the family in `architectures` only, or only by their keys."""
     family = values.get("model_type")
     if not family and values.get("architectures"):
-        match = re.match(r"\['(Bert|DistilBert)[A-Z]", str(values["architectures"]))
-        family = match[1].lower() if match else values["architectures"]
+        match = re.match(r"\['(\w+?)(?:For|Model)", str(values["architectures"]))
+        known = {table.architecture: name for name, table in FAMILIES.items()}
+        family = known.get(match[1], values["architectures"]) if match else values["architectures"]
     elif not family:
         family = "distilbert" if "n_layers" in values else "bert"
-    if family not in ("bert", "distilbert"):
-        raise UserError(f"{path} describes a {family!r} model: use a bert or a distilbert")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"{path} describes a {family!r} model: use one of {', '.join(FAMILIES)}")
     return family
 
 
@@ -357,90 +176,17 @@ def _number(path, ours, theirs, value):
 
 
 def write_config(folder, config, head="MaskedLM", **extra):
-    """Writes config.json as the Hub has it: a BertConfig, or a DistilBertConfig where there are no token types."""
-    column = 1 if config.token_types else 2
-    values = {rule[column]: getattr(config, rule[0]) for rule in CONFIG_KEYS if rule[column]}
-    if config.token_types:
-        values |= {
-            "model_type": "bert",
-            "architectures": [f"BertFor{head}"],
-            "hidden_act": "gelu",
-            "position_embedding_type": "absolute",
-            "classifier_dropout": None,
-            "use_cache": True,
-        }
-    else:
-        values |= {
-            "model_type": "distilbert",
-            "architectures": [f"DistilBertFor{head}"],
-            "activation": "gelu",
-            "qa_dropout": 0.1,
-            "seq_classif_dropout": 0.2,
-            "sinusoidal_pos_embds": False,
-            "tie_weights_": True,
-        }
-        if config.norm_eps == Config.norm_eps:
-            del values["layer_norm_eps"]  # a DistilBertConfig has none; another value is kept for our own reader
-    values |= {"tie_word_embeddings": True, "torch_dtype": "float32", **extra}
+    """Writes config.json as transformers' configuration of this family has it."""
+    family = FAMILIES[config.family]
+    values = {theirs: getattr(config, ours) for ours, theirs in family.config_keys.items()}
+    if config.family == "distilbert" and config.norm_eps == Config.norm_eps:
+        del values["layer_norm_eps"]
+    values |= {"model_type": config.family, "architectures": [f"{family.architecture}For{head}"]}
+    values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
 
 
 # ---- names
-
-HUB_NAMES = {MaskedLM: "MaskedLM", Classifier: "SequenceClassification", SpanReader: "QuestionAnswering"}
-
-# our module, theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
-BERT = [
-    ("encoder.embeddings.words", "bert.embeddings.word_embeddings"),
-    ("encoder.embeddings.positions", "bert.embeddings.position_embeddings"),
-    ("encoder.embeddings.types", "bert.embeddings.token_type_embeddings"),
-    ("encoder.embeddings.norm", "bert.embeddings.LayerNorm"),
-    ("encoder.blocks.{i}.attention.qkv", "bert.encoder.layer.{i}.attention.self.query|key|value"),
-    ("encoder.blocks.{i}.attention.out", "bert.encoder.layer.{i}.attention.output.dense"),
-    ("encoder.blocks.{i}.attention_norm", "bert.encoder.layer.{i}.attention.output.LayerNorm"),
-    ("encoder.blocks.{i}.mlp.up", "bert.encoder.layer.{i}.intermediate.dense"),
-    ("encoder.blocks.{i}.mlp.down", "bert.encoder.layer.{i}.output.dense"),
-    ("encoder.blocks.{i}.mlp_norm", "bert.encoder.layer.{i}.output.LayerNorm"),
-    ("head.dense", "cls.predictions.transform.dense"),
-    ("head.norm", "cls.predictions.transform.LayerNorm"),
-    ("head", "cls.predictions"),
-    ("pool", "bert.pooler.dense"),
-    ("classify", "classifier"),
-    ("answer", "qa_outputs"),
-]
-DISTILBERT = [
-    ("encoder.embeddings.words", "distilbert.embeddings.word_embeddings"),
-    ("encoder.embeddings.positions", "distilbert.embeddings.position_embeddings"),
-    ("encoder.embeddings.norm", "distilbert.embeddings.LayerNorm"),
-    ("encoder.blocks.{i}.attention.qkv", "distilbert.transformer.layer.{i}.attention.q_lin|k_lin|v_lin"),
-    ("encoder.blocks.{i}.attention.out", "distilbert.transformer.layer.{i}.attention.out_lin"),
-    ("encoder.blocks.{i}.attention_norm", "distilbert.transformer.layer.{i}.sa_layer_norm"),
-    ("encoder.blocks.{i}.mlp.up", "distilbert.transformer.layer.{i}.ffn.lin1"),
-    ("encoder.blocks.{i}.mlp.down", "distilbert.transformer.layer.{i}.ffn.lin2"),
-    ("encoder.blocks.{i}.mlp_norm", "distilbert.transformer.layer.{i}.output_layer_norm"),
-    ("head.dense", "vocab_transform"),
-    ("head.norm", "vocab_layer_norm"),
-    ("head", "vocab_projector"),
-    ("pool", "pre_classifier"),
-    ("classify", "classifier"),
-    ("answer", "qa_outputs"),
-]
-# second copies that some files hold: each must equal the tensor that it is tied to
-TIED = [
-    ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
-]
-# what a file may hold and another head than its own has no use for, and what it is
-IGNORED = [
-    (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
-    (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
-    (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
-    (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),
-    (r"cls\.predictions\.(transform\.(dense|LayerNorm)\.(weight|bias)|(decoder\.)?bias)", "BERT's masked-LM head"),
-    (r"vocab_(transform|layer_norm|projector)\.(weight|bias)", "DistilBERT's masked-LM head"),
-]
-
 
 def _plain(name):
     """Their name less what differs between files: prefixes of wrappers, and gamma and beta from TensorFlow."""
@@ -450,7 +196,7 @@ def _plain(name):
 
 def _names(config, parameters):
     """Returns {our parameter: [their name, ...]} for parameters of a model of this shape."""
-    rules = dict(BERT if config.token_types else DISTILBERT)
+    rules = FAMILIES[config.family].tensors
     names = {}
     for ours in parameters:
         module, _, kind = ours.rpartition(".")
@@ -470,63 +216,27 @@ def load_model(folder, fresh_head=False):
     `fresh_head` gives a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder.
     Raises UserError unless every tensor of the file has a place or a reason to have none, and every parameter a tensor.
     """
-    config, _ = read_config(folder)
+    config = read_config(folder)
     with torch.device("meta"):  # no memory, no random numbers: every tensor is replaced below
         model = MaskedLM(config)
-    source, names = _source(folder, model)
+    source, names = named_weights(folder, model)
     fresh = {}
     if not any(name in source for ours in names if ours.startswith("head.") for name in names[ours]):
         if not fresh_head:
             way = f"give it a head with `--teacher none --student-init {folder}`"
             raise UserError(f"{folder} has no masked-LM head: {way}")
         fresh = _fresh_head(config)
-    return _fill(folder, model, source, names, fresh).eval()
+    return fill(folder, model, source, names, fresh).eval()
 
 
-def load_pretrained(folder, kind, outputs, seed=0):
-    """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
-
-    Its own head is fresh; BERT's pooler, trained with the next-sentence head, is taken where the file has one.
-    """
-    config, family = read_config(folder)
-    with torch.device("meta"):
-        model = kind(config, outputs)
-    source, names = _source(folder, model)
-    generator, fresh = torch.Generator().manual_seed(seed), {}
-    for ours, tensor in model.state_dict().items():
-        known = family == "bert" and ours.startswith("pool.") and names[ours][0] in source
-        if not (ours.startswith("encoder.") or known):
-            fresh[ours] = torch.zeros(tensor.shape)
-            if tensor.ndim > 1:
-                fresh[ours].normal_(0.0, config.init_range, generator=generator)
-    return _fill(folder, model, source, names, fresh).train()
-
-
-def load_finetuned(folder):
-    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, its labels' names."""
-    config, _ = read_config(folder)
-    values = _read_json(pathlib.Path(folder) / "config.json")
-    kinds = {f"For{name}": kind for kind, name in HUB_NAMES.items() if kind is not MaskedLM}
-    kind = next((kinds[n] for n in kinds if str((values.get("architectures") or [""])[0]).endswith(n)), None)
-    if kind is None:
-        raise UserError(f"{folder} is not a fine-tuned model: make one with finetune.py")
-    labels = values.get("id2label") or {}
-    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
-        raise UserError(f"{folder}/config.json: id2label does not count 0, 1, 2, ...: correct it")
-    labels = tuple(labels[str(i)] for i in range(len(labels)))
-    with torch.device("meta"):
-        model = kind(config, len(labels) or 2)
-    return _fill(folder, model, *_source(folder, model)).eval(), labels
-
-
-def _source(folder, model):
+def named_weights(folder, model):
     """Returns ({their name: tensor}, {our parameter: [their name, ...]}) for a model from a folder's files."""
     tensors = read_weights(folder)
     names = _names(model.config, model.state_dict())
     return _by_their_names(folder, tensors, [name for group in names.values() for name in group]), names
 
 
-def _fill(folder, model, source, names, fresh=()):
+def fill(folder, model, source, names, fresh=()):
     """Gives a model that was made without memory the tensors of `fresh`, by our names, and all others of `source`."""
     state = dict(fresh)
     wanted = [ours for ours in names if ours not in state]
@@ -547,7 +257,7 @@ def _fill(folder, model, source, names, fresh=()):
 
 def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places`, less those tied and ignored; UserError names one without a place."""
-    tied = [(copy, original) for copy, original in TIED if original in places]
+    tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_plain(name): name for name in places + [copy for copy, _ in tied]}
     found, unknown = {}, []
     for name, tensor in tensors.items():
@@ -606,38 +316,7 @@ def save_model(folder, model, **extra):
     tensors = {}
     for ours, theirs in _names(model.config, state).items():
         tensors |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
-    write_config(folder, model.config, HUB_NAMES[type(model)], **extra)
+    write_config(folder, model.config, model.hub_name, **extra)
     write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)
 
 
-def student_layers(teacher_layers, k=None):
-    """Returns the k teacher layers (default half) to begin a student with, evenly spread: 0, 2, 4, 7, 9, 11 of 12.
-
-    Those of the published recipe. Raises UserError unless 1 <= k <= teacher_layers.
-    """
-    k = max(1, teacher_layers // 2) if k is None else k
-    if not 1 <= k <= teacher_layers:
-        raise UserError(f"cannot choose {k} layers of {teacher_layers}: ask for 1 to {teacher_layers}")
-    return [round(i * (teacher_layers - 1) / max(1, k - 1)) for i in range(k)]
-
-
-def student_from_teacher(teacher, layers):
-    """Returns a DistilBERT-shaped MaskedLM, in training mode: copies of some of a teacher's layers and all the rest.
-
-    BERT adds token-type row 0 to every position of a single segment; here it is folded into the position table, so
-    that a student of all layers computes what its teacher does. Raises UserError for a layer that there is not.
-    """
-    L = teacher.config.layers
-    if not layers or not all(0 <= layer < L for layer in layers):
-        raise UserError(f"student layers {layers}: choose from the teacher's layers 0 to {L - 1}")
-    source = teacher.state_dict()
-    with torch.device("meta"):
-        student = MaskedLM(teacher.config.student(len(layers)))
-    state = {}
-    for name in student.state_dict():
-        theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
-        state[name] = source[theirs].clone()
-    if teacher.config.token_types:
-        state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
-    student.load_state_dict(state, assign=True)
-    return student

@@ -6,6 +6,7 @@ Needs neither driver nor toolkit: Triton's wheel brings ptxas, cuobjdump and nvd
 the loops where a kernel has them, else of the whole kernel (which counts the masked tail, too).
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -36,17 +37,20 @@ def shipped():
         common = dict(s_ptr=logits, t_ptr=logits, labels_ptr="*i64", V="i32:any", tau="fp32")
         row = dict(common, kl_ptr="*fp32", ce_ptr="*fp32", stats_ptr="*fp32", parts_ptr="*fp32", stride_s="i32")
         flags = dict(HAS_LABELS=True, TAU=2)
-        for split in (False, True):
-            name = f"distill_kl forward, {'parts of rows' if split else 'whole rows'}, {half}"
-            yield (name, distill_kl._forward_kernel, dict(row, stride_t="i32", width="i32"),
-                   dict(flags, SPLIT=split, BLOCK_V=block), warps, block)  # fmt: skip
+        # rows that begin at multiples of 16, and rows as PyTorch makes them
+        layouts = dict(padded=("i32", False), contiguous=("i32:any", True))
+        for (layout, (stride, peel)), split in itertools.product(layouts.items(), (False, True)):
+            name = f"distill_kl forward, {'parts of' if split else 'whole'} {layout} rows, {half}"
+            yield (name, distill_kl._forward_kernel, dict(row, stride_s=stride, stride_t=stride, width="i32"),
+                   dict(flags, SPLIT=split, PEEL=peel, BLOCK_V=block), warps, block)  # fmt: skip
         yield (f"distill_kl merge, {half}", distill_kl._merge_kernel,
                {k: v for k, v in dict(row, P="i32:any").items() if k != "t_ptr"},
                dict(flags, BLOCK_P=4), 1, 32)  # fmt: skip
-        yield (f"distill_kl backward, {half}", distill_kl._backward_kernel,
-               dict(common, g_kl_ptr="*fp32", g_ce_ptr="*fp32", stats_ptr="*fp32", ds_ptr=logits, stride_s="i32",
-                    stride_t="i32", stride_ds="i32", stride_g_kl="i32:any", stride_g_ce="i32:any"),
-               dict(flags, BLOCK_V=block), warps, block)  # fmt: skip
+        for layout, (stride, peel) in layouts.items():
+            yield (f"distill_kl backward, {layout} rows, {half}", distill_kl._backward_kernel,
+                   dict(common, g_kl_ptr="*fp32", g_ce_ptr="*fp32", stats_ptr="*fp32", ds_ptr=logits, stride_s=stride,
+                        stride_t=stride, stride_ds=stride, stride_g_kl="i32:any", stride_g_ce="i32:any"),
+                   dict(flags, PEEL=peel, BLOCK_V=block), warps, block)  # fmt: skip
         block, warps = linear_distill_kl.launch(itemsize)
         yield (f"linear_distill_kl, {half}", linear_distill_kl._loss_and_gradient_kernel,
                dict(common, losses_ptr="*fp32", stride="i32", kl_weight="fp32", ce_weight="fp32", mse_weight="fp32"),
@@ -121,7 +125,7 @@ def instructions(sass):
 
 
 def figures(kernel, types, constants, warps, elements, architecture):
-    """What one program does per element: instructions, widths of global accesses, registers, spills; waits in loops."""
+    """What one program does per element: instructions, registers, spills; waits in loops; widths of global accesses."""
     k = compiled(kernel, types, constants, warps, architecture)
     if architecture.startswith("gfx"):
         text = k.asm["amdgcn"]
@@ -145,6 +149,7 @@ def figures(kernel, types, constants, warps, elements, architecture):
         mufu=round(sum(op.startswith("MUFU") for op in ops) / per_thread, 1),
         barriers=sum(op.startswith("BAR") for op in loop),
         loads=sorted({op for op in ops if op.startswith("LDG")}),
+        narrow_loads=sum(op.startswith("LDG") and not op.endswith(("128", "256")) for op in whole),
         stores=sorted({op for op in whole if op.startswith("STG")}),
     )
 

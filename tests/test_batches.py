@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from minidistil.batches import batches, encode_pair, padded, predict
+from minidistil.downstream.batches import batches, encode_pair, padded, predict
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(95))])

@@ -11,18 +11,17 @@ import pytest
 import torch
 
 import bench
-import train
 from benches import ROOT, kernels, prepare, step
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt
 from data import docstrings
 from kernels import cosine, layer_norm, linear_distill_kl
-from minidistil import weights
-from minidistil.ahead import Ahead
-from minidistil.cli import UserError
-from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.losses import Counts, Objective, distillation_loss
+from minidistil import distiller, weights
+from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
+from minidistil.errors import UserError
+from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import MaskedLM
+from minidistil.student import student_from_teacher
 from minidistil.tokenizer import Tokenizer
 
 
@@ -38,7 +37,7 @@ def run(case, out, capsys):
 def test_step(tmp_path, capsys, monkeypatch):
     # in this process, which is quicker; what the stopwatch replaces is put back afterwards
     monkeypatch.setattr(step, "alone", lambda function, *arguments: getattr(step, function)(*arguments))
-    for owner, name in ((Ahead, "__call__"), (MaskedLM, "forward"), (train, "distillation_loss"),
+    for owner, name in ((Prefetcher, "__call__"), (MaskedLM, "forward"), (distiller, "distillation_loss"),
                         (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_"),
                         (torch.optim.AdamW, "step")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -127,11 +126,11 @@ def test_the_original_has_the_same_loss(tmp_path):
     step.make_world(tmp_path, shape, 20_000)
     logged = step.original(tmp_path, shape | {"padding": 0}, "cpu")["loss"]
     teacher = weights.load_model(tmp_path / "teacher").eval().requires_grad_(False)
-    student = weights.student_from_teacher(teacher, [0, 3]).eval()
+    student = student_from_teacher(teacher, [0, 3]).eval()
     corpus = Corpus(tmp_path / "corpus")
     sequences = Sequences(corpus.train, shape["T"], Tokenizer.load(tmp_path / "teacher"), 0, corpus.counts, 0.7, True)
-    ids, labels = map(torch.from_numpy, sequences.take(0, shape["batch"]))
-    counts = Counts(ids.numel(), int((labels != IGNORE).sum()))
+    ids, labels = map(torch.from_numpy, sequences.batch(0, shape["batch"]))
+    counts = Denominators(ids.numel(), int((labels != IGNORE).sum()))
     ours, _ = distillation_loss(Objective(), counts, labels, student, student(ids), teacher, teacher(ids))
     # dropout is on in the baseline: near, not equal
     assert logged == pytest.approx(ours.item(), rel=0.02)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from benches import distil, retention
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 
 def settings(**given):

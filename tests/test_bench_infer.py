@@ -12,9 +12,9 @@ import torch
 
 from benches import infer
 from minidistil import weights
-from minidistil.batches import encode_pair
-from minidistil.cli import UserError
-from minidistil.heads import Classifier, SpanReader
+from minidistil.downstream.batches import encode_pair
+from minidistil.downstream.heads import Classifier, SpanReader, load_finetuned
+from minidistil.errors import UserError
 from minidistil.model import Config
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -176,7 +176,7 @@ def test_accuracy_is_that_of_its_own_task(world):
     values = json.loads(config.read_text())
     settings = types.SimpleNamespace(student=world / "sst2", data=world / "glue")
     assert infer.accuracies(settings, {}, 32) == {}
-    models = {"student": weights.load_finetuned(world / "sst2")[0]}
+    models = {"student": load_finetuned(world / "sst2")[0]}
     assert infer.accuracies(settings, models, 32) == {"student": 80.0}
     assert infer.accuracies(types.SimpleNamespace(student=world / "sst2", data=world), models, 32) == {}
     config.write_text(json.dumps(values | {"finetuning_task": "rte"}))

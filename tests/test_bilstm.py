@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minidistil import bilstm
-from minidistil.bilstm import BiLSTM
-from minidistil.cli import UserError
+from minidistil.downstream import bilstm
+from minidistil.downstream.bilstm import BiLSTM
+from minidistil.errors import UserError
 
 V, CLS, SEP = 50, 1, 2
 

@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from minidistil.cli import UserError
-from minidistil.data import IGNORE, Corpus, Sequences, TokenFile, mix, permuted, uniform
-from minidistil.memory import status_kib
+from minidistil.data import IGNORE, Corpus, Sequences, TokenFile
+from minidistil.device import status_kib
+from minidistil.errors import UserError
+from minidistil.rng import mix, permuted, uniform
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 V = 500
@@ -71,7 +72,7 @@ def test_every_block_once_an_epoch_and_other_blocks_in_the_next(tokenizer):
     tokens, block = np.asarray(sequences.tokens), sequences.block
 
     def starts(first):
-        ids, labels = sequences.take(first, n)
+        ids, labels = sequences.batch(first, n)
         original = np.where(labels != IGNORE, labels, ids)[:, 1:-1]
         places = {tokens[s : s + block].tobytes(): s for s in range(len(tokens) - block + 1)}
         return [places[row.astype(np.uint16).tobytes()] for row in original]
@@ -85,7 +86,7 @@ def test_every_block_once_an_epoch_and_other_blocks_in_the_next(tokenizer):
 
 
 def test_shape_of_a_sequence(tokenizer):
-    ids, labels = make(tokenizer).take(0, 50)
+    ids, labels = make(tokenizer).batch(0, 50)
     assert ids.dtype == labels.dtype == np.int64 and ids.shape == labels.shape == (50, 64)
     assert (ids[:, 0] == tokenizer.cls_id).all() and (ids[:, -1] == tokenizer.sep_id).all()
     masked = labels != IGNORE
@@ -97,20 +98,20 @@ def test_shape_of_a_sequence(tokenizer):
 def test_a_pure_function_of_the_global_index(tokenizer, pieces):
     sequences = make(tokenizer, counts=np.bincount(stream(tokenizer), minlength=V), smoothing=0.7)
     first = sequences.per_epoch - 30  # across an epoch's end
-    whole = sequences.take(first, 64)
+    whole = sequences.batch(first, 64)
     parts, at = [], first
     for n in pieces:
-        parts.append(sequences.take(at, n))
+        parts.append(sequences.batch(at, n))
         at += n
     for k in range(2):
         assert np.array_equal(np.concatenate([part[k] for part in parts]), whole[k])
-    other_seed = Sequences(sequences.tokens, 64, tokenizer, seed=8, shuffle=True).take(first, 64)
+    other_seed = Sequences(sequences.tokens, 64, tokenizer, seed=8, shuffle=True).batch(first, 64)
     assert not np.array_equal(other_seed[0], whole[0])
 
 
 def test_80_10_10(tokenizer):
     sequences = make(tokenizer)
-    ids, labels = sequences.take(0, 4000)
+    ids, labels = sequences.batch(0, 4000)
     masked = labels != IGNORE
     n = masked.sum()
     is_mask = (ids[masked] == tokenizer.mask_id).mean()
@@ -120,7 +121,7 @@ def test_80_10_10(tokenizer):
     replaced = ids[masked & (ids != tokenizer.mask_id) & (ids != labels)]
     assert abs(len(replaced) / n - 0.1) < 0.01
     assert len(np.unique(replaced)) > 0.95 * V  # the whole vocabulary
-    dynamic = sequences.take(sequences.per_epoch, 4000)[1] != IGNORE
+    dynamic = sequences.batch(sequences.per_epoch, 4000)[1] != IGNORE
     assert 0.1 < (dynamic == masked).mean() < 0.9
 
 
@@ -130,7 +131,7 @@ def test_masks_are_drawn_by_weight(tokenizer):
     counts = np.ones(V)
     counts[5:67] = 10.0 ** np.linspace(0, 4, 62)
     sequences = Sequences(tokens, 64, tokenizer, seed=1, counts=counts, smoothing=0.7)
-    _, labels = sequences.take(0, 4000)
+    _, labels = sequences.batch(0, 4000)
     ours = np.bincount(labels[labels != IGNORE], minlength=V)[5:67] / 4000
     weights = counts[5:67] ** -0.7
     rng = np.random.default_rng(0)
@@ -138,7 +139,7 @@ def test_masks_are_drawn_by_weight(tokenizer):
     expected = np.bincount(np.concatenate(draws), minlength=62) / 4000
     assert np.abs(ours - expected).max() < 0.05
     assert ours[0] > 5 * ours[-1]
-    uniform_labels = Sequences(tokens, 64, tokenizer, seed=1).take(0, 4000)[1]
+    uniform_labels = Sequences(tokens, 64, tokenizer, seed=1).batch(0, 4000)[1]
     even = np.bincount(uniform_labels[uniform_labels != IGNORE], minlength=V)[5:67] / 4000
     assert np.abs(even - 10 / 62).max() < 0.03
 
@@ -146,7 +147,7 @@ def test_masks_are_drawn_by_weight(tokenizer):
 def test_almost_nothing_to_mask(tokenizer):
     tokens = np.full(1000, tokenizer.sep_id, np.uint16)
     tokens[::60] = 9
-    ids, labels = Sequences(tokens, 64, tokenizer, seed=0).take(0, 10)
+    ids, labels = Sequences(tokens, 64, tokenizer, seed=0).batch(0, 10)
     assert set(labels[labels != IGNORE]) == {9}
 
 

@@ -12,12 +12,13 @@ import torch
 
 import finetune
 from finetune import Settings, agreed, next_run, objective, summary_of
-from minidistil import checkpoint, weights
-from minidistil.batches import predict
-from minidistil.cli import UserError
-from minidistil.datasets import open_task
-from minidistil.heads import Classifier
-from minidistil.schedule import lr_at
+from minidistil import weights
+from minidistil.downstream.batches import predict
+from minidistil.downstream.heads import Classifier, load_finetuned
+from minidistil.downstream.tasks import open_task
+from minidistil.errors import UserError
+from minidistil.progress import lr_at
+from minidistil.run import CHECKPOINT, load_checkpoint
 from minidistil.tokenizer import Tokenizer
 
 FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
@@ -47,7 +48,7 @@ def test_learns_and_leaves_a_model(sst2, glue):
     state = json.loads((out / "scores.json").read_text())
     (one,) = state["runs"]["sst2"]
     assert len(one["epochs"]) == 3 and one["updates"] == 150
-    model, labels = weights.load_finetuned(out / "sst2")
+    model, labels = load_finetuned(out / "sst2")
     assert labels == ("negative", "positive") and isinstance(model, Classifier)
     assert json.loads((out / "sst2" / "config.json").read_text())["finetuning_task"] == "sst2"
 
@@ -65,7 +66,7 @@ def test_what_is_kept_scores_what_was_reported(sst2, glue):
 def test_the_best_run_is_kept(tiny, glue, tmp_path):
     """Not the first, and not the last: the middle of three learning rates is the only one that learns."""
     figures = tuned(tiny, glue, tmp_path / "out", lr="1e-9,3e-3,2e-9", examples=160, epochs=2.0)["tasks"]["sst2"]
-    model, _ = weights.load_finetuned(tmp_path / "out" / "sst2")
+    model, _ = load_finetuned(tmp_path / "out" / "sst2")
     work = open_task("sst2", glue, Tokenizer.load(tmp_path / "out" / "sst2"))
     kept = work.figures([predict(model, work.dev[0], 0, "cpu")])["score"]
     assert figures["lr"] == 3e-3 and kept == pytest.approx(figures["score"], abs=0.01) and kept > 70
@@ -89,7 +90,7 @@ def test_regression_and_pairs(tiny, glue, tmp_path):
     assert figures["score"] == pytest.approx((figures["pearson"] + figures["spearman"]) / 2, abs=0.01)
     config = json.loads((tmp_path / "out" / "stsb" / "config.json").read_text())
     assert config["problem_type"] == "regression" and config["id2label"] == {"0": "score"}
-    model, _ = weights.load_finetuned(tmp_path / "out" / "stsb")
+    model, _ = load_finetuned(tmp_path / "out" / "stsb")
     assert 2 < model.classify.bias.item() < 3  # the mean, near which it began
 
 
@@ -207,7 +208,7 @@ def test_a_task_that_is_done_asks_no_teacher(tiny, glue, sst2, tmp_path, capsys)
 def test_bilstm_on_the_teachers_words(tiny, glue, sst2, tmp_path):
     summary = tuned(tiny, glue, tmp_path / "out", model="bilstm", teacher=str(sst2[1]), epochs=2.0)
     assert summary["tasks"]["sst2"]["score"] > 85
-    from minidistil import bilstm
+    from minidistil.downstream import bilstm
 
     model, labels = bilstm.load(tmp_path / "out" / "sst2")
     assert labels == ("negative", "positive")
@@ -253,10 +254,10 @@ def test_killed_without_warning(tiny, glue, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(finetune, "lr_at", lambda update, *rest: lr_at(update, *rest) + (0 / 0 if update == 4 else 0))
         tuned(tiny, glue, tmp_path / "b", **few, save_every=0.0)
-    assert checkpoint.load(tmp_path / "b")[0]["update"] == 4
+    assert load_checkpoint(tmp_path / "b")[0]["update"] == 4
     assert tuned(tiny, glue, tmp_path / "b", **few, resume=True)["tasks"] == expected["tasks"]
     a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
-    assert a == b and not checkpoint.path_of(tmp_path / "b").exists()
+    assert a == b and not (tmp_path / "b" / CHECKPOINT).exists()
 
 
 def test_more_seeds_later(tiny, glue, tmp_path):
@@ -362,7 +363,7 @@ def test_a_damaged_checkpoint_is_refused(tiny, glue, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupted_at(2, patch)
         tuned(tiny, glue, tmp_path / "out", **few)
-    path = checkpoint.path_of(tmp_path / "out")
+    path = tmp_path / "out" / CHECKPOINT
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minidistil import weights
-from minidistil.cli import UserError
-from minidistil.heads import NOWHERE, Classifier, SpanReader
+from minidistil.downstream.heads import NOWHERE, Classifier, SpanReader, load_finetuned, load_pretrained
+from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -61,7 +61,7 @@ def test_disk_and_back(config, kind, outputs, tmp_path):
     model = kind(config, outputs, seed=1)
     names = {str(i): f"label {i}" for i in range(outputs)} if kind is Classifier else {}
     weights.save_model(tmp_path, model, **({"id2label": names} if names else {}))
-    again, labels = weights.load_finetuned(tmp_path)
+    again, labels = load_finetuned(tmp_path)
     assert type(again) is kind and not again.training and labels == tuple(names.values())
     assert again.config == dataclasses.replace(config, norm_eps=again.config.norm_eps)
     state, expected = again.state_dict(), model.state_dict()
@@ -73,7 +73,7 @@ def test_disk_and_back(config, kind, outputs, tmp_path):
 def test_a_start_takes_the_encoder_and_a_fresh_head(config, tmp_path):
     source = MaskedLM(config, seed=1)
     weights.save_model(tmp_path, source)
-    one, same, other = (weights.load_pretrained(tmp_path, Classifier, 2, seed) for seed in (0, 0, 1))
+    one, same, other = (load_pretrained(tmp_path, Classifier, 2, seed) for seed in (0, 0, 1))
     assert one.training
     for name, tensor in source.encoder.state_dict().items():
         assert torch.equal(one.encoder.state_dict()[name], tensor)
@@ -86,22 +86,22 @@ def test_only_the_pooler_of_bert_was_pretrained(config, tmp_path):
     """DistilBERT's dense layer belongs to the task that it was tuned for; BERT's comes from pre-training."""
     tuned = Classifier(config, 3, seed=1)
     weights.save_model(tmp_path, tuned)
-    model = weights.load_pretrained(tmp_path, Classifier, 2, seed=2)
+    model = load_pretrained(tmp_path, Classifier, 2, seed=2)
     assert torch.equal(model.pool.weight, tuned.pool.weight) == bool(config.token_types)
     assert model.classify.weight.shape == (2, config.width)
-    assert weights.load_pretrained(tmp_path, SpanReader, 2).answer.weight.shape == (2, config.width)
+    assert load_pretrained(tmp_path, SpanReader, 2).answer.weight.shape == (2, config.width)
 
 
 def test_folders_that_are_not_fine_tuned_are_refused(tmp_path):
     weights.save_model(tmp_path / "mlm", MaskedLM(BERT, seed=1))
     with pytest.raises(UserError, match="not a fine-tuned model: make one with finetune.py"):
-        weights.load_finetuned(tmp_path / "mlm")
+        load_finetuned(tmp_path / "mlm")
     weights.save_model(tmp_path / "gap", Classifier(BERT, 2, seed=1), id2label={"0": "a", "2": "b"})
     with pytest.raises(UserError, match="id2label does not count 0, 1, 2"):
-        weights.load_finetuned(tmp_path / "gap")
+        load_finetuned(tmp_path / "gap")
     weights.save_model(tmp_path / "three", Classifier(BERT, 2, seed=1), id2label={"0": "a", "1": "b", "2": "c"})
     with pytest.raises(UserError, match="classifier"):
-        weights.load_finetuned(tmp_path / "three")
+        load_finetuned(tmp_path / "three")
     with pytest.raises(UserError, match="has no masked-LM head"):
         weights.load_model(tmp_path / "gap")
 
@@ -113,7 +113,7 @@ def test_pipeline_gives_the_same_answer(config, tmp_path):
     tokenizer = Tokenizer(vocab, max_length=24)
     model = Classifier(config, 2, seed=1).eval()
     weights.save_model(tmp_path, model, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
-    tokenizer.save(tmp_path, "bert" if config.token_types else "distilbert")
+    tokenizer.save(tmp_path, config.family)
     pipeline = transformers.pipeline("text-classification", model=str(tmp_path), device=-1)
     for text in ("w1 w2 w3", "w9", "w50 w50 unknown w2"):
         said = pipeline(text)[0]

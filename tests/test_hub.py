@@ -12,7 +12,7 @@ import pytest
 from hub_server import COMMIT, hub_server
 
 from minidistil import hub
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.hub import cache_folder, resolve
 from minidistil.model import Config, MaskedLM
 from minidistil.weights import save_model
@@ -195,7 +195,7 @@ def test_offline_is_said_at_once(monkeypatch, variable, value):
 SCRIPT = """
 import json, sys, time
 from minidistil import hub
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 hub.TIMEOUT = 1
 for name in json.load(sys.stdin):
     start = time.monotonic()

@@ -153,6 +153,23 @@ def test_autocast(dtype, weights, path):
         assert (got - want).norm() <= {torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("dtype, kept, allowed", [
+    (torch.float16, torch.float32, 5e-3), (torch.bfloat16, torch.bfloat16, 4e-2)
+])  # fmt: skip
+def test_rows_in_half_precision(dtype, kept, allowed, path):
+    """A loss scale of 2^16 saves gradients that fp16 cannot hold: they are kept in fp32 until it arrives."""
+    student, teacher, labels = problem(33, 1000, dtype=dtype, scale=0.5)
+    weights = (5e-7, 2e-7, 0.0)
+    wide = [[x.detach().double() for x in xs] for xs in (student, teacher)]
+    (h, *decoder), teacher = ([x.detach().to(DEVICE) for x in xs] for xs in (student, teacher))
+    h.requires_grad_()
+    arguments = (h, *decoder, *teacher, labels.to(DEVICE), 2.0, *weights)
+    assert module._forward(*arguments, dtype, True, False)[2].dtype == kept
+    (got,) = torch.autograd.grad(2**16 * linear_distill_kl(*arguments)[0], h)
+    want = gradients(linear_distill_kl_ref, *wide, labels, 2.0, weights)[4] / 1.7 * 2**16
+    assert got.dtype == dtype and (got.double().cpu() - want).norm() <= allowed * want.norm()
+
+
 @pytest.mark.parametrize("V", [200, 1200])
 def test_minus_infinity_in_the_biases(V, path):
     """A word that both models rule out, and one that the teacher does."""
@@ -161,6 +178,15 @@ def test_minus_infinity_in_the_biases(V, path):
     with torch.no_grad():
         student[2][7], teacher[2][7], teacher[2][9] = -math.inf, -math.inf, -math.inf
     check_against_fp64((student, teacher, labels), 2.0, (0.5, 0.3, 0.0))
+
+
+def test_half_of_the_words_ruled_out_by_the_student_alone(path):
+    """Infinite by definition: here the same as `distill_kl` makes of it, on both paths."""
+    (h, W, b), (h_t, W_t, b_t), labels = problem(5, 1200, dtype=torch.float32, scale=0.0)
+    b = b.detach() - 3.0
+    b[::2] = -math.inf
+    _, kl, *_ = linear_distill_kl(h, W, b, h_t, W_t, b_t, labels, 2.0, 0.5, 0.3)
+    assert kl.item() / 5 == pytest.approx(4 * (2**14 / 2 - 1) * math.log(2), rel=1e-5)
 
 
 # beside -2,000 the kernel's padding columns, logits of 0, would be infinitely likely if they counted at all
@@ -197,6 +223,7 @@ def test_the_gradient_of_padding_columns_is_zero(path):
     if path == "cpu":
         pytest.skip("only the kernel's rows are padded")
     s, t = (torch.randn(3, 1024, device=DEVICE) for _ in range(2))
+    s[:, 1000:] = t[:, 1000:] = math.nan  # whatever is there
     losses, labels = torch.empty(3, 3, device=DEVICE), torch.tensor([7, IGNORE, 999], device=DEVICE)
     module._loss_and_gradient_kernel[(3,)](
         s, t, labels, losses, 1024, 1000, 2.0, 0.5, 0.3, 0.1, HAS_MSE=True, TAU=2, BLOCK_V=512, num_warps=4
@@ -207,8 +234,9 @@ def test_the_gradient_of_padding_columns_is_zero(path):
 def test_registered_as_an_operator(path):
     student, teacher, labels = problem(5, 100, dtype=torch.float32)
     torch.library.opcheck(
-        module._forward, (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True)
-    )  # fmt: skip
+        torch.ops.minidistil.linear_distill_kl.default,
+        (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True),
+    )
 
 
 def test_one_graph_under_compile(path):
@@ -285,6 +313,27 @@ def test_a_trainable_teacher_is_refused():
     student, teacher, labels = problem()
     with pytest.raises(ValueError, match="frozen"):
         linear_distill_kl(*student, teacher[0], teacher[1].requires_grad_(), teacher[2], labels, 2.0, 1.0, 1.0)
+
+
+def test_another_vocabulary_is_refused():
+    student, teacher, labels = problem()
+    for V in (999, 1001, 1088):
+        with pytest.raises(ValueError, match="vocabulary"):
+            linear_distill_kl(*student, teacher[0], torch.zeros(V, 16), torch.zeros(V), labels, 2.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_teacher_prepared_once_is_used_as_it_is(autocast, path, monkeypatch):
+    student, teacher, labels = problem(9, dtype=torch.float32)
+    want = gradients(linear_distill_kl, student, teacher, labels, 2.0, (0.5, 0.3, 0.1), autocast)
+    decoder = module.decoder_for(*(x.to(DEVICE) for x in teacher[1:]), autocast or torch.float32)
+    assert [len(x) for x in decoder] == [1024 if path == "kernel" else 1000] * 2
+    assert all(x.dtype == (autocast or torch.float32) and (x[1000:] == 0).all() for x in decoder)
+    results, converted = [], module._converted
+    monkeypatch.setattr(module, "_converted", lambda x, *to: results.append((x, converted(x, *to))) or results[-1][1])
+    got = gradients(linear_distill_kl, student, [teacher[0], *decoder], labels, 2.0, (0.5, 0.3, 0.1), autocast)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert [given is used for given, used in results[2:]] == [True, True]
 
 
 def test_logits_are_never_kept():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
-from minidistil.losses import Counts, Objective, distillation_loss
+from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ def test_published_formula():
     """The whole objective against its four published terms, written with PyTorch's loss modules as the original is."""
     objective = Objective(alpha_mse=0.01)
     student, teacher, ids, labels, h_s, h_t = two_models()
-    counts = Counts(ids.numel(), int((labels != IGNORE).sum()))
+    counts = Denominators(ids.numel(), int((labels != IGNORE).sum()))
     loss, parts = distillation_loss(objective, counts, labels, student, h_s, teacher, h_t)
     s, t = student.logits(h_s.flatten(0, 1)), teacher.logits(h_t.flatten(0, 1))
     kl = torch.nn.KLDivLoss(reduction="batchmean")(F.log_softmax(s / 2.0, -1), F.softmax(t / 2.0, -1)) * 2.0**2
@@ -51,7 +51,7 @@ def test_split_does_not_matter(kd_rows):
     """Six micro-batches of one sequence give the loss and gradient of one of six, though masks per sequence differ."""
     objective = Objective(kd_rows=kd_rows)
     student, teacher, ids, labels, h_s, h_t = two_models()
-    counts = Counts(ids.numel(), int((labels != IGNORE).sum()))
+    counts = Denominators(ids.numel(), int((labels != IGNORE).sum()))
     whole, _ = distillation_loss(objective, counts, labels, student, h_s, teacher, h_t)
     want = torch.autograd.grad(whole, list(student.parameters()))
     pieces = [
@@ -67,7 +67,7 @@ def test_split_does_not_matter(kd_rows):
 def test_masked_rows_are_the_masked_rows_of_all():
     """`--kd-rows masked` is the published KL restricted to masked positions, as `restrict_ce_to_mask` does."""
     student, teacher, ids, labels, h_s, h_t = two_models()
-    counts = Counts(ids.numel(), int((labels != IGNORE).sum()))
+    counts = Denominators(ids.numel(), int((labels != IGNORE).sum()))
     objective = Objective(alpha_mlm=0.0, alpha_cos=0.0, kd_rows="masked")
     loss, _ = distillation_loss(objective, counts, labels, student, h_s, teacher, h_t)
     chosen = labels != IGNORE
@@ -80,7 +80,8 @@ def test_no_masks_at_all_is_not_nan():
     student, teacher, ids, labels, h_s, h_t = two_models()
     nothing = torch.full_like(labels, IGNORE)
     for objective in (Objective(), Objective(kd_rows="masked"), Objective(alpha_ce=0.0, alpha_cos=0.0)):
-        loss, parts = distillation_loss(objective, Counts(ids.numel(), 0), nothing, student, student(ids), teacher, h_t)
+        none = Denominators(ids.numel(), 0)
+        loss, parts = distillation_loss(objective, none, nothing, student, student(ids), teacher, h_t)
         gradients = torch.autograd.grad(loss, list(student.parameters()), allow_unused=True)
         assert loss.isfinite() and parts.isfinite().all()
         assert all(g is None or g.isfinite().all() for g in gradients)
@@ -114,7 +115,7 @@ def test_twenty_updates_with_kernels_are_twenty_without(monkeypatch):
         optimizer, losses = torch.optim.AdamW(student.parameters(), 1e-3, eps=1e-6), []
         for ids, mask in zip(batches, masks, strict=True):
             ids, labels = ids.to(DEVICE), torch.where(mask, ids, IGNORE).to(DEVICE)
-            counts = Counts(ids.numel(), int(mask.sum()))
+            counts = Denominators(ids.numel(), int(mask.sum()))
             loss, _ = distillation_loss(objective, counts, labels, student, student(ids), teacher, teacher(ids))
             loss.backward()
             optimizer.step()

@@ -23,7 +23,7 @@ from data.encode import HASHES, document_hash, pieces, token_dtype
 from data.prepare import prepare
 from data.workers import ordered_map
 from minidistil import files
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

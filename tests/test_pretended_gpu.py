@@ -51,7 +51,7 @@ def python(library, kernels, *arguments):
 
 
 KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py tests/test_cosine.py"
-TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/test_pretended_gpu.py"
+TRAINING = "tests/test_train.py tests/test_micro_batch.py tests/test_finetune.py tests/test_pretended_gpu.py"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ TRAINING = "tests/test_train.py tests/test_fit.py tests/test_finetune.py tests/t
     [
         ("interpreted", KERNELS, "fp32 or autocast or same_bits or without", 60),  # of 398, the most telling
         ("off", TRAINING, "not one_wait and not memory_beside", 10),
-        ("idle", "tests/test_fit.py tests/test_pretended_gpu.py", "one_wait or memory_beside", 4),
+        ("idle", "tests/test_micro_batch.py tests/test_pretended_gpu.py", "one_wait or memory_beside", 4),
     ],
 )
 def test_marked_gpu(kernels, files, chosen, least, library):

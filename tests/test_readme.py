@@ -85,7 +85,7 @@ def test_the_first_command(clone):
     for fixed in ("out", "steps", "tokens"):
         assert summary[fixed] == shown[fixed]
     teacher, student = summary["teacher"], summary["student"]
-    layers = [weights.read_config(clone / folder)[0].layers for folder in ("data/demo", summary["out"])]
+    layers = [weights.read_config(clone / folder).layers for folder in ("data/demo", summary["out"])]
     assert layers[1] * 2 == layers[0]
     assert student["top1"] >= 0.9 * teacher["top1"]
     # the figures of the README, give or take other versions of the packages whose documentation is the corpus

@@ -12,7 +12,7 @@ import torch
 
 import sample
 from minidistil import weights
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -24,9 +24,11 @@ PROMPTS = ["Returns the [MASK] of a town.", "the [MASK] [MASK]s of [MASK]"]
 
 def make(folder, seed, token_types, vocab=VOCAB, vocab_size=None):
     """Writes a random model with weights large enough to have opinions, and its vocabulary."""
-    config = Config(vocab_size or len(vocab), 16, token_types, layers=2, heads=2, width=8, mlp_width=12, init_range=0.8)
+    family = "bert" if token_types else "distilbert"
+    shape = dict(layers=2, heads=2, width=8, mlp_width=12, init_range=0.8, family=family)
+    config = Config(vocab_size or len(vocab), 16, token_types, **shape)
     weights.save_model(folder, MaskedLM(config, seed=seed))
-    Tokenizer(vocab, max_length=16).save(folder, "bert" if token_types else "distilbert")
+    Tokenizer(vocab, max_length=16).save(folder, config.family)
     return folder
 
 

@@ -11,9 +11,9 @@ import random
 import numpy as np
 import pytest
 
-from minidistil import squad
-from minidistil.cli import UserError
-from minidistil.squad import Question
+from minidistil.downstream import squad
+from minidistil.downstream.squad import Question
+from minidistil.errors import UserError
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 WORDS = Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(1000))])  # w7 is one token

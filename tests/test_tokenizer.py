@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minidistil import tokenizer as module
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SPECIAL = list(SPECIAL_TOKENS.values())

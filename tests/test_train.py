@@ -17,14 +17,16 @@ from same_layers import assert_same_layers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from minidistil import checkpoint, weights
-from minidistil.cli import UserError
+from minidistil import distiller, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.losses import Counts, Objective
-from minidistil.machine import cast_products
+from minidistil.device import cast_products
+from minidistil.errors import UserError
+from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM
-from minidistil.schedule import lr_at
-from minidistil.student import set_dropout
+from minidistil.progress import lr_at
+from minidistil.run import CHECKPOINT, load_checkpoint
+from minidistil.safetensors import read_safetensors
+from minidistil.student import set_dropout, student_layers
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -39,7 +41,7 @@ def settings(tiny, out, **changes):
 
 
 def weights_of(folder):
-    return weights.read_safetensors(pathlib.Path(folder) / "model.safetensors")[0]
+    return read_safetensors(pathlib.Path(folder) / "model.safetensors")[0]
 
 
 def same_bits(a, b):
@@ -67,7 +69,7 @@ def test_defaults_are_the_published_recipe():
     assert (s.alpha_ce, s.alpha_mlm, s.alpha_cos, s.alpha_mse, s.temperature, s.kd_rows) == (5, 2, 1, 0, 2, "all")
     assert (s.lr, s.warmup, s.clip, s.epochs, s.batch * s.accum, s.seq_len) == (5e-4, 0.05, 5, 3, 250, 512)
     assert s.mask_smoothing == 0.7
-    assert weights.student_layers(12) == [0, 2, 4, 7, 9, 11]
+    assert student_layers(12) == [0, 2, 4, 7, 9, 11]
 
 
 # ---- one update, however it is split
@@ -79,7 +81,7 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
     for name, (batch, accum, at_once) in splits.items():
         train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, micro_batch=at_once, dropout=0.0))
     wide = weights_of(tmp_path / "wide")
-    assert weights.read_config(tmp_path / "wide")[0].dropout == 0.1  # of the run, not of the model
+    assert weights.read_config(tmp_path / "wide").dropout == 0.1  # of the run, not of the model
     start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
     assert (wide["distilbert.embeddings.word_embeddings.weight"] - start).norm() > 1e-3 * start.norm()
     for name in ("long", "both", "anew"):
@@ -99,8 +101,8 @@ def test_compiled_models_learn_the_same(tiny, tmp_path, monkeypatch):
     shape = dict(dropout=0.0, micro_batch="8", steps=3)
     train.train(settings(tiny, tmp_path / "eager", **shape))
     assert not traced
-    stop, when_it_began = train.Stop, []
-    monkeypatch.setattr(train, "Stop", lambda: when_it_began.append(backend.frame_count) or stop())
+    stop, when_it_began = train.SignalFlag, []
+    monkeypatch.setattr(train, "SignalFlag", lambda: when_it_began.append(backend.frame_count) or stop())
     train.train(settings(tiny, tmp_path / "compiled", compile=True, **shape))
     assert traced == [False, True] and when_it_began == [2] and backend.frame_count == 2
     eager, compiled = weights_of(tmp_path / "eager"), weights_of(tmp_path / "compiled")
@@ -125,21 +127,21 @@ def test_a_teacher_cast_once_is_one_that_autocast_casts(tiny):
 
 def test_the_loss_is_told_how_many_tokens_are_masked(tiny, tmp_path, monkeypatch):
     """Masked rows are gathered by their number, which the host knows: all of them, in every micro-batch."""
-    loss, told = train.distillation_loss, []
+    loss, told = distiller.distillation_loss, []
 
-    def listening(objective, counts, labels, *models_and_states):
+    def listening(objective, denominators, labels, *models_and_states):
         told.append((models_and_states[-1], int((labels != IGNORE).sum())))
-        return loss(objective, counts, labels, *models_and_states)
+        return loss(objective, denominators, labels, *models_and_states)
 
-    monkeypatch.setattr(train, "distillation_loss", listening)
+    monkeypatch.setattr(distiller, "distillation_loss", listening)
     train.train(settings(tiny, tmp_path / "out", steps=2, kd_rows="masked"))
     assert len(told) == 4 and all(said == counted > 0 for said, counted in told)
 
 
 def test_saving_does_not_count_as_training(tiny, tmp_path, monkeypatch):
     """Two saves of two seconds each, five updates of milliseconds: tokens/s is that of the updates."""
-    save = train.checkpoint.save
-    monkeypatch.setattr(train.checkpoint, "save", lambda *a: (time.sleep(2), save(*a)))
+    save = run.save_checkpoint
+    monkeypatch.setattr(run, "save_checkpoint", lambda *a: (time.sleep(2), save(*a)))
     summary = train.train(settings(tiny, tmp_path / "out"))
     assert summary["seconds"] > 4 and summary["tokens_per_second"] > summary["tokens"] / 4
 
@@ -183,12 +185,12 @@ def test_overfits_one_batch(tiny, tmp_path):
     set_dropout(student, 0.0)
     tokenizer = Tokenizer.load(tiny / "teacher")
     sequences = Sequences(Corpus(tiny / "corpus").train, 32, tokenizer, seed=0)
-    ids, labels = map(torch.from_numpy, sequences.take(0, 16))
-    counts = Counts(ids.numel(), int((labels != IGNORE).sum()))
+    ids, labels = map(torch.from_numpy, sequences.batch(0, 16))
+    counts = Denominators(ids.numel(), int((labels != IGNORE).sum()))
     optimizer = torch.optim.AdamW(student.parameters(), 1e-2, (0.9, 0.98))
     losses = []
     for _ in range(120):
-        loss, _ = train.distillation_loss(Objective(0.0, 1.0, 0.0), counts, labels, student, student(ids))
+        loss, _ = distillation_loss(Objective(0.0, 1.0, 0.0), counts, labels, student, student(ids))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -398,22 +400,22 @@ def test_bf16_trains_like_fp32(tiny, tmp_path):
 )  # fmt: skip
 def test_student_shapes(tiny, tmp_path, changes, layers):
     summary = train.train(settings(tiny, tmp_path / "out", steps=1, **changes))
-    config, family = weights.read_config(tmp_path / "out")
-    assert config.layers == layers and family == "distilbert" and config.token_types == 0
+    config = weights.read_config(tmp_path / "out")
+    assert config.layers == layers and config.family == "distilbert" and config.token_types == 0
     assert Tokenizer.load(tmp_path / "out").digest == Tokenizer.load(tiny / "teacher").digest
     assert summary["student"]["parameters"] < summary["teacher"]["parameters"]
 
 
 def test_a_narrower_student(tiny, tmp_path):
     config = Config(vocab_size=len(Tokenizer.load(tiny / "teacher").vocab), positions=32, layers=2, heads=2, width=16,
-                    mlp_width=32, token_types=0)  # fmt: skip
+                    mlp_width=32, token_types=0, family="distilbert")  # fmt: skip
     (tmp_path / "shape").mkdir()
     weights.write_config(tmp_path / "shape", config)
     shape = str(tmp_path / "shape" / "config.json")
     with pytest.raises(UserError, match="--alpha-cos 0"):
         train.train(settings(tiny, tmp_path / "out", student_config=shape))
     train.train(settings(tiny, tmp_path / "out", student_config=shape, alpha_cos=0.0, steps=2))
-    assert weights.read_config(tmp_path / "out")[0] == config
+    assert weights.read_config(tmp_path / "out") == config
 
 
 def test_adaptation_keeps_the_whole_model(tiny, tmp_path):
@@ -512,7 +514,7 @@ def test_another_vocabulary_is_refused(tiny, tmp_path):
 
 
 def test_nan_stops_with_the_update_named_and_the_checkpoint_kept(tiny, tmp_path, monkeypatch):
-    real = train.distillation_loss
+    real = distiller.distillation_loss
     calls = 0
 
     def sabotaged(*arguments):
@@ -521,11 +523,11 @@ def test_nan_stops_with_the_update_named_and_the_checkpoint_kept(tiny, tmp_path,
         loss, parts = real(*arguments)
         return (loss * float("nan"), parts) if calls == 2 * 3 + 2 else (loss, parts)
 
-    monkeypatch.setattr(train, "distillation_loss", sabotaged)
+    monkeypatch.setattr(distiller, "distillation_loss", sabotaged)
     with pytest.raises(UserError, match=r"update 4: the loss is nan in micro-batch 2 \(sequences 28 to 31\)") as error:
         train.train(settings(tiny, tmp_path / "out", save_every=0.0))
     assert "last good checkpoint" in str(error.value)
-    info, tensors = checkpoint.load(tmp_path / "out")
+    info, tensors = load_checkpoint(tmp_path / "out")
     assert info["update"] == 3 and all(t.isfinite().all() for t in tensors.values())
     monkeypatch.undo()
     assert train.train(settings(tiny, tmp_path / "out", resume=True))["steps"] == 5
@@ -543,8 +545,8 @@ def test_500_mutations_of_a_checkpoint_all_show(uninterrupted, tmp_path):
     whole, _ = uninterrupted
     import numpy as np
 
-    good = checkpoint.path_of(whole).read_bytes()
-    path = checkpoint.path_of(tmp_path)
+    good = (whole / CHECKPOINT).read_bytes()
+    path = tmp_path / CHECKPOINT
     path.parent.mkdir()
     rng = np.random.default_rng(5)
     for i in range(500):
@@ -553,7 +555,7 @@ def test_500_mutations_of_a_checkpoint_all_show(uninterrupted, tmp_path):
         bad = mutate(good[:cut], rng) + good[cut:]
         path.write_bytes(bad)
         with pytest.raises(UserError) as error:
-            checkpoint.load(tmp_path)
+            load_checkpoint(tmp_path)
         assert "\n" not in str(error.value)
 
 
@@ -571,14 +573,14 @@ def test_disk_full_loses_nothing(tiny, uninterrupted, tmp_path):
     out = tmp_path / "out"
     first = call(command(tiny, out, "--time-limit", "0.0001"))
     assert first.returncode == 0, first.stderr
-    before = checkpoint.path_of(out).read_bytes()
+    before = out / CHECKPOINT.read_bytes()
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
     limited += f"sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r}); "
     limited += "import train; train.run(train.main)"
     full = call([sys.executable, "-c", limited, *command(tiny, out, "--resume")[2:]])
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "train.py: error: " in full.stderr, full.stderr
-    assert checkpoint.path_of(out).read_bytes() == before
+    assert out / CHECKPOINT.read_bytes() == before
     assert not list(out.rglob("*.tmp"))
     done = call(command(tiny, out, "--resume"))
     assert done.returncode == 0 and same_bits(whole, out)

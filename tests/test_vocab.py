@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from data import vocab as learner
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

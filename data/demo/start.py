@@ -54,7 +54,7 @@ def fresh(config, seed=0):
 
 
 if __name__ == "__main__":
-    config, _ = weights.read_config(ROOT / "data" / "demo")
+    config = weights.read_config(ROOT / "data" / "demo")
     weights.save_model(sys.argv[1], fresh(config))
     vocab = Tokenizer.load(ROOT / "data" / "demo" / "vocab.txt").vocab
     Tokenizer(vocab, max_length=config.positions).save(sys.argv[1], "bert")

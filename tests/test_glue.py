@@ -5,9 +5,9 @@ import gzip
 
 import pytest
 
-from minidistil.cli import UserError
-from minidistil.scores import METRICS
-from minidistil.tasks import GLUE, TASKS, Example, load, score
+from minidistil.downstream.glue import GLUE, TASKS, Example, load, score
+from minidistil.downstream.scores import METRICS
+from minidistil.errors import UserError
 
 MNLI_HEADER = (
     "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minidistil import machine
-from minidistil.machine import choose_dtype, versions
+from minidistil import device
+from minidistil.device import choose_dtype, versions
 
 CPU = torch.device("cpu")
 
@@ -25,8 +25,8 @@ def test_versions_name_a_gpus_software(monkeypatch):
     on_a_cpu = versions()
     assert on_a_cpu["torch"] == torch.__version__ and "driver" not in on_a_cpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "printed", lambda command, *_: {"nvidia-smi": "580.95\n580.95"}.get(command))
+    monkeypatch.setattr(device, "printed", lambda command, *_: {"nvidia-smi": "580.95\n580.95"}.get(command))
     on_a_gpu = versions()
     assert on_a_gpu["driver"] == "580.95" and {"triton", "cuda", "cudnn"} <= set(on_a_gpu)
-    monkeypatch.setattr(machine, "printed", lambda *_: None)  # no nvidia-smi
+    monkeypatch.setattr(device, "printed", lambda *_: None)  # no nvidia-smi
     assert versions()["driver"] is None

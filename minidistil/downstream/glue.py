@@ -16,7 +16,7 @@ import sys
 import typing
 import zlib
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 
 class Example(typing.NamedTuple):

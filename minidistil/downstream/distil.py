@@ -7,7 +7,7 @@ distillation", without their part-of-speech tagger and n-grams.
 
 import numpy as np
 
-from minidistil.data import mix, uniform
+from minidistil.rng import mix, uniform
 
 MASKED, EXCHANGED = 0.1, 0.1  # share of the tokens, as Tang et al. have them
 

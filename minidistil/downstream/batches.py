@@ -7,7 +7,7 @@ batch is a pure function of (seed, epoch), so that a resumed run finds its place
 import numpy as np
 import torch
 
-from minidistil.data import mix
+from minidistil.rng import mix
 
 WINDOW = 50  # batches within which items are sorted by length: long enough for little padding, short enough for chance
 

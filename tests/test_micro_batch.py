@@ -7,8 +7,8 @@ import torch
 from test_train import same_bits, settings
 
 import train
-from minidistil import fit
-from minidistil.cli import UserError
+from minidistil import micro_batch
+from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_the_largest_divisor_that_has_room(room, most, expected):
         if size > room:
             raise torch.OutOfMemoryError("full")
 
-    assert fit.largest_that_fits(60, most, attempt) == expected
+    assert micro_batch.largest_that_fits(60, most, attempt) == expected
     assert tried == sorted(tried, reverse=True) and tried[-1] == expected and all(60 % size == 0 for size in tried)
 
 
@@ -32,7 +32,7 @@ def test_nothing_fits():
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(UserError, match="not even one sequence"):
-        fit.largest_that_fits(6, 6, attempt)
+        micro_batch.largest_that_fits(6, 6, attempt)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
@@ -40,7 +40,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        fit.largest_that_fits(6, 6, attempt)
+        micro_batch.largest_that_fits(6, 6, attempt)
 
 
 def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace(monkeypatch):
@@ -54,7 +54,7 @@ def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace(monkeypatch):
         student.logits(student(ids).flatten(0, 1)).square().sum().backward()
 
     optimizer = torch.optim.AdamW(student.parameters())
-    fit.rehearse(student, optimizer, learn, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
+    micro_batch.probe_memory(student, optimizer, learn, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
     assert found == [False, True]
     # beside the gradients: AdamW's moments and the buckets before its first step, the buckets alone after it
     like, made = torch.empty_like, []
@@ -62,7 +62,7 @@ def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace(monkeypatch):
     for steps, copies in ((0, 3), (1, 1)):
         optimizer.state = {"moments": 0} if steps else {}
         made.clear()
-        fit.rehearse(student, optimizer, lambda: None, (), CPU)
+        micro_batch.probe_memory(student, optimizer, lambda: None, (), CPU)
         assert len(made) == copies * len(before)
     monkeypatch.undo()
     assert all(p.grad is None and torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
@@ -72,7 +72,7 @@ def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace(monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
-        fit.rehearse(student, optimizer, overflow, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
+        micro_batch.probe_memory(student, optimizer, overflow, (torch.zeros(2, 16, dtype=torch.int64),), CPU)
     assert all(p.grad is None for p in student.parameters())
 
 
@@ -87,10 +87,10 @@ def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeyp
             sizes.append((size, most))
         return 4
 
-    monkeypatch.setattr(train, "largest_that_fits", trial)
-    monkeypatch.setattr(train, "searches", lambda device: True)
+    monkeypatch.setattr(micro_batch, "largest_that_fits", trial)
+    monkeypatch.setattr(micro_batch, "can_search", lambda device: True)
     train.train(settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto"))
-    assert sizes == [(8, fit.MOST_TOKENS // 32), (4, fit.MOST_TOKENS // 32)]
+    assert sizes == [(8, micro_batch.MOST_TOKENS // 32), (4, micro_batch.MOST_TOKENS // 32)]
     assert same_bits(tmp_path / "given", tmp_path / "found")
     # a resumed run looks for no more than the first found: on the same device, the same bits
     again = settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto", resume=True)
@@ -101,7 +101,7 @@ def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeyp
 @pytest.mark.parametrize("tokens, split", [(2560, "1 x 6"), (32 * 5, "2 x 3"), (31, "6 x 1")])
 def test_auto_on_a_cpu_searches_nothing(tokens, split, tiny, tmp_path, capsys, monkeypatch):
     """The largest micro-batch of at most so many tokens that divides the update, and never less than a sequence."""
-    monkeypatch.setattr(train, "CPU_TOKENS", tokens)
+    monkeypatch.setattr(micro_batch, "CPU_TOKENS", tokens)
     train.train(settings(tiny, tmp_path / "auto", batch=2, accum=3, steps=1, micro_batch="auto", device="cpu"))
     assert f"1 updates of {split} x 32" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidistil import accounting
+from minidistil import progress
 from minidistil.losses import Objective
 from minidistil.model import BERT_BASE, DISTILBERT_BASE, Config, MaskedLM, attention_ref
 
@@ -37,23 +37,23 @@ def test_formula_is_the_counter(objective, teacher, rows, monkeypatch):
                     model.logits(hidden[chosen])
         student.logits(student(ids).flatten(0, 1)[chosen]).sum().backward()
     counted = counter.get_total_flops() / (B * T)
-    assert accounting.training_flops_per_token(objective, teacher, STUDENT, T) == pytest.approx(counted, rel=1e-12)
+    assert progress.training_flops_per_token(objective, teacher, STUDENT, T) == pytest.approx(counted, rel=1e-12)
 
 
 def test_published_recipe():
     """Issue-sized figures: 664 MFLOP a token with all rows at T = 512, about 500 with masked rows."""
-    count = accounting.training_flops_per_token
+    count = progress.training_flops_per_token
     assert count(Objective(), BERT_BASE, DISTILBERT_BASE, 512) / 1e6 == pytest.approx(664, abs=8)
     assert count(Objective(kd_rows="masked"), BERT_BASE, DISTILBERT_BASE, 512) / 1e6 == pytest.approx(500, abs=12)
 
 
 def test_hours_and_costs():
-    figures = accounting.account(7.2e6, 1000.0, 5e8, 2.0, ranks=4, price_per_hour=3.0)
+    figures = progress.estimate_cost(7.2e6, 1000.0, 5e8, 2.0, ranks=4, price_per_hour=3.0)
     assert figures == {
         "tflops_per_second": 0.125, "utilisation": 0.0625, "device_hours": 8.0, "cost": 24.0,
         "published_device_hours": 14000.0, "published_cost": 42000.0,
     }  # fmt: skip
-    figures = accounting.account(7.2e6, 1000.0, 5e8, None, ranks=1)
+    figures = progress.estimate_cost(7.2e6, 1000.0, 5e8, None, ranks=1)
     assert figures["utilisation"] is None and figures["cost"] is None and figures["device_hours"] == 2.0
 
 
@@ -64,5 +64,5 @@ def test_hours_and_costs():
 ])  # fmt: skip
 def test_peaks(name, dtype, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert accounting.peak_tflops(types.SimpleNamespace(type="cuda"), dtype) == peak
-    assert accounting.peak_tflops(torch.device("cpu"), "bf16") is None
+    assert progress.peak_tflops(types.SimpleNamespace(type="cuda"), dtype) == peak
+    assert progress.peak_tflops(torch.device("cpu"), "bf16") is None

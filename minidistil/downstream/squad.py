@@ -21,7 +21,7 @@ import string
 
 import numpy as np
 
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ import hashlib
 import numpy as np
 import torch
 
-from minidistil import scores, squad, tasks
-from minidistil.batches import encode_pair
-from minidistil.data import mix
-from minidistil.heads import Classifier, SpanReader
+from minidistil.downstream import glue, scores, squad
+from minidistil.downstream.batches import encode_pair
+from minidistil.downstream.heads import Classifier, SpanReader
+from minidistil.rng import mix
 
 SEQ_LEN = {"imdb": 512, "squad": 384}  # tokens; 128 elsewhere, as published for GLUE
 
@@ -44,15 +44,15 @@ def compact(item):
 
 
 class SentenceTask:
-    """A GLUE task or IMDb, by its name in `tasks.TASKS`; `limit` keeps that many training examples."""
+    """A GLUE task or IMDb, by its name in `glue.TASKS`; `limit` keeps that many training examples."""
 
     kind = Classifier
 
     def __init__(self, name, data, tokenizer, T, limit=None):
-        self.name, self.task = name, tasks.TASKS[name]
+        self.name, self.task = name, glue.TASKS[name]
         self.labels = self.task.labels or ("score",)
         self.regression = not self.task.labels
-        train, self.examples = tasks.load(name, data)
+        train, self.examples = glue.load(name, data)
         train = some(train, limit)
 
         def items(examples):
@@ -70,7 +70,7 @@ class SentenceTask:
             truth = np.array([e.label for e in examples])
             per_split[split] = {m: float(scores.METRICS[m](guesses, truth)) for m in self.task.metrics}
         # in percent, as published
-        figures = {"score": tasks.score(self.task, per_split)}
+        figures = {"score": glue.score(self.task, per_split)}
         for split, metrics in per_split.items():
             where = "" if len(per_split) == 1 else f"_{split}"
             figures |= {f"{m}{where}": 100 * x for m, x in metrics.items()}

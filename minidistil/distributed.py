@@ -11,12 +11,12 @@ import os
 import torch
 import torch.distributed as dist
 
-from minidistil.cli import RankLost
+from minidistil.errors import RankLost
 
 PATIENCE = datetime.timedelta(hours=2)  # rank 0 evaluates and saves while the others wait
 
 
-class Ranks:
+class Distributed:
     """rank 0 ... size - 1 of the processes of a run; `first` alone prints, evaluates and writes."""
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Ranks:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def say(self, line):
+    def print0(self, line):
         """Prints on rank 0."""
         if self.first:
             print(line, flush=True)
@@ -55,7 +55,7 @@ class Ranks:
         dist.all_reduce(numbers)
         return numbers.tolist()
 
-    def least(self, number):
+    def min(self, number):
         """The smallest of all ranks' integers."""
         if self.size == 1:
             return number
@@ -63,7 +63,7 @@ class Ranks:
         dist.all_gather_object(numbers, number)
         return min(numbers)
 
-    def same(self, make):
+    def broadcast(self, make):
         """What `make()` gives on rank 0, on every rank."""
         if self.size == 1:
             return make()
@@ -71,7 +71,7 @@ class Ranks:
         dist.broadcast_object_list(values)
         return values[0]
 
-    def after_the_first(self, make):
+    def rank0_first(self, make):
         """Calls `make` on every rank: on rank 0, then on the first of each other machine, then on the rest.
 
         It may fetch or prepare what the others then find, whether machines share their folders or not.
@@ -94,12 +94,12 @@ class Ranks:
             model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
-    def alone(self, model, last):
+    def no_sync(self, model, last):
         """A context in which gradients stay on their rank: for all micro-batches of an update but the last."""
         return contextlib.nullcontext() if last or self.size == 1 else model.no_sync()
 
     @contextlib.contextmanager
-    def together(self, how_to_go_on):
+    def report_lost_rank(self, how_to_go_on):
         """Turns the loss of another rank into one line, which ends with `how_to_go_on`."""
         try:
             yield

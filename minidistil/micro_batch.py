@@ -2,7 +2,9 @@
 
 import torch
 
-from minidistil.cli import UserError
+from minidistil.data import IGNORE
+from minidistil.errors import UserError
+from minidistil.losses import Denominators
 
 CPU_TOKENS = 2560  # in a micro-batch: 3 % faster than 1,024, and twice as many gain 1 % and take 150 MiB more
 MOST_TOKENS = 2**19  # in a micro-batch: no GPU is faster with more, and element counts stay within 32 bits
@@ -28,7 +30,7 @@ def largest_that_fits(n, most, attempt):
     raise UserError("not even one sequence fits on this GPU: use a smaller --seq-len or student, or --device cpu")
 
 
-def rehearse(student, optimizer, learn, micro_batch, device):
+def probe_memory(student, optimizer, learn, micro_batch, device):
     """Takes the memory of the fullest moment of training, and leaves no trace: gradients are gone afterwards.
 
     That is the second micro-batch of an update, when a gradient is added to another, beside AdamW's two moments of each
@@ -48,3 +50,36 @@ def rehearse(student, optimizer, learn, micro_batch, device):
         del taken
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what training reports is its own peak
+
+
+def choose_micro_batch(settings, state, distiller, optimizer, batches):
+    """Returns B, how many sequences to take at once: a divisor of a rank's share of an update; compiles, if asked to.
+
+    A number as --micro-batch gives it. Else, on a GPU, the most that fit, since a few sequences at a time leave the GPU
+    waiting for the host; on a CPU --batch, or with `auto` a number that is fast. Puts what a search found into `state`:
+    a resumed run starts its search there, and finds the same unless the GPU is smaller.
+    """
+    T, share, device, ranks = settings.seq_len, settings.batch * settings.accum, distiller.device, distiller.ranks
+
+    def attempt(size):
+        ids, labels = (tensor[:size] for tensor in batches(state.update))
+        masked = int((labels != IGNORE).sum())
+        inputs = ids, labels, masked, Denominators(size * T, max(masked, 1))
+        probe_memory(distiller.student, optimizer, distiller.backward, inputs, device)
+
+    if settings.micro_batch not in (None, "auto"):
+        B = int(settings.micro_batch)
+    elif can_search(device):
+        B = state.searched = ranks.min(largest_that_fits(share, state.searched or MOST_TOKENS // T, attempt))
+    else:
+        B = next(divisors(share, CPU_TOKENS // T)) if settings.micro_batch else settings.batch
+    if settings.compile:
+        distiller.compile()
+        ranks.print0("compiling: this takes a minute")
+        attempt(B)  # before the clock starts
+    return B
+
+
+def can_search(device):
+    """Whether running out of memory can be tried: a GPU refuses, a CPU would swap."""
+    return device.type == "cuda"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minidistil.ahead import Ahead
+from minidistil.data import Prefetcher
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
@@ -20,7 +20,7 @@ def test_ahead_gives_what_was_asked_for(kind, monkeypatch):
         made.append((u, threading.current_thread() is threading.main_thread()))
         return np.full(3, u), np.full(3, -u)
 
-    take = Ahead(make, types.SimpleNamespace(type=kind))
+    take = Prefetcher(make, types.SimpleNamespace(type=kind))
     for u in (0, 1, 2, 7, 8):
         ids, labels = take(u)
         assert ids.tolist() == [u] * 3 and labels.tolist() == [-u] * 3
@@ -32,6 +32,6 @@ def test_ahead_gives_what_was_asked_for(kind, monkeypatch):
 
 
 def test_ahead_tells_of_an_error():
-    take = Ahead(lambda u: 1 / 0, types.SimpleNamespace(type="cuda"))
+    take = Prefetcher(lambda u: 1 / 0, types.SimpleNamespace(type="cuda"))
     with pytest.raises(ZeroDivisionError):
         take(0)

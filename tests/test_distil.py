@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from minidistil.augment import EXCHANGED, MASKED, altered
-from minidistil.batches import encode_pair
-from minidistil.datasets import compact
+from minidistil.downstream.batches import encode_pair
+from minidistil.downstream.distil import EXCHANGED, MASKED, altered
+from minidistil.downstream.tasks import compact
 from minidistil.tokenizer import Tokenizer
 
 

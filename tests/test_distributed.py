@@ -15,10 +15,9 @@ import torch
 from same_layers import assert_same_layers
 
 import train
-from minidistil import checkpoint
-from minidistil.metrics import read_metrics
-from minidistil.ranks import Ranks
-from minidistil.weights import read_safetensors
+from minidistil.distributed import Distributed
+from minidistil.run import CHECKPOINT, load_checkpoint, read_metrics
+from minidistil.safetensors import read_safetensors
 
 ROOT = pathlib.Path(train.__file__).parent
 STEPS = 5
@@ -43,7 +42,7 @@ def torchrun(tiny, out, start=subprocess.run, ranks=2, **settings):
 
 
 def parameters(out):
-    tensors, metadata = read_safetensors(checkpoint.path_of(out), checksum=True)
+    tensors, metadata = read_safetensors(out / CHECKPOINT, checksum=True)
     student = {name: tensor.double() for name, tensor in tensors.items() if name.startswith("student.")}
     return student, json.loads(metadata["info"])
 
@@ -55,17 +54,17 @@ def test_the_first_of_each_machine_comes_before_its_others(rank, local, turns_be
         monkeypatch.setenv(name, str(value))
     events = []
     monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
-    assert Ranks().after_the_first(lambda: events.append("made") or "it") == "it"
+    assert Distributed().rank0_first(lambda: events.append("made") or "it") == "it"
     assert events.index("made") == turns_before and events.count("barrier") == 3
 
 
 def test_ranks_agree_on_the_smallest(monkeypatch):
     """GPUs may have room for different micro-batches; an update must be cut alike on all."""
-    assert Ranks().least(7) == 7
+    assert Distributed().min(7) == 7
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda room, mine: room.__setitem__(
         slice(None), [9, mine, 8]))  # fmt: skip
-    assert Ranks().least(7) == 7 and Ranks().least(12) == 8
+    assert Distributed().min(7) == 7 and Distributed().min(12) == 8
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_a_rank_that_is_killed(tiny, tmp_path):
     few = dict(batch=4, steps=2000, save_every=0.001)
     process = torchrun(tiny, tmp_path / "out", subprocess.Popen, accum=2, **few)
     for line in process.stdout:
-        if line.startswith("update") and checkpoint.load(tmp_path / "out")[0]["update"] > 0:
+        if line.startswith("update") and load_checkpoint(tmp_path / "out")[0]["update"] > 0:
             break
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     (rank_1,) = (w for w in workers if b"\0RANK=1\0" in pathlib.Path(f"/proc/{w}/environ").read_bytes())
@@ -136,9 +135,9 @@ def test_a_rank_that_is_killed(tiny, tmp_path):
     ours = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
     assert len(ours) == 1 and "rank 0 has lost another rank" in ours[0]
     assert re.search("go on from the last checkpoint with: torchrun .* --resume$", ours[0])
-    saved = checkpoint.load(tmp_path / "out")[0]["update"]
+    saved = load_checkpoint(tmp_path / "out")[0]["update"]
     train.main(flags(tiny, tmp_path / "out", accum=4, resume=True, **few | dict(steps=2000, time_limit=0.01)))
-    assert checkpoint.load(tmp_path / "out")[0]["update"] > saved
+    assert load_checkpoint(tmp_path / "out")[0]["update"] > saved
 
 
 def test_one_line_for_a_mistake(tiny, tmp_path):

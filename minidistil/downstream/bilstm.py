@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from kernels.layer_norm import dropout
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 from minidistil.files import write_json
-from minidistil.weights import read_safetensors, write_safetensors
+from minidistil.safetensors import read_safetensors, write_safetensors
 
 MODEL_TYPE = "minidistil-bilstm"
 

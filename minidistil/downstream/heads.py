@@ -1,0 +1,102 @@
+"""What fine-tuning puts on an encoder: a head that names a sentence, and one that points at a span.
+
+Both are those of transformers, so that what is trained here loads there:
+
+    Classifier   [CLS] -> dense, tanh (BERT) or ReLU (DistilBERT) -> dropout -> one number a label
+    SpanReader   each token -> two numbers: does the answer start here, does it end here?
+
+Legend as in model.py:  B batch   T tokens per sequence   C width   K labels, 1 for a regression
+"""
+
+import pathlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels.layer_norm import dropout
+from minidistil import weights
+from minidistil.errors import UserError
+from minidistil.families import FAMILIES
+from minidistil.model import Encoder, initialise
+
+NOWHERE = -1e4  # logit of a token that is padding; finite, so that differences of logits are
+
+
+class Classifier(nn.Module):
+    """ids (B, T) -> logits (B, K), from the hidden state of [CLS]."""
+
+    hub_name = "SequenceClassification"
+
+    def __init__(self, config, outputs, seed=None):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.pool = nn.Linear(config.width, config.width)
+        self.classify = nn.Linear(config.width, outputs)
+        p = FAMILIES[config.family].classifier_dropout
+        self.dropout = config.dropout if p is None else p
+        initialise(self, config.init_range, seed)
+
+    def forward(self, ids, mask=None, types=None):
+        x = self.pool(self.encoder(ids, mask, types, first=1)[:, 0])  # (B, C)
+        x = torch.tanh(x) if FAMILIES[self.config.family].head_activation == "tanh" else F.relu(x)
+        return self.classify(dropout(x, self.dropout, self.training))
+
+
+class SpanReader(nn.Module):
+    """ids (B, T) -> logits (B, 2, T) of the answer's first token and of its last."""
+
+    hub_name = "QuestionAnswering"
+
+    def __init__(self, config, outputs=2, seed=None):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.answer = nn.Linear(config.width, outputs)
+        self.dropout = FAMILIES[config.family].span_dropout
+        initialise(self, config.init_range, seed)
+
+    def forward(self, ids, mask=None, types=None):
+        x = dropout(self.encoder(ids, mask, types), self.dropout, self.training)
+        logits = self.answer(x).transpose(1, 2)  # (B, 2, T)
+        return logits if mask is None else logits.masked_fill(~mask[:, None], NOWHERE)
+
+
+# ---- folders
+
+
+def load_pretrained(folder, kind, outputs, seed=0):
+    """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
+
+    Its own head is fresh; BERT's pooler, trained with the next-sentence head, is taken where the file has one.
+    """
+    config = weights.read_config(folder)
+    with torch.device("meta"):
+        model = kind(config, outputs)
+    source, names = weights.named_weights(folder, model)
+    generator, fresh = torch.Generator().manual_seed(seed), {}
+    for ours, tensor in model.state_dict().items():
+        known = FAMILIES[config.family].keeps_pooler and ours.startswith("pool.") and names[ours][0] in source
+        if not (ours.startswith("encoder.") or known):
+            fresh[ours] = torch.zeros(tensor.shape)
+            if tensor.ndim > 1:
+                fresh[ours].normal_(0.0, config.init_range, generator=generator)
+    return weights.fill(folder, model, source, names, fresh).train()
+
+
+def load_finetuned(folder):
+    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, its labels' names."""
+    config = weights.read_config(folder)
+    values = weights.read_json(pathlib.Path(folder) / "config.json")
+    architecture = str((values.get("architectures") or [""])[0])
+    kind = next((kind for kind in (Classifier, SpanReader) if architecture.endswith(f"For{kind.hub_name}")), None)
+    if kind is None:
+        raise UserError(f"{folder} is not a fine-tuned model: make one with finetune.py")
+    labels = values.get("id2label") or {}
+    if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
+        raise UserError(f"{folder}/config.json: id2label does not count 0, 1, 2, ...: correct it")
+    labels = tuple(labels[str(i)] for i in range(len(labels)))
+    with torch.device("meta"):
+        model = kind(config, len(labels) or 2)
+    return weights.fill(folder, model, *weights.named_weights(folder, model)).eval(), labels

@@ -1,0 +1,139 @@
+"""What differs between the families of models: names in config.json, names of tensors, and the heads of fine-tuning.
+
+One table a family, and nothing else of the program asks which family a model is of by anything but its `Config.family`.
+Source: transformers' BertConfig, DistilBertConfig and their models, arXiv 1810.04805 and 1910.01108.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family, as its checkpoints are found on the Hugging Face Hub."""
+
+    architecture: str  # what its class names there begin with
+    config_keys: dict  # field of Config -> key of config.json
+    config_constants: dict  # other keys that are written: what the model computes, in transformers' words
+    tensors: dict  # our module -> theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
+    tied: tuple  # (name of a second copy that some files hold, name of the tensor that it must equal)
+    head_activation: str  # of the classifier's dense layer on [CLS]
+    classifier_dropout: float | None  # None: the encoder's
+    span_dropout: float
+    keeps_pooler: bool  # whether a checkpoint's `pool` is of use to a new classifier: BERT's pooler was trained
+
+
+BERT = Family(
+    architecture="Bert",
+    config_keys={
+        "vocab_size": "vocab_size",
+        "positions": "max_position_embeddings",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "width": "hidden_size",
+        "mlp_width": "intermediate_size",
+        "token_types": "type_vocab_size",
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+        "norm_eps": "layer_norm_eps",
+        "init_range": "initializer_range",
+        "pad_id": "pad_token_id",
+    },
+    config_constants={
+        "hidden_act": "gelu",
+        "position_embedding_type": "absolute",
+        "classifier_dropout": None,
+        "use_cache": True,
+    },
+    tensors={
+        "encoder.embeddings.words": "bert.embeddings.word_embeddings",
+        "encoder.embeddings.positions": "bert.embeddings.position_embeddings",
+        "encoder.embeddings.types": "bert.embeddings.token_type_embeddings",
+        "encoder.embeddings.norm": "bert.embeddings.LayerNorm",
+        "encoder.blocks.{i}.attention.qkv": "bert.encoder.layer.{i}.attention.self.query|key|value",
+        "encoder.blocks.{i}.attention.out": "bert.encoder.layer.{i}.attention.output.dense",
+        "encoder.blocks.{i}.attention_norm": "bert.encoder.layer.{i}.attention.output.LayerNorm",
+        "encoder.blocks.{i}.mlp.up": "bert.encoder.layer.{i}.intermediate.dense",
+        "encoder.blocks.{i}.mlp.down": "bert.encoder.layer.{i}.output.dense",
+        "encoder.blocks.{i}.mlp_norm": "bert.encoder.layer.{i}.output.LayerNorm",
+        "head.dense": "cls.predictions.transform.dense",
+        "head.norm": "cls.predictions.transform.LayerNorm",
+        "head": "cls.predictions",
+        "pool": "bert.pooler.dense",
+        "classify": "classifier",
+        "answer": "qa_outputs",
+    },
+    tied=(
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+    head_activation="tanh",
+    classifier_dropout=None,
+    span_dropout=0.0,
+    keeps_pooler=True,
+)
+
+DISTILBERT = Family(
+    architecture="DistilBert",
+    config_keys={
+        "vocab_size": "vocab_size",
+        "positions": "max_position_embeddings",
+        "layers": "n_layers",
+        "heads": "n_heads",
+        "width": "dim",
+        "mlp_width": "hidden_dim",
+        "dropout": "dropout",
+        "attention_dropout": "attention_dropout",
+        "norm_eps": "layer_norm_eps",  # which a DistilBertConfig has not: written only where it is unusual
+        "init_range": "initializer_range",
+        "pad_id": "pad_token_id",
+    },
+    config_constants={
+        "activation": "gelu",
+        "qa_dropout": 0.1,
+        "seq_classif_dropout": 0.2,
+        "sinusoidal_pos_embds": False,
+        "tie_weights_": True,
+    },
+    tensors={
+        "encoder.embeddings.words": "distilbert.embeddings.word_embeddings",
+        "encoder.embeddings.positions": "distilbert.embeddings.position_embeddings",
+        "encoder.embeddings.norm": "distilbert.embeddings.LayerNorm",
+        "encoder.blocks.{i}.attention.qkv": "distilbert.transformer.layer.{i}.attention.q_lin|k_lin|v_lin",
+        "encoder.blocks.{i}.attention.out": "distilbert.transformer.layer.{i}.attention.out_lin",
+        "encoder.blocks.{i}.attention_norm": "distilbert.transformer.layer.{i}.sa_layer_norm",
+        "encoder.blocks.{i}.mlp.up": "distilbert.transformer.layer.{i}.ffn.lin1",
+        "encoder.blocks.{i}.mlp.down": "distilbert.transformer.layer.{i}.ffn.lin2",
+        "encoder.blocks.{i}.mlp_norm": "distilbert.transformer.layer.{i}.output_layer_norm",
+        "head.dense": "vocab_transform",
+        "head.norm": "vocab_layer_norm",
+        "head": "vocab_projector",
+        "pool": "pre_classifier",
+        "classify": "classifier",
+        "answer": "qa_outputs",
+    },
+    tied=(("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),),
+    head_activation="relu",
+    classifier_dropout=0.2,
+    span_dropout=0.1,
+    keeps_pooler=False,
+)
+
+FAMILIES = {"bert": BERT, "distilbert": DISTILBERT}
+
+# settings of config.json that change what a model computes, and the one value of each that this program computes
+ONLY = (
+    ("hidden_act", "gelu"),
+    ("activation", "gelu"),
+    ("position_embedding_type", "absolute"),
+    ("is_decoder", False),
+    ("add_cross_attention", False),
+)
+# what a file may hold that another head than its own has no use for, and what it is
+IGNORED = [
+    (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
+    (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
+    (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
+    (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),
+    (r"cls\.predictions\.(transform\.(dense|LayerNorm)\.(weight|bias)|(decoder\.)?bias)", "BERT's masked-LM head"),
+    (r"vocab_(transform|layer_norm|projector)\.(weight|bias)", "DistilBERT's masked-LM head"),
+]

@@ -1,0 +1,145 @@
+"""How far a run is: the learning rate, the clock, the speed, what is left, and what it costs."""
+
+import contextlib
+import math
+import sys
+import time
+
+import torch
+
+from minidistil.data import MASK_SHARE
+from minidistil.model import flops_per_token
+
+PUBLISHED_TOKENS = 12.6e9  # of the released DistilBERT: three passes over Wikipedia and books, by arithmetic
+
+# TFLOP/s of dense bf16 or fp16 matrix products with fp32 sums, from the makers' data sheets (those with sparsity are
+# twice that); the first name that is part of the device's name counts
+PEAKS = [
+    ("B200", 2250), ("H200", 989), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("L40S", 362), ("L4", 121),
+    ("A10", 125), ("T4", 65), ("V100", 125), ("MI300X", 1307),
+]  # fmt: skip
+
+
+def lr_at(update, total, peak, warmup):
+    """Learning rate of update 0 ... total - 1: linear warm-up to `peak` over the first `warmup` share, linear decay.
+
+    Neither the first nor the last update is wasted: the line starts one step above zero and would reach it at `total`.
+    """
+    rising = min(math.ceil(total * warmup), total)
+    if update < rising:
+        return peak * (update + 1) / rising
+    return peak * (total - update) / (total - rising + (rising > 0))
+
+
+def duration(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+class Progress:
+    """Counts updates and seconds of a run of `total` updates of so many tokens; the speed leaves out what is `paused`.
+
+    `update` and `seconds_before` are where a resumed run stands.
+    """
+
+    def __init__(self, total, tokens=0, update=0, seconds_before=0.0):
+        self.total, self.tokens, self.update, self.first = total, tokens, update, update
+        self.line_every = 2.0 if sys.stdout.isatty() else 30.0  # seconds between lines of progress
+        self.before = seconds_before
+        self.restart()
+
+    def restart(self, seconds_before=None):
+        """Starts the clock of training: what came before counts as time of the run, but not of training."""
+        self.before = self.before if seconds_before is None else seconds_before
+        self.began, self.aside, self.last = time.monotonic(), 0.0, {}
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Evaluating and saving are part of the run, but not of its speed."""
+        start = time.monotonic()
+        yield
+        self.aside += time.monotonic() - start
+
+    @property
+    def elapsed(self):
+        """Seconds since training began in this process."""
+        return time.monotonic() - self.began
+
+    @property
+    def seconds(self):
+        """Seconds of the whole run, interruptions left out."""
+        return self.before + self.elapsed
+
+    @property
+    def updates_per_second(self):
+        return (self.update - self.first) / max(self.elapsed - self.aside, 1e-9)
+
+    @property
+    def tokens_per_second(self):
+        return self.updates_per_second * self.tokens
+
+    @property
+    def left(self):
+        return duration((self.total - self.update) / max(self.updates_per_second, 1e-9))
+
+    @property
+    def done(self):
+        return self.update >= self.total
+
+    def due(self, what, seconds):
+        """Whether `what` last happened more than `seconds` ago; if so, it counts as happening now."""
+        if time.monotonic() - self.last.get(what, self.began) <= seconds:
+            return False
+        self.reset(what)
+        return True
+
+    def line_due(self):
+        """Whether to print a line: often to a person, seldom into a file, always after the first and last update."""
+        if self.due("line", self.line_every):
+            return True
+        if self.update in (self.first + 1, self.total):
+            self.reset("line")
+            return True
+        return False
+
+    def reset(self, what):
+        self.last[what] = time.monotonic()
+
+
+# ---- arithmetic and costs
+
+
+def training_flops_per_token(objective, teacher, student, T):
+    """FLOPs of one token of training: the student's forward and backward pass (three forwards), the teacher's forward.
+
+    `teacher` and `student` are Configs, teacher None where there is none. Counts the rows that meet the vocabulary.
+    """
+    rows = 1.0 if objective.on_logits and objective.kd_rows == "all" else MASK_SHARE
+    flops = 3 * flops_per_token(student, T, rows)
+    if teacher is not None and objective.needs_teacher:
+        flops += flops_per_token(teacher, T, rows if objective.on_logits else 0.0)
+    return flops
+
+
+def peak_tflops(device, dtype):
+    """Dense peak of a device for matrix products in bf16 or fp16, TFLOP/s; None where we do not know it."""
+    if device.type != "cuda" or dtype == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS if part in name), None)
+
+
+def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price_per_hour=None):
+    """Returns what a run of so many tokens at this speed (of all ranks) amounts to.
+
+    {"tflops_per_second" a rank, "utilisation" of `peak` TFLOP/s (None: unknown), "device_hours", "cost", and
+    "published_device_hours", "published_cost" of the published recipe's tokens}; costs None without a price.
+    """
+    tflops = tokens_per_second * flops_per_token / 1e12 / ranks
+    estimate = {"tflops_per_second": round(tflops, 3), "utilisation": peak and round(tflops / peak, 4)}
+    for name, n in (("", tokens), ("published_", PUBLISHED_TOKENS)):
+        hours = n / max(tokens_per_second, 1e-9) * ranks / 3600
+        estimate[f"{name}device_hours"] = round(hours, 4)
+        estimate[f"{name}cost"] = None if price_per_hour is None else round(hours * price_per_hour, 2)
+    return estimate

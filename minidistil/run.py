@@ -1,0 +1,200 @@
+"""The output folder of a run: what it was begun with, its metrics, its checkpoint, and how to go on with it.
+
+The order of the data and the random numbers are functions of (seed, update), so that a checkpoint is small: weights,
+AdamW's two moments, the loss scale, and the number of updates done.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import signal
+import time
+
+import torch
+
+from minidistil import files
+from minidistil.errors import UserError
+from minidistil.plot import line_chart
+from minidistil.safetensors import read_safetensors, write_safetensors
+
+CHECKPOINT = pathlib.Path("checkpoint") / "state.safetensors"  # in the folder of a run
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def choose_folder(out, stem, resume, resume_marker):
+    """Returns the folder `out`, or runs/`stem` for the first number that is free; no run is ever written over.
+
+    A folder that holds the file `resume_marker` can be resumed. Raises UserError for another folder with something in
+    it.
+    """
+    if out is None:
+        numbers = (("" if n == 1 else f"-{n}") for n in range(1, 10**6))
+        return next(p for p in (pathlib.Path("runs") / f"{stem}{n}" for n in numbers) if not p.exists())
+    out = pathlib.Path(out)
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        how = "add --resume to go on, or choose" if (out / resume_marker).exists() else "choose"
+        raise UserError(f"--out {out} is not empty: {how} another --out")
+    return out
+
+
+def resume_command(launcher, script, argv, out):
+    """The command line that goes on with a run in `out`, given the one that began it."""
+    words = [*launcher, script, *(a for a in argv if a != "--resume"), "--resume"]
+    named = any(a == "--out" or a.startswith("--out=") for a in argv)
+    return shlex.join(words + ([] if named else ["--out", str(out)]))
+
+
+def require_same(before, now, out):
+    """Raises UserError unless two identities (dicts) are the same: a resumed run takes the same updates, or none."""
+    different = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if different:
+        changes = ", ".join(different)
+        raise UserError(f"{out} was begun with other settings ({changes}): repeat them, or choose a new --out")
+
+
+# ---- checkpoint
+
+
+def save_checkpoint(out, model, optimizer, info):
+    """Writes `out`/checkpoint, self-checksummed: weights, moments and `info`, a JSON-able dict."""
+    tensors, adam_steps = {}, 0.0
+    for name, parameter in model.named_parameters():
+        tensors[f"student.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            if parameter in optimizer.state:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+                adam_steps = float(optimizer.state[parameter]["step"])
+    info = {**info, "adam_steps": adam_steps}  # fewer than the updates where fp16 overflowed
+    write_safetensors(pathlib.Path(out) / CHECKPOINT, tensors, {"info": json.dumps(info)}, checksum=True)
+
+
+def load_checkpoint(out):
+    """Returns (info, tensors) of the checkpoint in `out`; UserError where there is none or it is damaged."""
+    path = pathlib.Path(out) / CHECKPOINT
+    if not path.is_file():
+        raise UserError(f"nothing to resume in {out} (no {path}): start without --resume")
+    tensors, metadata = read_safetensors(path, checksum=True)
+    return json.loads(metadata["info"]), tensors
+
+
+@torch.no_grad()
+def restore(tensors, model, optimizer, adam_steps):
+    """Puts the tensors of `load_checkpoint` into a model and into its optimiser, which has taken `adam_steps` steps."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[f"student.{name}"])
+        if f"exp_avg.{name}" in tensors:
+            # the step counter stays where the fused optimiser keeps it: beside the parameter, in fp32
+            state = {moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(adam_steps, device=parameter.device), **state}
+
+
+# ---- the run of train.py
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run stands besides its tensors; the defaults are those of a fresh one."""
+
+    update: int = 0
+    seconds: float = 0.0
+    dtype: str = None  # of matrix products, chosen once
+    scale: dict = dataclasses.field(default_factory=dict)  # the loss scaler's state, fp16 only
+    searched: int = None  # the micro-batch that a search found
+
+
+class Run:
+    """metrics.jsonl and checkpoint/ in the folder `out`; only the first rank `writes`.
+
+    `identity` (a JSON-able dict) is all that enters the arithmetic of an update.
+    """
+
+    def __init__(self, out, identity, writes):
+        self.out, self.identity, self.writes, self.history = out, identity, writes, []
+
+    def resume(self, student, optimizer, dtype):
+        """Restores student and optimiser; returns the State. Raises UserError unless this is the same run."""
+        saved, tensors = load_checkpoint(self.out)
+        wanted = self.identity if dtype == "auto" else {**self.identity, "dtype": dtype}
+        require_same({**saved["identity"], "dtype": saved["dtype"]}, wanted, self.out)
+        restore(tensors, student, optimizer, saved["adam_steps"])
+        return State(**{field.name: saved[field.name] for field in dataclasses.fields(State)})
+
+    def save(self, student, optimizer, state):
+        if self.writes:
+            save_checkpoint(self.out, student, optimizer, {**dataclasses.asdict(state), "identity": self.identity})
+
+    def open(self, update):
+        """Opens metrics.jsonl for `log`; records of updates after `update`, which will be done again, are dropped."""
+        path = self.out / "metrics.jsonl" if self.writes else os.devnull
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.history = [m for m in read_metrics(path) if m["step"] <= update] if update is not None else []
+            files.write_text(path, "".join(json.dumps(m) + "\n" for m in self.history))
+        self.metrics = open(path, "a", encoding="utf-8", buffering=1)
+
+    def log(self, record):
+        self.history.append(record)
+        self.metrics.write(json.dumps(record) + "\n")
+
+
+# ---- metrics
+
+
+def read_metrics(path):
+    """Returns the records of a metrics.jsonl; the last line may be cut short by a crash."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def draw_curve(path, history, teacher_metrics):
+    """Draws the training loss and the held-out metrics of a run."""
+    updates = [m for m in history if "loss" in m]
+    held_out = [m for m in history if "held_out" in m]
+    training = {name: [(m["step"], m[name]) for m in updates] for name in ("loss", "kl", "ce")}
+    training = {name: line for name, line in training.items() if any(y for _, y in line)}
+    top1 = {"student": [(m["step"], m["held_out"]["top1"]) for m in held_out]}
+    loss = {"student": [(m["step"], m["held_out"]["mlm_loss"]) for m in held_out]}
+    if teacher_metrics:
+        ends = (held_out[0]["step"], held_out[-1]["step"])
+        top1["teacher (dashed)"] = [(step, teacher_metrics["top1"]) for step in ends]
+        loss["teacher (dashed)"] = [(step, teacher_metrics["mlm_loss"]) for step in ends]
+    line_chart(path, [
+        {"title": "training loss, nats", "x": "update", "lines": training},
+        {"title": "held-out masked-LM loss, nats", "x": "update", "lines": loss},
+        {"title": "held-out top-1 accuracy", "x": "update", "lines": top1},
+    ])  # fmt: skip
+
+
+# ---- interruption
+
+
+class SignalFlag:
+    """Turns Ctrl-C and SIGTERM into a flag that a loop reads where it can stop; a second one kills at once.
+
+    Within a second it counts as the same: `torchrun` passes on to its processes what the terminal sent them already.
+    """
+
+    def __init__(self):
+        self.signal, self.since = None, 0.0
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if self.signal is not None and time.monotonic() - self.since > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
