@@ -16,7 +16,7 @@ from benches.gpu import Settings, day, prepare, run, smoke, steps, sweeps, targe
 from benches.gpu.day import FIRST, SECOND, SKIPPED, SWEEPS, Day, Stage, flat
 from benches.gpu.summary import summary, verdict
 from data import docstrings
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted")
 

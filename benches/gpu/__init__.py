@@ -32,28 +32,29 @@ import signal
 import sys
 import tempfile
 
-from minidistil.cli import UserError, given, setting
+from minidistil.cli import option, parse_args
+from minidistil.errors import UserError
 
 
 @dataclasses.dataclass
 class Settings:
-    out: str = setting(None, "folder of the results")
-    budget: float = setting(500.0, "seconds for all stages together")
-    second: bool = setting(False, "the second run: stages that the first one lost, then profilers and sanitizers")
-    only: str = setting(None, "stages, with semicolons, in place of a plan")
-    limit: float = setting(120.0, "seconds of a stage of --only that is in no plan")
-    work: str = setting(None, "folder of caches and logs, which the second run reads (default: a temporary one)")
-    jobs: int = setting(8, "processes of pytest")
-    prepare: bool = setting(False, "measure nothing: make what travels to a machine without a network")
-    cpu: bool = setting(False, "rehearsal: smoke alone, small, interpreted on the CPU")
-    tiny: bool = setting(False, "rehearsal: small shapes, on whatever is called a GPU")
-    null: bool = setting(False, "rehearsal: on a GPU whose kernels do nothing; all numbers are garbage")
-    sabotage: bool = setting(False, "rehearsal: spoil one element of each result, which smoke must find")
-    stage: str = setting(None, "internal: be this stage")
+    out: str = option(None, "folder of the results")
+    budget: float = option(500.0, "seconds for all stages together")
+    second: bool = option(False, "the second run: stages that the first one lost, then profilers and sanitizers")
+    only: str = option(None, "stages, with semicolons, in place of a plan")
+    limit: float = option(120.0, "seconds of a stage of --only that is in no plan")
+    work: str = option(None, "folder of caches and logs, which the second run reads (default: a temporary one)")
+    jobs: int = option(8, "processes of pytest")
+    prepare: bool = option(False, "measure nothing: make what travels to a machine without a network")
+    cpu: bool = option(False, "rehearsal: smoke alone, small, interpreted on the CPU")
+    tiny: bool = option(False, "rehearsal: small shapes, on whatever is called a GPU")
+    null: bool = option(False, "rehearsal: on a GPU whose kernels do nothing; all numbers are garbage")
+    sabotage: bool = option(False, "rehearsal: spoil one element of each result, which smoke must find")
+    stage: str = option(None, "internal: be this stage")
 
 
 def main(argv):
-    settings = Settings(**given(Settings, argv, __doc__))
+    settings = Settings(**parse_args(Settings, argv, __doc__))
     if settings.prepare:
         from benches.gpu.prepare import main as prepare
 

@@ -1,4 +1,4 @@
 from benches.gpu import main
-from minidistil.cli import run
+from minidistil.cli import run_script
 
-run(main)
+run_script(main)

@@ -10,7 +10,7 @@ from benches.gpu.prepare import FOLDER
 from benches.gpu.timing import timed
 from benches.measure import copy_bandwidth
 from minidistil import model
-from minidistil.machine import versions
+from minidistil.device import versions
 
 COPY_MIB = 1024  # of the tensor whose copy is the ceiling of memory
 DROPOUTS = (0.1, 0.125, 0.05)

@@ -16,7 +16,7 @@ import zipfile
 from benches import ROOT
 from benches.gpu.prepare import FOLDER
 from benches.gpu.summary import summary
-from minidistil.cli import UserError
+from minidistil.errors import UserError
 
 LAST = 10  # seconds that are kept for packing
 REHEARSAL = 3  # factor on the time limits of a rehearsal on the null GPU, whose machine has few cores

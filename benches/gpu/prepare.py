@@ -47,7 +47,7 @@ def commands(folders):
 
 
 def main():
-    from minidistil.machine import versions
+    from minidistil.device import versions
 
     FOLDER.mkdir(parents=True, exist_ok=True)
     corpus, docs = make_corpora()

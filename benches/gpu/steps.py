@@ -13,7 +13,7 @@ import benches.step
 import train
 from benches.gpu import prepare, rehearsal, variants
 from benches.gpu.targets import DEMO_TOP1
-from minidistil.metrics import read_metrics
+from minidistil.run import read_metrics
 
 nothing = contextlib.nullcontext
 STEPS = {  # settings of train.py, and what is replaced meanwhile
