@@ -8,7 +8,7 @@ import time
 import torch
 
 from benches.gpu.targets import DEMO_TOP1
-from minidistil import evaluate, run, weights
+from minidistil import evaluate, report, run, weights
 
 
 def pretend(stage):
@@ -25,11 +25,10 @@ def fail():
 
 def accept_all_numbers():
     """Replaces what would refuse the garbage in the null GPU's memory."""
-    isfinite = torch.Tensor.isfinite
-    torch.Tensor.isfinite = lambda x: torch.tensor(True) if x.is_cuda else isfinite(x)
+    torch.Tensor.isfinite = lambda x: torch.ones_like(x, dtype=torch.bool)
     torch.masked_select = lambda x, mask: x.flatten()
     math.isfinite = lambda x: True
     metrics = dict(mlm_loss=1.0, top1=DEMO_TOP1, kl=0.1, agreement=0.5)
     evaluate.HeldOut._rows = lambda self, model: None
     evaluate.HeldOut._metrics = lambda self, model, rows: metrics
-    weights.save_model = run.save_checkpoint = lambda *arguments, **options: None
+    weights.save_model = run.save_checkpoint = report.draw_curve = lambda *arguments, **options: None
