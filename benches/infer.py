@@ -141,7 +141,7 @@ def accuracies(settings, models, T):
     tokenizer = Tokenizer.load(settings.student)
     task = open_task("sst2", settings.data, tokenizer, T, limit=1)  # its training set is not looked at
     logits = {name: predict(model, task.dev[0], tokenizer.pad_id, CPU) for name, model in models.items()}
-    return {name: task.figures([rows])["accuracy"] for name, rows in logits.items()}
+    return {name: task.evaluate([rows])["accuracy"] for name, rows in logits.items()}
 
 
 # ---- measuring

@@ -10,6 +10,9 @@ except ImportError:  # Triton has wheels for Linux only; elsewhere the CPU paths
     triton = types.SimpleNamespace(jit=lambda function: function)
     tl = types.SimpleNamespace(constexpr=lambda value: value)
 
+IGNORE = -100  # PyTorch's label of a row without cross-entropy
+FLOOR = -16384.0  # of log2 of a probability over the row's largest: 2 to this power is 0, and KL stays finite
+
 
 def on_triton(x):
     """True where a kernel serves tensor `x`: on a GPU, or interpreted, where TRITON_INTERPRET=1 asks for that.

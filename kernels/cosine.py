@@ -10,10 +10,11 @@ b comes from the frozen teacher and has no gradient. The clamps are those of F.c
 distance 1 and a finite gradient. PyTorch clamps the value of |a| but differentiates |a| as if it were not clamped; the
 formula above and the kernels do the same.
 
-One warp reads a whole row, so that the sums over columns need no barrier. `cut` of layer_norm.py splits the width into
-two powers of two (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both rows and
-stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The forward
-kernel writes one distance per row; `sum` adds the distances in a fixed order, so that repeated runs give the same bits.
+One warp reads a whole row, so that the sums over columns need no barrier. `split_width` of layer_norm.py makes two
+powers of two of the width (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both
+rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The
+forward kernel writes one distance per row; `sum` adds the distances in a fixed order, so that repeated runs give the
+same bits.
 
 Arithmetic, statistics and the result are fp32 for every dtype of a and b; the gradient has the dtype of a. As in
 PyTorch's fp32 expression, norms must stay below 1.8e19, where their squares overflow.
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import on_triton, tl, triton
-from kernels.layer_norm import cut
+from kernels.layer_norm import split_width
 from kernels.operator import differentiable, opaque
 
 EPS = tl.constexpr(1e-8)  # the default of F.cosine_similarity
@@ -137,7 +138,7 @@ def _launch_forward(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, tor
     N, C = a.shape
     distance, stats = a.new_empty(N, dtype=torch.float32), a.new_empty(N, 3, dtype=torch.float32)
     if N:
-        block_1, block_2, warps = cut(C)
+        block_1, block_2, warps = split_width(C)
         _forward_kernel[(N,)](
             a, b, distance, stats, a.stride(0), b.stride(0), C, BLOCK_1=block_1, BLOCK_2=block_2, num_warps=warps
         )  # fmt: skip
@@ -153,7 +154,7 @@ def _launch_backward(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, stats: t
     N, C = a.shape
     da = a.new_empty(N, C)
     if N:
-        block_1, block_2, warps = cut(C)
+        block_1, block_2, warps = split_width(C)
         _backward_kernel[(N,)](
             g, a, b, stats, da, a.stride(0), b.stride(0), C, BLOCK_1=block_1, BLOCK_2=block_2, num_warps=warps
         )  # fmt: skip

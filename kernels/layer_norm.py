@@ -20,34 +20,12 @@ dropout and residual, where z is x), backward 6 (read z, dy, write dz; 8 with dr
 Legend:  N rows   C width   p probability of dropping
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import on_triton, tl, triton
+from kernels import cpu, on_triton, tl, triton
+from kernels.cpu import BITS
 from kernels.operator import differentiable, opaque
-
-BITS = 16  # random bits that decide about an element
-
-
-class _DropoutCPU(torch.autograd.Function):
-    """Four elements to a draw: PyTorch's own dropout draws a number for each, and that takes most of its time."""
-
-    @staticmethod
-    def forward(ctx, x, p):
-        n, threshold = x.numel(), round(p * 2**BITS)
-        seed = int(torch.randint(2**62, ()))  # PyTorch's generator stays the one source; SFC64 is faster
-        draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-n * BITS // 64)).view(np.int16))[:n]
-        # 0 below the threshold, 1 from there: conversions and arithmetic are vectorised, comparisons are not
-        keep = draws.view(x.shape).float().sub_(threshold - 2 ** (BITS - 1) - 1).clamp_(0, 1)
-        ctx.scale = 2**BITS / (2**BITS - threshold)
-        ctx.save_for_backward(keep.to(torch.uint8))
-        return keep.mul_(ctx.scale).mul_(x) if x.dtype == keep.dtype else x * keep.mul_(ctx.scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (keep,) = ctx.saved_tensors
-        return keep.to(dy.dtype).mul_(ctx.scale).mul_(dy), None
 
 
 def dropout(x, p, training=True):
@@ -57,7 +35,7 @@ def dropout(x, p, training=True):
     """
     if not training or p == 0.0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    return _DropoutCPU.apply(x, p)
+    return cpu.Dropout.apply(x, p)
 
 
 def dropout_add_layer_norm_ref(x, residual, weight, bias, eps, p=0.0):
@@ -266,7 +244,7 @@ def _backward_kernel(
         _store_columns(dwb_ptr + C, db_b, groups_b, C)
 
 
-def cut(C):
+def split_width(C):
     """(A, B, num_warps): C columns as two powers of two, 8 or more each; 768 = 512 + 256, 1,024 = 1,024 + 0."""
     A = max(8, 1 << (C.bit_length() - 1))
     B = 0 if C <= A else max(8, triton.next_power_of_2(C - A))
@@ -287,7 +265,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(y, z, stats) of x (N, C); z is empty where it is x itself or, without `keep_z`, where nobody reads it."""
     N, C = x.shape
-    A, B, warps = cut(C)
+    A, B, warps = split_width(C)
     y, z, stats = _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z)
     threshold = round(p * 2**BITS)
     if N:
@@ -309,7 +287,7 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dz, dx, dweight and dbias (2, C)); without dropout dx is dz, and left empty."""
     N, C = z.shape
-    A, B, warps = cut(C)
+    A, B, warps = split_width(C)
     programs = _programs(N, z.device)
     dz, dx, _ = _empty_gradients(dy, z, weight, stats, p, seed)
     dwb = z.new_empty(programs, 2, C, dtype=torch.float32)

@@ -22,21 +22,10 @@ Legend:  N rows   C width   V vocabulary   R rows of a chunk   s, t student and 
 import torch
 import torch.nn.functional as F
 
-from kernels import on_triton, tl, triton
-from kernels.distill_kl import (
-    IGNORE,
-    LOG2E,
-    block_gradient,
-    distill_kl_ref,
-    exponentials,
-    floored,
-    power_of,
-    row_losses,
-    row_statistics,
-    row_width,
-    rows_in_cache,
-)
+from kernels import cpu, on_triton, tl, triton
+from kernels.distill_kl import distill_kl_ref, power_of, row_width
 from kernels.operator import differentiable
+from kernels.rows import LOG2E, block_gradient, row_losses, row_statistics
 
 CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, and little memory
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
@@ -115,64 +104,6 @@ def _loss_and_gradient_kernel(
 def launch(itemsize):
     """(BLOCK_V, num_warps) of the kernel, for logits of this many bytes."""
     return (4096, 8) if itemsize == 2 else (2048, 8)
-
-
-# ---- CPU: the same, a few rows at a time
-
-
-def _loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
-    """Adds the losses of a chunk to `losses` (1, 3), overwrites `s` with their gradient, and spoils `t`.
-
-    s, t (R, V): logits divided by tau and still without the biases (V,), which are too; t None without a teacher.
-    Single passes over a few megabytes in cache, into memory that is there already: allocating would cost more than exp.
-    """
-    kl_weight, ce_weight, mse_weight = weights
-    finite = all(bias.isfinite().all() for bias in biases)  # else words are ruled out, as some do by a bias of -inf
-    has_label = labels[:, None] != IGNORE
-    y = labels[:, None].where(has_label, 0)
-    s_y = s.gather(1, y).to(biases[0].dtype) + biases[0][y]
-    minus_one = has_label.to(s_y.dtype) * -ce_weight
-    stats = s_y.new_ones(5, len(y), 1)
-    stats[:2] = 0.0
-    kl = mse = s_y.new_zeros(())
-    columns = (s, s if t is None else t, *stats, y, minus_one, has_label)
-    for s_, t_, m_s, m_t, Z_s, Z_t, Z_1, y_, minus, scored in zip(
-        *(x.split(scratch.shape[1]) for x in columns), strict=True
-    ):
-        p, e = scratch[:, : len(s_)]
-        a = s_.to(p.dtype).add_(biases[0])
-        exponentials(a, tau, m_s, Z_s, e)
-        if t is None:
-            a.zero_()
-        else:
-            d = t_.to(p.dtype).add_(biases[1])
-            exponentials(d, tau, m_t, Z_t, p).mul_(-1 / Z_t)  # minus the teacher's probabilities
-            if not finite:  # 0 (-inf + inf) = 0, and a word that only the student rules out costs the floor
-                floored(a)
-                floored(d)
-            d.sub_(a)
-            kl = kl - torch.dot(p.view(-1), d.view(-1))
-            torch.addcmul(p, e, 1 / Z_s, out=a)
-            if kl_weight * tau != 1:
-                a.mul_(kl_weight * tau)
-            if mse_weight:
-                d.add_(m_t - m_s)
-                mse = mse + torch.dot(d.view(-1), d.view(-1))
-                a.add_(d, alpha=-2 * mse_weight * tau)
-        if ce_weight:
-            scored = scored[:, 0].tolist()
-            for rows in [slice(None)] if all(scored) else [slice(i, i + 1) for i, yes in enumerate(scored) if yes]:
-                e_1 = e[rows].pow_(tau)  # exp(s) = exp(s / tau)^tau
-                a[rows].addcmul_(e_1, ce_weight / torch.sum(e_1, -1, keepdim=True, out=Z_1[rows]))
-            a.scatter_add_(1, y_, minus)
-        if a.dtype != s.dtype:
-            s_.copy_(a)
-    m_s, _, *Z = stats
-    log_Z_s, log_Z_t, log_Z_1 = (x.double().log() for x in Z)  # fp64: large, and their differences small
-    if t is not None:
-        kl = kl + (log_Z_s - log_Z_t).sum()
-    ce = (log_Z_1 - tau * (s_y - m_s)).where(has_label, 0.0).sum() if ce_weight else torch.zeros_like(kl)
-    losses += torch.stack([kl * tau**2, ce, mse * tau**2])
 
 
 # ---- pieces
@@ -256,7 +187,7 @@ def _loss_and_gradients(
             models += [(h_t, *decoder_for(W_t, b_t, dtype), h_s.new_empty(R, width, dtype=dtype))]
         if not kernel:
             biases = [b.to(wide) / tau for _, _, b, _ in models]
-            scratch = h_s.new_empty(2, R if h_s.is_cuda else min(R, rows_in_cache(V, wide)), V, dtype=wide)
+            scratch = h_s.new_empty(2, R if h_s.is_cuda else min(R, cpu.rows_in_cache(V, wide)), V, dtype=wide)
         for start in range(0, N, R):
             rows = slice(start, min(start + R, N))
             inputs = [(h[rows].to(dtype), W.t(), b, buffer[: rows.stop - start]) for h, W, b, buffer in models]
@@ -271,7 +202,7 @@ def _loss_and_gradients(
             else:
                 # divided by tau for nothing; the bias waits until a few rows are in cache
                 s, *t = (torch.addmm(out, h, W, beta=0, alpha=1 / tau, out=out) for h, W, _, out in inputs)
-                _loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
+                cpu.loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
             G = s
             if wants_dh:
                 _multiply(G, models[0][1], unit if G.is_cuda else 1.0, dh[rows])

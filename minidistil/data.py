@@ -20,11 +20,11 @@ import pathlib
 
 import numpy as np
 
+from kernels import IGNORE
 from minidistil import files
 from minidistil.errors import UserError
 from minidistil.rng import mix, permuted, uniform
 
-IGNORE = -100  # label of a token that is not masked: PyTorch's word for "no loss here"
 MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
 
 

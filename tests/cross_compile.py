@@ -55,7 +55,7 @@ def shipped():
         yield (f"linear_distill_kl, {half}", linear_distill_kl._loss_and_gradient_kernel,
                dict(common, losses_ptr="*fp32", stride="i32", kl_weight="fp32", ce_weight="fp32", mse_weight="fp32"),
                dict(HAS_MSE=False, TAU=2, BLOCK_V=block), warps, block)  # fmt: skip
-        A, B, warps = layer_norm.cut(768)
+        A, B, warps = layer_norm.split_width(768)
         norm = dict(w_ptr="*fp32", stats_ptr="*fp32", seed_ptr="*i64", C="i32", threshold="i32:any", scale="fp32")
         for dropout in (False, True):
             name = f"{'with' if dropout else 'without'} dropout, {half}"

@@ -44,7 +44,7 @@ def test_the_first_student_is_taught_again_by_the_fine_tuned_teacher(tiny, glue,
     assert [r["provider"] for r in results] == ["teacher", "half", "half-taught"]
     assert [r["settings"] for r in results] == [few, few, f"{few} --augment 2"]
     said = (tmp_path / "runs" / "retention" / "half-taught.log").read_text()
-    assert "16 items of" in said and "2 altered copies of each" in said and "update     6/6" in said
+    assert "16 items of" in said and "2 augmented copies of each" in said and "update     6/6" in said
     assert f"the teacher's dev score is {results[0]['scores']['sst2']:.2f}" in said
 
 

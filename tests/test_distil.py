@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minidistil.downstream.batches import encode_pair
-from minidistil.downstream.distil import EXCHANGED, MASKED, altered
+from minidistil.downstream.distil import EXCHANGED, MASKED, augment
 from minidistil.downstream.tasks import compact
 from minidistil.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ def items(tokenizer):
 
 def test_a_tenth_is_masked_and_a_tenth_exchanged(items, tokenizer):
     before = np.array([ids for ids, _ in items] * 3)
-    after = np.array([ids for ids, _ in altered(items, 3, tokenizer)])
+    after = np.array([ids for ids, _ in augment(items, 3, tokenizer)])
     framing = np.isin(before, [tokenizer.cls_id, tokenizer.sep_id])
     assert (after == before)[framing].all() and framing.sum() == 3 * len(before)
     masked, n = after == tokenizer.mask_id, (~framing).sum()
@@ -37,10 +37,10 @@ def test_a_tenth_is_masked_and_a_tenth_exchanged(items, tokenizer):
 
 
 def test_copies_differ_and_are_always_the_same(items, tokenizer):
-    once = altered(items, 2, tokenizer)
+    once = augment(items, 2, tokenizer)
     assert len(once) == 400 and all((t == u).all() for (_, t), (_, u) in zip(once, items * 2, strict=True))
     assert len({ids.tobytes() for ids, _ in once}) > 390  # of one and the same pair
-    again = altered(items, 2, tokenizer)
+    again = augment(items, 2, tokenizer)
     assert all((a == b).all() for (a, _), (b, _) in zip(once, again, strict=True))
     assert {ids.dtype for ids, _ in once} == {np.dtype(np.int32)}
 
@@ -48,6 +48,6 @@ def test_copies_differ_and_are_always_the_same(items, tokenizer):
 def test_texts_of_any_length(tokenizer):
     """A text without words has nothing to change, alone or among others."""
     empty, word = (compact(encode_pair(tokenizer, text, None, 8)) for text in ("", tokenizer.vocab[10]))
-    assert [ids.tolist() for ids, _ in altered([empty], 2, tokenizer)] == [[tokenizer.cls_id, tokenizer.sep_id]] * 2
-    mixed = altered([word, empty, word], 1, tokenizer)
-    assert [len(ids) for ids, _ in mixed] == [3, 2, 3] and altered([word], 0, tokenizer) == []
+    assert [ids.tolist() for ids, _ in augment([empty], 2, tokenizer)] == [[tokenizer.cls_id, tokenizer.sep_id]] * 2
+    mixed = augment([word, empty, word], 1, tokenizer)
+    assert [len(ids) for ids, _ in mixed] == [3, 2, 3] and augment([word], 0, tokenizer) == []

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import finetune
-from finetune import Settings, agreed, next_run, objective, summary_of
+from finetune import Settings
 from minidistil import weights
 from minidistil.downstream.batches import predict
+from minidistil.downstream.distil import TaskObjective, ensemble
+from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
@@ -68,7 +70,7 @@ def test_the_best_run_is_kept(tiny, glue, tmp_path):
     figures = tuned(tiny, glue, tmp_path / "out", lr="1e-9,3e-3,2e-9", examples=160, epochs=2.0)["tasks"]["sst2"]
     model, _ = load_finetuned(tmp_path / "out" / "sst2")
     work = open_task("sst2", glue, Tokenizer.load(tmp_path / "out" / "sst2"))
-    kept = work.figures([predict(model, work.dev[0], 0, "cpu")])["score"]
+    kept = work.evaluate([predict(model, work.dev[0], 0, "cpu")])["score"]
     assert figures["lr"] == 3e-3 and kept == pytest.approx(figures["score"], abs=0.01) and kept > 70
 
 
@@ -105,12 +107,11 @@ def test_all_is_what_the_folder_holds(tiny, glue, tmp_path, capsys):
 
 
 def test_first_seed_chooses_the_learning_rate():
-    settings = Settings(task="sst2", model="m", data="d", seeds=3, seed=5)
     runs, score = [], {(1e-3, 5): 70.0, (2e-3, 5): 80.0, (2e-3, 6): 60.0, (2e-3, 7): 90.0}
-    while (todo := next_run(runs, (1e-3, 2e-3), settings)) is not None:
+    while (todo := next_run(runs, (1e-3, 2e-3), 5, 3)) is not None:
         runs.append({"lr": todo[0], "seed": todo[1], "epochs": [{"score": 0.0}, {"score": score.pop(todo)}]})
     assert not score
-    assert summary_of(runs) == {"score": 80.0, "lowest": 60.0, "highest": 90.0, "lr": 2e-3, "seeds": 3}
+    assert summarise(runs) == {"score": 80.0, "lowest": 60.0, "highest": 90.0, "lr": 2e-3, "seeds": 3}
 
 
 @pytest.mark.parametrize("lr, width, rates", [
@@ -118,7 +119,7 @@ def test_first_seed_chooses_the_learning_rate():
     ("1e-4,2e-4", 768, [1e-4, 2e-4]),
 ])  # fmt: skip
 def test_rates(lr, width, rates):
-    assert finetune.rates_of(Settings(task="sst2", model="m", data="d", lr=lr), width) == rates
+    assert learning_rates(lr, width) == rates
 
 
 # ---- a teacher
@@ -126,7 +127,8 @@ def test_rates(lr, width, rates):
 
 def test_objective_is_its_formula():
     generator = torch.Generator().manual_seed(0)
-    settings = Settings(task="x", model="m", data="d", temperature=3.0, alpha_task=0.2, alpha_ce=0.7, alpha_mse=0.4)
+    weights = dict(alpha_task=0.2, alpha_ce=0.7, alpha_mse=0.4, temperature=3.0)
+    objective = TaskObjective(**weights)
     for shape in ((5, 3), (5, 2, 7)):
         s, soft, mean = (torch.randn(shape, generator=generator).double() for _ in range(3))
         y = torch.randint(shape[-1], shape[:-1], generator=generator)
@@ -134,27 +136,27 @@ def test_objective_is_its_formula():
         kl = 9.0 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         ce = -torch.log_softmax(s, -1).gather(-1, y[..., None]).mean()
         expected = 0.2 * ce + 0.7 * kl + 0.4 * ((s - mean) ** 2).mean()
-        found = objective(settings, False, s.float(), y, soft.float(), mean.float())
+        found = objective.loss(s.float(), y, soft.float(), mean.float())
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert objective(settings, False, s.float(), y).item() == pytest.approx(ce.item(), rel=1e-5)
+        assert objective.loss(s.float(), y).item() == pytest.approx(ce.item(), rel=1e-5)
     s, y, mean = torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 4.0]), torch.tensor([[3.0], [3.0]])
-    assert objective(settings, True, s, y, mean, mean).item() == pytest.approx(0.2 * 2.5 + (0.7 + 0.4) * 2.5)
+    found = TaskObjective(regression=True, **weights).loss(s, y, mean, mean)
+    assert found.item() == pytest.approx(0.2 * 2.5 + (0.7 + 0.4) * 2.5)
 
 
 def test_an_example_without_a_label_has_no_loss_of_the_tasks_own():
     """Its share of the mean stays: each example weighs as much as without the others."""
     generator = torch.Generator().manual_seed(0)
-    settings = Settings(task="x", model="m", data="d", alpha_task=0.2, alpha_ce=0.7)
     for shape, regression, nothing in (((6, 3), False, -100), ((6, 2, 5), False, -100), ((6, 1), True, float("nan"))):
         s, soft = (torch.randn(shape, generator=generator).requires_grad_() for _ in range(2))
         soft = soft.detach()
         y = torch.randn(6, generator=generator) if regression else torch.randint(shape[-1], shape[:-1])
         one = [[tensor[i : i + 1] for tensor in (s, y, soft, soft)] for i in range(6)]
-        taught = Settings(task="x", model="m", data="d", alpha_task=0.0, alpha_ce=0.7)
-        alone = objective(taught, regression, s[4:], y[4:], soft[4:], soft[4:])
+        objective = TaskObjective(regression, alpha_task=0.2, alpha_ce=0.7)
+        alone = TaskObjective(regression, alpha_task=0.0, alpha_ce=0.7).loss(s[4:], y[4:], soft[4:], soft[4:])
         labels = torch.cat([y[:4], torch.full_like(y[4:], nothing)])
-        found = objective(settings, regression, s, labels, soft, soft)
-        expected = (sum(objective(settings, regression, *one[i]) for i in range(4)) + 2 * alone) / 6
+        found = objective.loss(s, labels, soft, soft)
+        expected = (sum(objective.loss(*one[i]) for i in range(4)) + 2 * alone) / 6
         assert found.item() == pytest.approx(expected.item(), rel=1e-5)
         for a, b in zip(*(torch.autograd.grad(x, s) for x in (found, expected)), strict=True):
             torch.testing.assert_close(a, b)
@@ -163,13 +165,13 @@ def test_an_example_without_a_label_has_no_loss_of_the_tasks_own():
 def test_an_ensemble_is_the_mean_of_probabilities():
     rng = np.random.default_rng(0)
     views = [[rng.normal(size=(2, n)).astype(np.float32) * 3 for n in (4, 9)] for _ in range(3)]
-    soft, mean = agreed(views, 2.0)
+    soft, mean = ensemble(views, 2.0)
     for i in range(2):
         p = np.mean([np.exp(v[i] / 2) / np.exp(v[i] / 2).sum(-1, keepdims=True) for v in views], 0)
         q = np.exp(soft[i] / 2) / np.exp(soft[i] / 2).sum(-1, keepdims=True)
         np.testing.assert_allclose(q, p, atol=1e-6)
         np.testing.assert_allclose(mean[i], np.mean([v[i] for v in views], 0), atol=1e-6)
-    assert agreed(views[:1], 2.0) == (views[0], views[0])
+    assert ensemble(views[:1], 2.0) == (views[0], views[0])
 
 
 def test_a_student_follows_its_teachers(tiny, glue, sst2, tmp_path, capsys):
@@ -185,13 +187,13 @@ def test_a_student_follows_its_teachers(tiny, glue, sst2, tmp_path, capsys):
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_altered_copies_are_labelled_by_the_teacher(task, tiny, glue, tmp_path, capsys):
-    """A student that sees a sixth of the examples, and five altered copies of each."""
+    """A student that sees a sixth of the examples, and five augmented copies of each."""
     tuned(tiny, glue, tmp_path / "teacher", task, epochs=2.0)
     few = dict(teacher=str(tmp_path / "teacher"), examples=24, epochs=1.0)
     tuned(tiny, glue, tmp_path / "few", task, **few)
     tuned(tiny, glue, tmp_path / "many", task, **few, augment=5)
     said = capsys.readouterr().out
-    assert "24 items of" in said and " and 5 altered copies of each" in said
+    assert "24 items of" in said and " and 5 augmented copies of each" in said
     updates = [json.loads((tmp_path / name / "scores.json").read_text())["runs"][task][0]["updates"]
                for name in ("few", "many")]  # fmt: skip
     assert updates[1] == 6 * updates[0]

@@ -6,7 +6,7 @@ import gzip
 import pytest
 
 from minidistil.downstream.glue import GLUE, TASKS, Example, load, score
-from minidistil.downstream.scores import METRICS
+from minidistil.downstream.metrics import METRICS
 from minidistil.errors import UserError
 
 MNLI_HEADER = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minidistil import weights
-from minidistil.downstream.heads import NOWHERE, Classifier, SpanReader, load_finetuned, load_pretrained
+from minidistil.downstream.heads import MASKED_LOGIT, Classifier, SpanReader, load_finetuned, load_pretrained
 from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -52,7 +52,7 @@ def test_span_reader_is_that_of_transformers(config, tmp_path):
     logits, mask = model(*ours), ours[1]
     for side, expected_logits in enumerate((expected.start_logits, expected.end_logits)):
         torch.testing.assert_close(logits[:, side][mask], expected_logits[mask], atol=1e-5, rtol=1e-5)
-    assert (logits.transpose(1, 2)[~mask] == NOWHERE).all()
+    assert (logits.transpose(1, 2)[~mask] == MASKED_LOGIT).all()
 
 
 @SHAPES

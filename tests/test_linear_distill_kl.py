@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import IGNORE
 from kernels import linear_distill_kl as module
-from kernels.distill_kl import IGNORE
 from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,7 +121,7 @@ def test_the_real_vocabulary_in_fp32(path):
 def test_several_chunks(path, monkeypatch):
     monkeypatch.setattr(module, "GPU_CHUNK_ROWS", 8)
     monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 1000 * 4)
-    monkeypatch.setattr(module, "rows_in_cache", lambda V, dtype: 3)
+    monkeypatch.setattr(module.cpu, "rows_in_cache", lambda V, dtype: 3)
     check_against_fp64(problem(37, dtype=torch.float32, scale=0.5), 2.0, (0.5, 0.3, 0.1))
 
 

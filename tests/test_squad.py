@@ -51,7 +51,7 @@ def test_em_and_f1_by_hand():
     questions = [Question(str(i), "", "", "", tuple((t, 0) for t in truths)) for i, (_, truths) in enumerate(table)]
     predictions = {str(i): text for i, (text, _) in enumerate(table) if text is not None}
     # EM: 1 + 0 + 1 + 0 + 0 + 1 + 0 of 7; F1: 1 + 2/3 + 1 + 0 + 2/3 + 0 + 0 = 10/3 of 7
-    assert squad.scores(predictions, questions) == pytest.approx({"em": 100 * 3 / 7, "f1": 100 * 10 / 21})
+    assert squad.metrics(predictions, questions) == pytest.approx({"em": 100 * 3 / 7, "f1": 100 * 10 / 21})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_score_of_transformers():
     # of an empty truth it says F1 1, as SQuAD v2 does
     pairs = [pair for pair in zip(texts[::2], texts[1::2], strict=True) if squad.normalise(pair[1])]
     questions = [dataclasses.replace(ask("", (truth, 0)), id=str(i)) for i, (_, truth) in enumerate(pairs)]
-    found = squad.scores({str(i): predicted for i, (predicted, _) in enumerate(pairs)}, questions)
+    found = squad.metrics({str(i): predicted for i, (predicted, _) in enumerate(pairs)}, questions)
     assert found == pytest.approx({"em": 1.6059537798668233, "f1": 5.297222688527041})
 
 
@@ -290,8 +290,8 @@ def test_spans_of_real_questions(assets, real, kind, length, stride, longest_que
     assert cut == ["6a636c91f7733165c92ed84864debf6bdbdf7d16", "320cc9b94d74eb11fd4bc12d347eb46058745e14"]
     assert len(too_long) == (1 if length == 120 and kind == "uncased" else 0)
     assert len(fitting) == len(real) - len(too_long) - len(cut)
-    assert squad.scores(predictions, fitting) == {"em": 100, "f1": 100}
-    assert squad.scores(predictions, real)["em"] == 100 * len(fitting) / len(real)
+    assert squad.metrics(predictions, fitting) == {"em": 100, "f1": 100}
+    assert squad.metrics(predictions, real)["em"] == 100 * len(fitting) / len(real)
 
 
 def test_one_file_is_split_by_article(assets, real, tmp_path):

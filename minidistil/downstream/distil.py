@@ -1,19 +1,32 @@
-"""More examples for a teacher to label: copies of a task's own in which words are masked or exchanged.
+"""Distillation while fine-tuning: teachers that were fine-tuned for the task, the loss, and augmented examples.
 
-A few thousand examples show a student little of what its teacher makes of other sentences, and one that is given a
-probability instead of a label needs no true one. After Tang et al. 2019, arXiv 1903.12136, "Data augmentation for
-distillation", without their part-of-speech tagger and n-grams.
+A few thousand examples show a student little of what its teacher makes of other sentences, and a student that is given
+a probability instead of a label needs no true label: copies of the examples, in which words are masked or exchanged,
+are labelled by the teacher alone. After Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation",
+without their part-of-speech tagger and n-grams.
 """
 
-import numpy as np
+import dataclasses
+import math
+import pathlib
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels.distill_kl import distill_kl
+from minidistil.data import IGNORE
+from minidistil.downstream.batches import predict
+from minidistil.downstream.heads import MASKED_LOGIT, load_finetuned
+from minidistil.errors import UserError
 from minidistil.rng import mix, uniform
+from minidistil.tokenizer import Tokenizer
 
 MASKED, EXCHANGED = 0.1, 0.1  # share of the tokens, as Tang et al. have them
 
 
-def altered(items, copies, tokenizer):
-    """Returns `copies` altered versions of each item: first one of all of them, then a second one, and so on.
+def augment(items, copies, tokenizer):
+    """Returns `copies` augmented copies of each item: first one of all of them, then a second one, and so on.
 
     items: (ids, types), int32 and int8 arrays (n,). A token becomes [MASK], or a random one out of all items, frequent
     ones more often; those that frame a text stay. A pure function of its arguments.
@@ -30,3 +43,106 @@ def altered(items, copies, tokenizer):
         changed = np.where(free & (draw < MASKED), tokenizer.mask_id, changed).astype(ids.dtype)
         result += zip(np.split(changed, ends), (types for _, types in items), strict=True)
     return result
+
+
+def with_copies(task, copies, tokenizer):
+    """(items, targets) of a task's training set with augmented copies, whose target says that they have no label."""
+    items, targets = task.train[0] + augment(task.train[0], copies, tokenizer), task.train[1]
+    no_label = math.nan if task.regression else IGNORE
+    none = targets.new_full((len(items) - len(targets), *targets.shape[1:]), no_label)
+    return items, torch.cat([targets, none])
+
+
+# ---- teachers
+
+
+def load_teachers(places, task, tokenizer):
+    """Returns the models in some folders, or in their subfolders named after the task: frozen, with the task's labels.
+
+    Raises UserError for one that was fine-tuned for something else, or has another vocabulary.
+    """
+    models = []
+    for place in places:
+        folder = pathlib.Path(place) / task.name
+        folder = folder if folder.is_dir() else pathlib.Path(place)
+        model, labels = load_finetuned(folder)
+        if type(model) is not task.kind or labels != tuple(task.labels):
+            raise UserError(f"{folder} was not fine-tuned for {task.name}: give a teacher that was")
+        if Tokenizer.load(folder).digest != tokenizer.digest:
+            raise UserError(f"{folder} and the student have different vocabularies: they must agree word for word")
+        models.append(model.requires_grad_(False))
+    return models
+
+
+def ensemble(logits, tau):
+    """One teacher out of several: (logits whose softmax at tau is the mean of theirs, mean logits), each a list.
+
+    `logits` holds one list a teacher, of an array an item.
+    """
+    if len(logits) == 1:
+        return logits[0], logits[0]
+    soft, mean = [], []
+    for of_item in zip(*logits, strict=True):
+        z = torch.from_numpy(np.stack(of_item)).double()
+        soft.append((tau * torch.log_softmax(z / tau, -1).logsumexp(0)).float().numpy())
+        mean.append(z.mean(0).float().numpy())
+    return soft, mean
+
+
+def teacher_logits(places, task, tokenizer, tau, device):
+    """Returns `ensemble` of what the teachers in `places` say of each training item; prints their dev scores."""
+    logits = []
+    for teacher in load_teachers(places, task, tokenizer):
+        logits.append(predict(teacher.to(device), task.train[0], tokenizer.pad_id, device))
+        on_dev = [predict(teacher, split, tokenizer.pad_id, device) for split in task.dev]
+        print(f"{task.name}: the teacher's dev score is {task.evaluate(on_dev)['score']:.2f}", flush=True)
+    return ensemble(logits, tau)
+
+
+def pad_logits(arrays, shape, device):
+    """The arrays of a batch's items as one tensor of the shape of its logits; padding is MASKED_LOGIT."""
+    stack = np.full(shape, MASKED_LOGIT, np.float32)
+    for row, array in enumerate(arrays):
+        stack[row, ..., : array.shape[-1]] = array
+    return torch.from_numpy(stack).to(device)
+
+
+# ---- loss
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskObjective:
+    """The loss of fine-tuning; the weights count where there is a teacher (Sanh et al. 2019, section 3; Tang et al.).
+
+    alpha_task * the task's own loss + alpha_ce * tau^2 KL(teacher || student) + alpha_mse * squared difference
+    """
+
+    regression: bool = False
+    alpha_task: float = 0.5
+    alpha_ce: float = 0.5
+    alpha_mse: float = 0.0
+    temperature: float = 2.0
+
+    def loss(self, logits, targets, soft=None, mean=None):
+        """The mean over a batch's examples (over starts and ends of spans).
+
+        logits (B, K) or (B, 2, T); targets (B,) or (B, 2): NaN (of a regression) or IGNORE where there is no label, and
+        so no loss of the task's own; soft and mean, of `ensemble`, like logits, where there is a teacher.
+        """
+        logits = logits.float()
+        rows, targets = logits.flatten(0, -2), targets.flatten()
+        if self.regression:
+            loss = F.mse_loss(rows[:, 0], targets.where(targets.isfinite(), rows[:, 0].detach()))
+        else:
+            loss = F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="sum") / len(rows)
+        if soft is None:
+            return loss
+        loss = self.alpha_task * loss
+        if self.alpha_ce and self.regression:  # one number has no distribution
+            loss = loss + self.alpha_ce * F.mse_loss(logits, mean)
+        elif self.alpha_ce:
+            kl, _ = distill_kl(rows, soft.flatten(0, -2), None, self.temperature)
+            loss = loss + self.alpha_ce * kl / len(rows)
+        if self.alpha_mse:
+            loss = loss + self.alpha_mse * F.mse_loss(logits, mean)
+        return loss

@@ -20,7 +20,7 @@ from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.model import Encoder, initialise
 
-NOWHERE = -1e4  # logit of a token that is padding; finite, so that differences of logits are
+MASKED_LOGIT = -1e4  # logit of a token that is padding; finite, so that differences of logits are
 
 
 class Classifier(nn.Module):
@@ -60,7 +60,7 @@ class SpanReader(nn.Module):
     def forward(self, ids, mask=None, types=None):
         x = dropout(self.encoder(ids, mask, types), self.dropout, self.training)
         logits = self.answer(x).transpose(1, 2)  # (B, 2, T)
-        return logits if mask is None else logits.masked_fill(~mask[:, None], NOWHERE)
+        return logits if mask is None else logits.masked_fill(~mask[:, None], MASKED_LOGIT)
 
 
 # ---- folders

@@ -203,7 +203,7 @@ def normalise(text):
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def scores(predictions, questions):
+def metrics(predictions, questions):
     """Returns {"em", "f1"} in percent of all questions; predictions: question id -> text, none counts 0."""
     em = f1 = 0
     for question in questions:

@@ -5,23 +5,26 @@
     name, labels            their names; one for a regression
     train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
     dev = [items, ...]       of each held-out split
-    figures(logits)          logits of these, split by split, as `predict` gives them -> {"score", official metrics}
+    teacher                  () or two lists, of an array a training item: see `distil.ensemble`
+    evaluate(logits)         logits of these, split by split, as `predict` gives them -> {"score", official metrics}
 """
 
 import hashlib
+import pathlib
 
 import numpy as np
 import torch
 
-from minidistil.downstream import glue, scores, squad
+from minidistil.downstream import glue, metrics, squad
 from minidistil.downstream.batches import encode_pair
 from minidistil.downstream.heads import Classifier, SpanReader
+from minidistil.errors import UserError
 from minidistil.rng import mix
 
 SEQ_LEN = {"imdb": 512, "squad": 384}  # tokens; 128 elsewhere, as published for GLUE
 
 
-def some(things, limit):
+def subsample(things, limit):
     """A fixed random choice of `limit` things, in their order; all where there are no more."""
     if limit is None or limit >= len(things):
         return things
@@ -46,14 +49,14 @@ def compact(item):
 class SentenceTask:
     """A GLUE task or IMDb, by its name in `glue.TASKS`; `limit` keeps that many training examples."""
 
-    kind = Classifier
+    kind, teacher = Classifier, ()
 
     def __init__(self, name, data, tokenizer, T, limit=None):
         self.name, self.task = name, glue.TASKS[name]
         self.labels = self.task.labels or ("score",)
         self.regression = not self.task.labels
         train, self.examples = glue.load(name, data)
-        train = some(train, limit)
+        train = subsample(train, limit)
 
         def items(examples):
             return [compact(encode_pair(tokenizer, e.first, e.second, T)) for e in examples]
@@ -62,45 +65,60 @@ class SentenceTask:
         self.train = items(train), torch.tensor([e.label for e in train], dtype=dtype)
         self.dev = [items(examples) for examples in self.examples.values()]
 
-    def figures(self, logits):
+    def evaluate(self, logits):
         per_split = {}
         for (split, examples), rows in zip(self.examples.items(), logits, strict=True):
             rows = np.stack(rows)
             guesses = rows[:, 0] if self.regression else rows.argmax(1)
             truth = np.array([e.label for e in examples])
-            per_split[split] = {m: float(scores.METRICS[m](guesses, truth)) for m in self.task.metrics}
-        # in percent, as published
-        figures = {"score": glue.score(self.task, per_split)}
-        for split, metrics in per_split.items():
+            per_split[split] = {m: float(metrics.METRICS[m](guesses, truth)) for m in self.task.metrics}
+        found = {"score": glue.score(self.task, per_split)}
+        for split, shares in per_split.items():
             where = "" if len(per_split) == 1 else f"_{split}"
-            figures |= {f"{m}{where}": 100 * x for m, x in metrics.items()}
-        return figures
+            found |= {f"{m}{where}": 100 * x for m, x in shares.items()}  # in percent, as published
+        return found
 
 
 class SpanTask:
     """SQuAD v1.1: a question may take several windows of its context; `limit` keeps that many training questions."""
 
-    kind, name, labels, regression = SpanReader, "squad", (), False
+    kind, name, labels, regression, teacher = SpanReader, "squad", (), False, ()
 
     def __init__(self, data, tokenizer, T, limit=None):
         train, self.questions = squad.load(data)
         # published: windows of 384 tokens that overlap by all but 128; questions of at most 64
-        windows = (w for q in some(train, limit) for w in squad.windows(q, tokenizer, T, T // 3))
+        windows = (w for q in subsample(train, limit) for w in squad.windows(q, tokenizer, T, T // 3))
         items, spans = zip(*((compact((w.ids, w.types)), w.span) for w in windows), strict=True)
         self.train = items, torch.tensor(spans)
         self.windows = [squad.windows(q, tokenizer, T, T // 3) for q in self.questions]
         self.dev = [[compact((w.ids, w.types)) for group in self.windows for w in group]]
 
-    def figures(self, logits):
+    def evaluate(self, logits):
         rows, answers = iter(logits[0]), {}
         for question, windows in zip(self.questions, self.windows, strict=True):
             starts, ends = zip(*(next(rows) for _ in windows), strict=True)
             answers[question.id] = squad.answer(question, windows, starts, ends)[0][0]
-        figures = squad.scores(answers, self.questions)
-        return {"score": figures["f1"], **figures}
+        found = squad.metrics(answers, self.questions)
+        return {"score": found["f1"], **found}
 
 
 def open_task(name, data, tokenizer, seq_len=None, limit=None):
     """Returns the SentenceTask or SpanTask of this name, read from `data` and encoded."""
     T = seq_len or SEQ_LEN.get(name, 128)
     return SpanTask(data, tokenizer, T, limit) if name == "squad" else SentenceTask(name, data, tokenizer, T, limit)
+
+
+def task_names(text, data):
+    """The names that --task stands for; of `all`, those that the GLUE folder holds."""
+    if text == "all":
+        here = [name for name in glue.GLUE if (pathlib.Path(data) / glue.TASKS[name].folder).is_dir()]
+        if not here:
+            raise UserError(f"{data} holds no task of GLUE (CoLA, SST-2 ...): give the official folder")
+        if absent := [name for name in glue.GLUE if name not in here]:
+            print(f"not in {data}, and not in the macro score: {', '.join(absent)}", flush=True)
+        return here
+    names = text.split(",")
+    for name in names:
+        if name not in (*glue.TASKS, "squad"):
+            raise UserError(f"--task {name} is not known: choose from {', '.join(glue.TASKS)}, squad, all")
+    return names

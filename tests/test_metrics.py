@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minidistil.downstream.scores import METRICS, accuracy, f1, matthews, pearson, spearman
+from minidistil.downstream.metrics import METRICS, accuracy, f1, matthews, pearson, spearman
 
 
 def test_by_hand():

@@ -1,0 +1,46 @@
+"""Which learning rate and which seed are next, and what the runs of a task come to.
+
+Each learning rate is tried with the first seed; the one with the best dev score is tried with the other seeds, as
+BERT's authors chose it (Devlin et al. 2018, appendix A.3). A run is {"lr", "seed", "epochs": [metrics after each]}.
+"""
+
+import math
+import statistics
+
+from minidistil.errors import UserError
+
+# Grids of peak learning rates: BERT's own, and for narrower models one after Turc et al. 2019, arXiv 1908.08962
+WIDE, NARROW, LSTM = (2e-5, 3e-5, 5e-5), (5e-5, 1e-4, 3e-4), (1e-3,)
+
+
+def learning_rates(text, width):
+    """The learning rates to try: those of --lr, with commas, else those for an encoder of this width (None: LSTM)."""
+    if text is None:
+        return LSTM if width is None else WIDE if width >= 512 else NARROW
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(rate > 0 and math.isfinite(rate) for rate in rates):
+        raise UserError(f"--lr {text}: give one learning rate, or several such as 2e-5,3e-5,5e-5")
+    return rates
+
+
+def next_run(runs, rates, first_seed, seeds):
+    """The next (lr, seed), or None where all have been run."""
+    done = [(r["lr"], r["seed"]) for r in runs]
+    plan = [(lr, first_seed) for lr in rates]
+    if all(p in done for p in plan):
+        plan = [(summarise(runs)["lr"], first_seed + i) for i in range(seeds)]
+    return next((p for p in plan if p not in done), None)
+
+
+def summarise(runs):
+    """The median run of the best learning rate: {"score", "lowest", "highest", "lr", "seeds", metrics}."""
+    first = min(r["seed"] for r in runs)
+    best = max((r for r in runs if r["seed"] == first), key=lambda r: r["epochs"][-1]["score"])["lr"]
+    final = [r["epochs"][-1] for r in runs if r["lr"] == best]
+    scores = [f["score"] for f in final]
+    metrics = {m: round(statistics.median(f[m] for f in final), 2) for m in final[0] if m != "score"}
+    summary = {"score": statistics.median(scores), "lowest": min(scores), "highest": max(scores)}
+    return {**{name: round(x, 2) for name, x in summary.items()}, "lr": best, "seeds": len(scores), **metrics}

@@ -1,0 +1,47 @@
+"""A model for a task: a fresh head on a pretrained encoder, or a BiLSTM on its words; and how it is exported."""
+
+import torch
+
+from minidistil import weights
+from minidistil.downstream import bilstm
+from minidistil.downstream.heads import Classifier, load_pretrained
+
+
+def build_model(folder, task, seed, as_bilstm=False):
+    """Returns a model for the task, in training mode: its head, or the whole BiLSTM, is fresh.
+
+    Of a regression the head begins at the mean target: hundreds of updates would go into that alone.
+    """
+    if as_bilstm:
+        words = load_pretrained(folder, Classifier, 1).encoder.embeddings.words.weight
+        model = bilstm.BiLSTM(words, len(task.labels), pair=task.task.pair, seed=seed).train()
+    else:
+        model = load_pretrained(folder, task.kind, len(task.labels) or 2, seed)
+    if task.regression:
+        *_, bias = model.parameters()
+        torch.nn.init.constant_(bias, task.train[1].nanmean().item())
+    return model
+
+
+def adamw(model):
+    """AdamW as BERT was fine-tuned: betas (0.9, 0.999), weight decay 0.01 on matrices alone."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def export(folder, model, task, tokenizer, config):
+    """Writes a fine-tuned model and its vocabulary as transformers has them; a BiLSTM in a form of our own."""
+    if isinstance(model, bilstm.BiLSTM):
+        bilstm.save(folder, model, task.labels)
+        tokenizer.save(folder, "distilbert")
+        return
+    extra = {"finetuning_task": task.name}
+    if task.labels:
+        extra["id2label"] = {str(i): label for i, label in enumerate(task.labels)}
+        extra["label2id"] = {label: i for i, label in enumerate(task.labels)}
+        extra["problem_type"] = "regression" if task.regression else "single_label_classification"
+    weights.save_model(folder, model, **extra)
+    tokenizer.max_length = config.positions
+    tokenizer.save(folder, config.family)

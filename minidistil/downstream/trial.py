@@ -1,0 +1,41 @@
+"""One run of fine-tuning, with one learning rate and one seed, and its checkpoint."""
+
+import dataclasses
+import pathlib
+
+from minidistil.run import CHECKPOINT, load_checkpoint, restore, save_checkpoint
+
+
+@dataclasses.dataclass
+class Trial:
+    """One run of a task, and its checkpoint in `out`."""
+
+    task: str
+    lr: float
+    seed: int
+    out: pathlib.Path
+    identity: dict  # of the whole of finetune.py's run
+    epochs: list = dataclasses.field(default_factory=list)  # metrics after each
+
+    @property
+    def key(self):
+        return f"{self.task} lr {self.lr:g} seed {self.seed}"
+
+    def resume(self, model, optimizer, scaler):
+        """Restores what an interruption left of this run; returns (update, seconds), 0 where there is nothing."""
+        if not (self.out / CHECKPOINT).is_file():
+            return 0, 0.0
+        saved, tensors = load_checkpoint(self.out)
+        if (saved["key"], saved["identity"]) != (self.key, self.identity):
+            return 0, 0.0
+        restore(tensors, model, optimizer, saved["adam_steps"])
+        scaler.load_state_dict(saved["scale"])
+        self.epochs = saved["epochs"]
+        print(f"{self.key}: goes on after update {saved['update']}", flush=True)
+        return saved["update"], saved["seconds"]
+
+    def save(self, model, optimizer, scaler, progress):
+        save_checkpoint(self.out, model, optimizer, {
+            "update": progress.update, "seconds": progress.seconds, "epochs": self.epochs, "key": self.key,
+            "identity": self.identity, "scale": scaler.state_dict(),
+        })  # fmt: skip
