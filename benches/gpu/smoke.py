@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.cosine import cosine_distance, cosine_distance_ref
+from kernels.cpu import BITS
 from kernels.distill_kl import distill_kl, distill_kl_ref, padded
-from kernels.layer_norm import BITS, dropout_add_layer_norm
+from kernels.layer_norm import dropout_add_layer_norm
 from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -96,7 +96,7 @@ def norm(run, N):
     shipped = variants.layer_norm
     alone = partial(forward, shipped)
     functions = {f"warps {k}": under(partial(variants.norm_warps, shipped, k), alone) for k in (1, 2, 4)}
-    sweep(run, "layernorm forward, p = 0.1", functions, f"warps {warps}", what="cut() of kernels/layer_norm.py")
+    sweep(run, "layernorm forward, p = 0.1", functions, f"warps {warps}", what="split_width() of kernels/layer_norm.py")
     functions = {}
     for n_stages in (1, 2, 3):
         module = shipped if n_stages == stages else variants.edited(f"stages {n_stages}", run.work / "variants")
@@ -106,7 +106,7 @@ def norm(run, N):
             name = f"warps {k}, programs {n}, stages {n_stages}"
             functions[name] = under(partial(variants.norm_warps, module, k, n), gradient)
     sweep(run, "layernorm backward, p = 0.1", functions, f"warps {warps}, programs {programs}, stages {stages}",
-          what="cut(), _programs() and num_stages of kernels/layer_norm.py")  # fmt: skip
+          what="split_width(), _programs() and num_stages of kernels/layer_norm.py")  # fmt: skip
 
 
 def attention(run, B):

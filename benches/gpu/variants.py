@@ -27,7 +27,7 @@ def defaults():
         "loss": (distill_kl.BLOCK_V, distill_kl.WARPS),
         "linear": linear_distill_kl.launch(2),
         "chunk rows": linear_distill_kl.GPU_CHUNK_ROWS,
-        "norm warps": layer_norm.cut(768)[2],
+        "norm warps": layer_norm.split_width(768)[2],
         "norm programs": programs // torch.cuda.get_device_properties(0).multi_processor_count,
         "norm stages": int(re.search(r"num_stages=(\d)", source)[1]),
     }
@@ -43,8 +43,8 @@ def chunk_rows(rows):
 
 def norm_warps(module, warps, programs=None):
     """LayerNorm's warps of a row, and the backward pass's programs of a multiprocessor where they are given."""
-    cut, cores = module.cut, torch.cuda.get_device_properties(0).multi_processor_count
-    changed = {"cut": lambda C: (*cut(C)[:2], warps)}
+    split, cores = module.split_width, torch.cuda.get_device_properties(0).multi_processor_count
+    changed = {"split_width": lambda C: (*split(C)[:2], warps)}
     if programs:
         changed["_programs"] = lambda N, device: min(N, programs * cores)
     return mock.patch.multiple(module, **changed)
@@ -68,7 +68,7 @@ LOOK = r"(tl\.load\([st]_ptr \+ v \+ cols)\)"  # a load in the loop over a row
 SOURCES = {
     # asks the L2 cache to keep a row after the first pass over it, and to drop it after the second
     "evict": {
-        "distill_kl": [(LOOK, r'\1, eviction_policy="evict_last")')],
+        "rows": [(LOOK, r'\1, eviction_policy="evict_last")')],
         "linear_distill_kl": [(LOOK, r'\1, eviction_policy="evict_first")')],
     },
     # begins the second pass where the first one ended
