@@ -252,7 +252,7 @@ def train(settings, argv=()):
     eval_every = settings.eval_every or max(1, total // 10)
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     progress.restart(progress.seconds)
-    with SignalFlag() as stop, run.metrics, ranks.report_lost_rank(f"resume from the last checkpoint: {how_to_resume}"):
+    with SignalFlag() as stop, run.metrics, ranks.report_lost_rank(f"go on from the last checkpoint with: {how_to_resume}"):
         signals = late = False
         while not (progress.done or signals or late):
             update = progress.update

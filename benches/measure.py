@@ -53,7 +53,7 @@ def extra_memory_mib(function, device):
     """MiB that a call needs at its peak beyond what was there before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        time.sleep(0.05)  # autograd's thread frees the gradients of the last call a little later
+        time.sleep(0.05)  # autograd's thread releases an earlier call's gradients a little later
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()

@@ -274,7 +274,7 @@ while kills < wanted or resume:
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        train.run(train.main, argv)
+        train.run_script(train.main, argv)
     metrics = folder / "metrics.jsonl"
     before = updates(metrics)
     # somewhere in the next five updates, and anywhere inside an update, its evaluation or its checkpoint
@@ -573,14 +573,14 @@ def test_disk_full_loses_nothing(tiny, uninterrupted, tmp_path):
     out = tmp_path / "out"
     first = call(command(tiny, out, "--time-limit", "0.0001"))
     assert first.returncode == 0, first.stderr
-    before = out / CHECKPOINT.read_bytes()
+    before = (out / CHECKPOINT).read_bytes()
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
     limited += f"sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r}); "
-    limited += "import train; train.run(train.main)"
+    limited += "import train; train.run_script(train.main)"
     full = call([sys.executable, "-c", limited, *command(tiny, out, "--resume")[2:]])
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "train.py: error: " in full.stderr, full.stderr
-    assert out / CHECKPOINT.read_bytes() == before
+    assert (out / CHECKPOINT).read_bytes() == before
     assert not list(out.rglob("*.tmp"))
     done = call(command(tiny, out, "--resume"))
     assert done.returncode == 0 and same_bits(whole, out)
