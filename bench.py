@@ -11,6 +11,7 @@
     python bench.py ablation      what does each part of the recipe add? the demo with one left out, three seeds
     python bench.py infer         latency, throughput and size of teacher, student and int8 student, and transformers'
     python bench.py retention --teacher DIR --student DIR --data GLUE    what a student keeps of GLUE
+    python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
     python bench.py all           all of them but retention, which needs two models
     python bench.py readme        measures nothing: prints the README's tables from the JSON files
 
@@ -28,7 +29,7 @@ import types
 
 import torch
 
-from benches import Common, distil, infer, kernels, prepare, retention, step, tokenizer
+from benches import Common, distil, gpu, infer, kernels, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, measured
 from minidistil.cli import option, parse_args, run_script
@@ -95,6 +96,8 @@ def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    if argv[:1] == ["gpu"]:
+        return gpu.main(argv[1:])
     name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("loss", argv)
     classes = {"all": AllSettings, "readme": ReadmeSettings} | {case: CASES[case].Settings for case in CASES}
     if name not in classes:
