@@ -128,6 +128,7 @@ def ablation_table(results):
 def draw_demo(path, results):
     """Held-out accuracy and loss of every student, means over seeds, and the teacher's, dashed."""
     teacher, *students = measured(results)
+    over = f", mean of {students[0]['seeds']} seeds" if students[0]["seeds"] > 1 else ""
 
     def panel(column, figure, title, unit, form=plot.NUMBER):
         curves = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
@@ -135,7 +136,7 @@ def draw_demo(path, results):
 
     plot.draw(
         path,
-        panel(1, "top1", f"held-out accuracy, mean of {students[0]['seeds']} seeds", "top-1", plot.percent),
+        panel(1, "top1", "held-out accuracy" + over, "top-1", plot.percent),
         panel(2, "mlm_loss", "held-out masked-LM loss", "nats"),
     )
 
