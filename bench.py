@@ -82,7 +82,7 @@ def measure(name, settings):
         report.put(row)
     report.finish()
     print(case.table(report.rows) if measured(report.rows) else "nothing was measured", flush=True)
-    if hasattr(case, "draw") and not report.failed:
+    if hasattr(case, "draw") and measured(report.rows):
         case.draw(folder / f"{name}.svg", report.rows)
     return report
 

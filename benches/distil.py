@@ -128,7 +128,8 @@ def ablation_table(results):
 def draw_demo(path, results):
     """Held-out accuracy and loss of every student, means over seeds, and the teacher's, dashed."""
     teacher, *students = measured(results)
-    over = f", mean of {students[0]['seeds']} seeds" if students[0]["seeds"] > 1 else ""
+    seeds = max((r["seeds"] for r in students), default=1)
+    over = f", mean of {seeds} seeds" if seeds > 1 else ""
 
     def panel(column, figure, title, unit, form=plot.NUMBER):
         curves = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
