@@ -23,13 +23,12 @@ from benches import ROOT, Common, last_line
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
 from kernels import cosine, layer_norm, linear_distill_kl
-from minidistil import distiller, weights
+from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device, peak_rss_mib, precision
 from minidistil.losses import Objective
 from minidistil.model import Config, MaskedLM
-from minidistil.plot import bar_chart
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
 from minidistil.student import student_from_teacher, student_layers
@@ -243,12 +242,14 @@ def table(results):
 
 
 def draw(path, results):
-    """Bars of the phases of our updates, each as a share of the whole."""
-    bars = []
-    for r in measured(results):
-        whole = sum(r.get("phases", {}).values())
-        bars += [(f"{r['provider']}: {phase}, {ms:,.0f} ms", ms / whole) for phase, ms in r.get("phases", {}).items()]
-    bar_chart(path, "an update's phases, as shares of their sum", bars)
+    """Bars of tokens/s, by length; beside them the phases of our updates, end to end."""
+    speeds, rows = {}, measured(results)
+    for r in rows:
+        length = f"T = {r['shape']['T']}"
+        speeds.setdefault(r["provider"].removesuffix(f", {length}"), {})[length] = r["tokens_per_second"]
+    phases = {r["provider"].replace(", ", ",\n", 1): r["phases"] for r in rows if "phases" in r}
+    speed = plot.bars("speed, median, p20 to p80", "tokens/s", speeds)
+    plot.draw(path, speed, plot.stacks("phases of an update", "ms", phases), widths=(2, 3))
 
 
 # ---- all of it

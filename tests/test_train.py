@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from pictures import svg_texts
 from same_layers import assert_same_layers
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -336,9 +337,14 @@ def test_last_line_is_the_promised_object(uninterrupted):
     expected = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
                 "tokenizer.json", "run.json", "metrics.jsonl", "curve.svg", "checkpoint"}  # fmt: skip
     assert {p.name for p in whole.iterdir()} == expected
-    import xml.etree.ElementTree
+    assert {"training loss", "loss", "held-out accuracy", "student", "teacher"} <= set(svg_texts(whole / "curve.svg"))
 
-    assert len(xml.etree.ElementTree.parse(whole / "curve.svg").getroot()) > 20
+
+def test_a_run_without_matplotlib_lacks_its_curve_alone(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.train(settings(tiny, tmp_path / "out", steps=1))
+    assert "curve.svg is not drawn" in capsys.readouterr().err and not (tmp_path / "out" / "curve.svg").exists()
+    assert (tmp_path / "out" / "run.json").exists() and (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_every_rank_and_update_drops_others():
