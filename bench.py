@@ -11,8 +11,10 @@
     python bench.py ablation      what does each part of the recipe add? the demo with one left out, three seeds
     python bench.py infer         latency, throughput and size of teacher, student and int8 student, and transformers'
     python bench.py retention --teacher DIR --student DIR --data GLUE    what a student keeps of GLUE
+    python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
     python bench.py all           all of them but retention, which needs two models
     python bench.py readme        measures nothing: prints the README's tables from the JSON files
+    python bench.py pictures      measures nothing: draws every picture again from the JSON files
 
 `python bench.py CASE --help` lists a case's flags. Each case prints a table and writes results/CASE.json, row by row;
 the last line is one JSON object: {"device", "versions", "results": [...]}. The exit code is 1 where a provider failed.
@@ -28,7 +30,7 @@ import types
 
 import torch
 
-from benches import Common, distil, infer, kernels, prepare, retention, step, tokenizer
+from benches import Common, distil, gpu, infer, kernels, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, measured
 from minidistil.cli import option, parse_args, run_script
@@ -61,7 +63,7 @@ class AllSettings(Common):
 
 
 @dataclasses.dataclass
-class ReadmeSettings:
+class FilesSettings:
     out: str = option("results", "folder of the JSON files")
 
 
@@ -81,22 +83,37 @@ def measure(name, settings):
         report.put(row)
     report.finish()
     print(case.table(report.rows) if measured(report.rows) else "nothing was measured", flush=True)
-    if hasattr(case, "draw") and not report.failed:
+    if hasattr(case, "draw") and measured(report.rows):
         case.draw(folder / f"{name}.svg", report.rows)
     return report
 
 
+def results_of(folder, name):
+    """The rows of a case that has been measured."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
 def readme_tables(folder):
     """The tables of README.md, in its order; a result that has not been measured is an error."""
-    return [CASES[name].table(json.loads((folder / f"{name}.json").read_text())["results"]) for name in README]
+    return [CASES[name].table(results_of(folder, name)) for name in README]
+
+
+def draw_pictures(folder):
+    """Draws each case that has been measured and has a picture."""
+    for name, case in CASES.items():
+        if hasattr(case, "draw") and (folder / f"{name}.json").exists():
+            case.draw(folder / f"{name}.svg", results_of(folder, name))
 
 
 def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    if argv[:1] == ["gpu"]:
+        return gpu.main(argv[1:])
     name, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("loss", argv)
-    classes = {"all": AllSettings, "readme": ReadmeSettings} | {case: CASES[case].Settings for case in CASES}
+    classes = {"all": AllSettings} | dict.fromkeys(("readme", "pictures"), FilesSettings)
+    classes |= {case: CASES[case].Settings for case in CASES}
     if name not in classes:
         print(f"bench.py: error: there is no case {name}: choose one of {', '.join(classes)}", file=sys.stderr)
         return 2
@@ -104,6 +121,9 @@ def main(argv):
     settings = classes[name](**parse_args(classes[name], flags, description))
     if name == "readme":
         print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
+        return 0
+    if name == "pictures":
+        draw_pictures(pathlib.Path(settings.out))
         return 0
     chosen = {name: settings}
     if name == "all":

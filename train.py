@@ -158,6 +158,13 @@ def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
     return eval_corpus
 
 
+def open_held_out(settings, eval_corpus, tokenizer, teacher, device):
+    """Returns HeldOut on fixed blocks of held-out text with fixed uniform masks."""
+    val = Sequences(eval_corpus.val, settings.seq_len, tokenizer, EVAL_SEED)
+    n = min(val.per_epoch, max(1, settings.eval_tokens // settings.seq_len))
+    return HeldOut(*val.batch(0, n), teacher, device)
+
+
 def identity_of(settings, total, G, corpus, teacher_folder):
     """Returns everything that affects the arithmetic of an update: it must not change when a run resumes."""
     return {
@@ -189,6 +196,7 @@ def train(settings, argv=()):
     ranks.join(device)
     stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
     out = ranks.broadcast(lambda: choose_folder(settings.out, stem, settings.resume, CHECKPOINT))
+    ranks.print0(f"loading models and text; output folder {out}")
     keep_freed_memory()
 
     # ---- models and data: update u uses sequences u * G ... (u + 1) * G - 1, split evenly over the ranks
@@ -213,10 +221,7 @@ def train(settings, argv=()):
     run = Run(out, identity_of(settings, total, G, corpus, teacher_folder), writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
-    held_out = None
-    if ranks.first:  # fixed blocks, fixed uniform masks, fp32
-        val = Sequences(eval_corpus.val, T, tokenizer, EVAL_SEED)
-        held_out = HeldOut(*val.batch(0, min(val.per_epoch, max(1, settings.eval_tokens // T))), teacher, device)
+    held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, device) if ranks.first else None
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
     distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
     B = choose_micro_batch(settings, state, distiller, optimizer, batches)

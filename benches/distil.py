@@ -10,8 +10,8 @@ import types
 
 from benches import Common, script
 from benches.report import attempt, measured
+from minidistil import plot
 from minidistil.cli import option
-from minidistil.plot import line_chart
 from minidistil.run import read_metrics
 
 VARIANTS = {
@@ -126,16 +126,20 @@ def ablation_table(results):
 
 
 def draw_demo(path, results):
-    """Held-out accuracy and loss of every student, and the teacher's, dashed."""
+    """Held-out accuracy and loss of every student, means over seeds, and the teacher's, dashed."""
     teacher, *students = measured(results)
-    panels = []
-    titles = {"top1": "held-out top-1 accuracy", "mlm_loss": "held-out masked-LM loss, nats"}
-    for column, (figure, title) in enumerate(titles.items(), 1):
-        lines = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
-        ends = [students[0]["curve"][i][0] for i in (0, -1)]
-        lines["teacher (dashed)"] = [(update, teacher[figure]) for update in ends]
-        panels.append({"title": title, "x": "update", "lines": lines})
-    line_chart(path, panels)
+    seeds = max((r["seeds"] for r in students), default=1)
+    over = f", mean of {seeds} seeds" if seeds > 1 else ""
+
+    def panel(column, figure, title, unit, form=plot.NUMBER):
+        curves = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
+        return plot.lines(title, unit, curves, ("teacher", teacher[figure]), form=form)
+
+    plot.draw(
+        path,
+        panel(1, "top1", "held-out accuracy" + over, "top-1", plot.percent),
+        panel(2, "mlm_loss", "held-out masked-LM loss", "nats"),
+    )
 
 
 DEMO = types.SimpleNamespace(Settings=DemoSettings, bench=bench_demo, table=demo_table, draw=draw_demo)

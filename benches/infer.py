@@ -23,7 +23,7 @@ from benches import ROOT, Common
 from benches.measure import spread
 from benches.report import attempt, measured
 from data.docstrings import harvest, python_files
-from minidistil import weights
+from minidistil import plot, weights
 from minidistil.cli import option
 from minidistil.downstream import glue
 from minidistil.downstream.batches import encode_pair, padded, predict
@@ -31,7 +31,6 @@ from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
 from minidistil.model import BERT_BASE, Config
-from minidistil.plot import bar_chart
 from minidistil.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -244,9 +243,10 @@ def table(results):
 
 
 def draw(path, results):
-    """Bars of the seconds of a pass; the axis ends at the slowest provider's."""
-    results = measured(results)
-    slowest = max(r["seconds"][1] for r in results)
-    bars = [(f"{r['provider']}: {r['seconds'][1]:,.1f} s", r["seconds"][1] / slowest) for r in results]
-    title = f"{results[0]['examples']:,} pairs ({results[0]['pairs']}) one at a time: time, as a share of the slowest's"
-    bar_chart(path, title, bars)
+    """Bars of the seconds of a pass: the same model by ours, in int8, and by transformers."""
+    series, first = {}, measured(results)[0]
+    for r in measured(results):
+        by = "ours, int8" if r["provider"] == INT8 else r["provider"].partition(", ")[0]
+        series.setdefault("ours" if by in ("teacher", "student") else by, {})[original(r["provider"])] = r["seconds"]
+    title = f"{first['examples']:,} pairs ({first['pairs']}) one at a time: median, p20 to p80"
+    plot.draw(path, plot.bars(title, "seconds", series, "{:,.1f}".format))

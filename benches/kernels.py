@@ -10,12 +10,16 @@ import torch
 
 from benches import Common
 from benches.measure import copy_bandwidth, extra_memory_mib, interleaved, spread
-from benches.report import attempt, measured
+from benches.report import attempt
+from minidistil import plot
 from minidistil.cli import option
 from minidistil.device import choose_device
 from minidistil.errors import UserError
-from minidistil.plot import bar_chart
 
+TITLES = {
+    "loss": "the loss on logits", "linear": "vocabulary projection and loss",
+    "layernorm": "dropout + residual + LayerNorm", "cosine": "cosine distance of hidden states",
+}  # fmt: skip
 WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that is still timed, relative to its largest
 
 
@@ -138,7 +142,24 @@ def table(results):
     return "\n".join(lines)
 
 
+def shape_words(shape):
+    """What tells a picture's shapes apart: "512 rows, bf16"."""
+    words = [f"{shape['N']:,} rows"]
+    words += [f"p = {shape['p']:g}"] if "p" in shape else []
+    words += [f"{shape['labelled']:.0%} labelled"] if shape.get("labelled", 1) < 1 else []
+    return ", ".join([*words, {"bfloat16": "bf16", "float32": "fp32"}[shape["dtype"]]])
+
+
 def draw(path, results):
-    """Bars of bandwidth, as a share of what a copy reaches: the axis ends at that ceiling."""
-    bars = [(f"{r['provider']}, {shape_text(r)}", r["share_of_copy"]) for r in measured(results)]
-    bar_chart(path, f"{results[0]['case']}: bytes that must move / time, as a share of a copy's bandwidth", bars)
+    """Bars of bandwidth by shape, as shares of what a copy reaches; a provider that failed has a word instead."""
+    series = {}
+    for r in results:
+        known = series.setdefault(r["provider"], {})
+        if "error" in r:
+            known[shape_words(r["shape"])] = "out of memory" if r["error"] == "out of memory" else "failed"
+        else:
+            low, middle, high = (r["share_of_copy"] * r["ms"][1] / ms for ms in reversed(r["ms"]))
+            known[shape_words(r["shape"])] = [low, middle, high]
+    title = f"{TITLES[results[0]['case']]}, forward and backward: median, p20 to p80"
+    unit = "bytes that must move / time,\nshare of a copy's bandwidth"
+    plot.draw(path, plot.bars(title, unit, series, "{:.0%}".format, plot.percent, ("a copy's bandwidth", 1)))

@@ -20,17 +20,19 @@ def spread(values):
     return [ordered[round(0.2 * n)], statistics.median(ordered), ordered[round(0.8 * n)]]
 
 
-def interleaved(functions, rounds, device):
+def interleaved(functions, rounds, device, before=None):
     """Milliseconds of each of {name: function}, `rounds` times, in turn: what disturbs one disturbs the others too.
 
     On a GPU the device's own time, as long as a function does not wait for it: while the device sleeps, the host
-    launches all there is, as in training, where it is ahead.
+    launches all there is, as in training, where it is ahead. before() is called untimed before each measurement.
     """
     times = {name: [] for name in functions}
     # larger than any cache; written between two measurements, so that none finds its input there
     flush = torch.empty(64 << 20, dtype=torch.float32, device=device) if device.type == "cuda" else None
     for _ in range(rounds):
         for name, function in functions.items():
+            if before:
+                before()
             if flush is not None:
                 flush.zero_()
                 began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -51,6 +53,7 @@ def extra_memory_mib(function, device):
     """MiB that a call needs at its peak beyond what was there before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        time.sleep(0.05)  # autograd's thread releases an earlier call's gradients a little later
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         function()

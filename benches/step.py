@@ -23,13 +23,12 @@ from benches import ROOT, Common, last_line
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
 from kernels import cosine, layer_norm, linear_distill_kl
-from minidistil import distiller, weights
+from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device, peak_rss_mib, precision
 from minidistil.losses import Objective
 from minidistil.model import Config, MaskedLM
-from minidistil.plot import bar_chart
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
 from minidistil.student import student_from_teacher, student_layers
@@ -51,19 +50,34 @@ OURS_ON_GPU = {
 }
 
 
-def make_world(folder, shape, words=400_000, seed=0):
-    """Writes a random teacher and a corpus of random words, as frequent as words are (Zipf), that it can read."""
+def vocabulary(size):
+    return [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(size - len(SPECIAL_TOKENS)))]
+
+
+def make_teacher(folder, shape, seed=0):
+    """Writes a random teacher."""
+    config = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
+    weights.save_model(folder, MaskedLM(Config(**config), seed=seed))
+    Tokenizer(vocabulary(shape["vocab_size"]), max_length=512).save(folder, "bert")
+
+
+def make_corpus(folder, shape, words=400_000, seed=0):
+    """Writes a corpus of random words, as frequent as words are (Zipf), that the teacher can read."""
     from data.prepare import prepare
 
-    rng = random.Random(seed)
-    vocab = [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(shape["vocab_size"] - 5))]
-    shape = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
-    weights.save_model(folder / "teacher", MaskedLM(Config(**shape), seed=seed))
-    Tokenizer(vocab, max_length=512).save(folder / "teacher", "bert")
-    frequencies = [1 / (i + 10) for i in range(len(vocab) - 5)]
-    drawn = rng.choices(vocab[5:], frequencies, k=words)
-    (folder / "text.txt").write_text("\n".join(" ".join(drawn[i : i + 200]) for i in range(0, words, 200)))
-    prepare([str(folder / "text.txt")], folder / "teacher", folder / "corpus", val_share=0.05, progress=False)
+    vocab = vocabulary(shape["vocab_size"])
+    regular = vocab[len(SPECIAL_TOKENS) :]
+    drawn = random.Random(seed).choices(regular, [1 / (i + 10) for i in range(len(regular))], k=words)
+    with tempfile.TemporaryDirectory() as scratch:
+        text = pathlib.Path(scratch) / "text.txt"
+        text.write_text("\n".join(" ".join(drawn[i : i + 200]) for i in range(0, words, 200)))
+        Tokenizer(vocab, max_length=512).save(pathlib.Path(scratch), "bert")
+        prepare([str(text)], scratch, folder, val_share=0.05, progress=False)
+
+
+def make_world(folder, shape, words=400_000, seed=0):
+    make_teacher(folder / "teacher", shape, seed)
+    make_corpus(folder / "corpus", shape, words, seed)
 
 
 def train_here(folder, shape, device, flags, out):
@@ -73,8 +87,8 @@ def train_here(folder, shape, device, flags, out):
     with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout belongs to the caller
         return train.train(train.Settings(
             teacher=f"{folder}/teacher", data=f"{folder}/corpus", seq_len=shape["T"], batch=shape["batch"],
-            accum=shape["accum"], micro_batch="auto", steps=shape["updates"] + 1, eval_tokens=1024, eval_every=1000,
-            save_every=1000.0, device=device, out=out, **flags,
+            accum=shape["accum"], steps=shape["updates"] + 1, eval_tokens=1024, eval_every=1000, save_every=1000.0,
+            device=device, out=out, **{"micro_batch": "auto", **flags},
         ))  # fmt: skip
 
 
@@ -93,16 +107,18 @@ def without_kernels():
 
 
 def ours(folder, shape, device, flags, kernels=True):
-    """Returns train.py's own tokens/s from the second update on, and peak memory."""
+    """Returns train.py's own tokens/s from the second update on, peak memory, and each update's loss."""
     serving = contextlib.nullcontext() if kernels else without_kernels()
     with serving, tempfile.TemporaryDirectory(dir=folder) as out:
         summary = train_here(folder, shape, device, flags, out)
         records = read_metrics(pathlib.Path(out) / "metrics.jsonl")
     # the rate after k updates is k over the time they took: the first warms up, as in `original`
-    first, *_, last = (r for r in records if "loss" in r)
+    updates = [r for r in records if "loss" in r]
+    first, last = updates[0], updates[-1]
     took = [r["step"] / r["tokens_per_second"] for r in (first, last)]
     peak = summary["peak_gpu_mib"] or summary["peak_rss_mib"]
-    return {"tokens_per_second": (last["step"] - first["step"]) / (took[1] - took[0]), "peak_mib": peak}
+    speed = (last["step"] - first["step"]) / (took[1] - took[0])
+    return {"tokens_per_second": speed, "peak_mib": peak, "losses": [r["loss"] for r in updates]}
 
 
 @without_kernels()
@@ -226,12 +242,14 @@ def table(results):
 
 
 def draw(path, results):
-    """Bars of the phases of our updates, each as a share of the whole."""
-    bars = []
-    for r in measured(results):
-        whole = sum(r.get("phases", {}).values())
-        bars += [(f"{r['provider']}: {phase}, {ms:,.0f} ms", ms / whole) for phase, ms in r.get("phases", {}).items()]
-    bar_chart(path, "an update's phases, as shares of their sum", bars)
+    """Bars of tokens/s, by length; beside them the phases of our updates, end to end."""
+    speeds, rows = {}, measured(results)
+    for r in rows:
+        length = f"T = {r['shape']['T']}"
+        speeds.setdefault(r["provider"].removesuffix(f", {length}"), {})[length] = r["tokens_per_second"]
+    phases = {r["provider"].replace(", ", ",\n", 1): r["phases"] for r in rows if "phases" in r}
+    speed = plot.bars("speed, median, p20 to p80", "tokens/s", speeds)
+    plot.draw(path, speed, plot.stacks("phases of an update", "ms", phases), widths=(2, 3))
 
 
 # ---- all of it

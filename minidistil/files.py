@@ -56,5 +56,8 @@ def write_json(path, value):
 
 def sha256(path):
     """Returns the hexadecimal SHA-256 of a file, read in chunks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    hasher, chunk = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with open(path, "rb", buffering=0) as file:  # hashlib.file_digest, which does this, came with Python 3.11
+        while n := file.readinto(chunk):
+            hasher.update(chunk[:n])
+    return hasher.hexdigest()

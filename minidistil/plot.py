@@ -1,91 +1,147 @@
-"""Charts as SVG text: enough for a training curve or a benchmark, and nothing to install."""
+"""Pictures in one style, as SVG: panels side by side. matplotlib is imported when one is drawn, not before.
 
+    draw("curve.svg", lines("training loss", "nats", {"loss": [(1, 9.1), (2, 7.4)]}), bars(...))
+"""
+
+import itertools
 import math
-from xml.sax.saxutils import escape
+import sys
+import textwrap
+
+import numpy as np
 
 from minidistil import files
 
-COLOURS = ["#1f6feb", "#d1570a", "#1a7f37", "#8250df", "#cf222e", "#57606a"]
-WIDTH, HEIGHT = 380, 240  # of one panel, px
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 30, 40  # margins inside it, px
+WIDTH, HEIGHT = 8.4, 3.2  # inches: about as wide as GitHub shows a README
+BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY = PALETTE = (  # told apart by the colour-blind too (Okabe and Ito 2008)
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c959f",
+)  # fmt: skip
+INK = "#24292f"
+COLOURS = {  # of what is in several pictures; anything else takes what is left of the palette
+    "ours": BLUE, "ours, all rows": BLUE, "distilled": BLUE, "student": BLUE, "ours, masked rows": GREEN,
+    "ours, int8": GREEN, "ours, unpadded rows": SKY, "ours, all rows, no kernels": SKY, "torch.compile": ORANGE,
+    "transformers": ORANGE, "eager": GREY, "original's way": GREY, "teacher": GREY, "Liger": PINK,
+}  # fmt: skip
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "minidistil",  # text stays text; the same data give the same bytes
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"], "font.size": 9, "text.color": INK, "legend.fontsize": 8.5,
+    "axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "grid.color": "#e4e8ec", "legend.frameon": False, "legend.handlelength": 1.4, "errorbar.capsize": 2.5,
+}  # fmt: skip
+DASHED = dict(color=INK, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1.5)
+NUMBER = "{x:,g}"
 
 
-def ticks(low, high, count=5):
-    """About `count` round numbers from low to high."""
-    span = (high - low) or 1.0
-    power = 10 ** math.floor(math.log10(span / count))
-    step = min((power * m for m in (1, 2, 5, 10)), key=lambda s: abs(span / s - count))
-    first = math.ceil(low / step - 1e-9)
-    return [round((first + i) * step, 12) for i in range(int((high - first * step) / step + 1e-9) + 1)]
+def draw(path, *panels, widths=None):
+    """Draws panels side by side and writes them atomically; where matplotlib is missing, says so and draws nothing."""
+    try:
+        import matplotlib.style
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is not drawn, for want of matplotlib: pip install matplotlib", file=sys.stderr)
+        return
+    with matplotlib.style.context(STYLE, after_reset=True):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+        for axes, (title, paint) in zip(grid, panels, strict=True):
+            paint(axes, axes.get_position().width * WIDTH)
+            room, names = 12 * axes.get_position().width * WIDTH, axes.get_legend_handles_labels()[1]  # in letters
+            lengths = [5 + len(name) for name in names] or [1]
+            columns = len(lengths) if sum(lengths) <= room else max(1, int(room / max(lengths)))
+            axes.legend(title=title, title_fontproperties={"weight": "bold", "size": 9.5}, alignment="left",
+                        ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)  # fmt: skip
+        with files.replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def line_chart(path, panels):
-    """Writes panels side by side, atomically.
+def colours(names):
+    """Returns {name: colour}, each name's own where it has one."""
+    taken = {COLOURS.get(name) for name in names}
+    left = itertools.cycle([colour for colour in PALETTE if colour not in taken] or PALETTE)
+    return {name: COLOURS.get(name) or next(left) for name in names}
 
-    A panel is {"title", "x", "lines": {name: [(x, y), ...]}} and may fix {"y_min", "y_max"}; a line whose name ends
-    with " (dashed)" is drawn dashed. Points that are not finite are left out.
+
+def percent(share, _=None):
+    return f"{100 * share:.6g}%"
+
+
+def lines(title, unit, series, dashed=None, window=1, form=NUMBER):
+    """Curves {name: [(update, y), ...]}; a running mean over `window` points has the points, faint, behind it.
+
+    `dashed` (name, y) is a level to compare with. Points that are not finite are left out.
     """
-    parts = [_panel(panel, column * WIDTH) for column, panel in enumerate(panels)]
-    files.write_text(
-        path,
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH * len(panels)}" height="{HEIGHT}" '
-        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
-        + "\n".join(parts) + "\n</svg>\n",
-    )  # fmt: skip
+
+    def paint(axes, width):
+        for name, colour in colours(series).items():
+            x, y = np.array([p for p in series[name] if all(map(math.isfinite, p))]).reshape(-1, 2).T
+            if 1 < window <= len(y):
+                axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
+                x, y = x[window - 1 :], np.convolve(y, np.full(window, 1 / window), "valid")
+            axes.plot(x, y, color=colour, linewidth=1.6, marker="o" if len(y) < 40 else "", markersize=3, label=name)
+        if dashed:
+            axes.axhline(dashed[1], label=dashed[0], **DASHED)
+        axes.set(xlabel="update", ylabel=unit)
+        axes.locator_params(axis="x", nbins=5, integer=True, min_n_ticks=1)
+        axes.xaxis.set_major_formatter(NUMBER)
+        axes.yaxis.set_major_formatter(form)
+
+    return title, paint
 
 
-def _panel(panel, shift):
-    lines = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in panel["lines"].items()}
-    points = [p for line in lines.values() for p in line] or [(0.0, 0.0)]
-    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
-    y_low = panel.get("y_min", min(p[1] for p in points))
-    y_high = panel.get("y_max", max(p[1] for p in points))
-    x_high, y_high = x_high + (x_high == x_low), y_high + (y_high == y_low)
+def bars(title, unit, series, value="{:,.0f}".format, form=NUMBER, dashed=None):
+    """Bars in groups: {name: {group: [low, middle, high], or a word where there is no figure}}.
 
-    def at(x, y):
-        return (
-            shift + LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM),
-        )
+    A bar is as high as its middle, which `value` writes above the line from low to high. `dashed` is as in `lines`.
+    """
+    groups = list(dict.fromkeys(group for row in series.values() for group in row))
+    members = {group: [name for name in series if group in series[name]] for group in groups}
+    step = 0.8 / len(series)
 
-    svg = [f'<text x="{shift + LEFT}" y="16" font-weight="bold">{escape(panel["title"])}</text>']
-    for y in ticks(y_low, y_high):
-        px, py = at(x_low, y)
-        svg.append(f'<path d="M{px:.1f} {py:.1f}H{shift + WIDTH - RIGHT}" stroke="#d8dee4"/>')
-        svg.append(f'<text x="{px - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in ticks(x_low, x_high, 4):
-        px, py = at(x, y_low)
-        svg.append(f'<text x="{px:.1f}" y="{py + 15:.1f}" text-anchor="middle">{x:g}</text>')
-    svg.append(f'<text x="{shift + WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(panel["x"])}</text>')
-    for i, (name, line) in enumerate(lines.items()):
-        colour, dashed = COLOURS[i % len(COLOURS)], name.endswith(" (dashed)")
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (at(*p) for p in line))
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"{dash}/>')
-        label = escape(name.removesuffix(" (dashed)"))
-        svg.append(f'<text x="{shift + LEFT + 6}" y="{TOP + 10 + 13 * i}" fill="{colour}">{label}</text>')
-    return "\n".join(svg)
+    def paint(axes, width):
+        inches, rise = width / len(groups), 0.15  # of a group; of the tallest text
+        for name, colour in colours(series).items():
+            places = [g + (members[group].index(name) - (len(members[group]) - 1) / 2) * step
+                      for g, group in enumerate(groups) if group in series[name]]  # fmt: skip
+            found = [(0, 0, 0) if isinstance(v, str) else v for v in series[name].values()]
+            axes.bar(places, [v[1] for v in found], 0.92 * step, color=colour, label=name)
+            for x, v, (low, middle, high) in zip(places, series[name].values(), found, strict=True):
+                if low < high:
+                    axes.errorbar(x, middle, [[middle - low], [high - middle]], color=INK, linewidth=1)
+                text = v if isinstance(v, str) else value(middle)
+                upright = 0.075 * len(text) > step * inches
+                rise = max(rise, 0.075 * len(text) * (upright and text != v))
+                axes.annotate(text, (x, max(high, 0)), (0, 3), textcoords="offset points", fontsize=8, ha="center",
+                              va="bottom", rotation=90 * upright, bbox=dict(color="white", pad=0.3))  # fmt: skip
+        if dashed:
+            axes.axhline(dashed[1], label=dashed[0], **DASHED)
+        axes.set(ylabel=unit, xlim=(-0.5, len(groups) - 0.5))
+        axes.set_ylim(top=axes.dataLim.y1 / (1 - rise / 1.7))
+        axes.set_xticks(range(len(groups)), [textwrap.fill(group, max(8, int(12 * inches))) for group in groups])
+        axes.tick_params(axis="x", length=0)
+        axes.yaxis.set_major_formatter(form)
+
+    return title, paint
 
 
-def bar_chart(path, title, bars):
-    """Writes horizontal bars, atomically: (label, share of the ceiling, or a word). The axis ends at the ceiling."""
-    row, label_width, width = 22, 300, 380
-    height = TOP + row * len(bars) + BOTTOM
-    svg = [f'<text x="10" y="18" font-weight="bold">{escape(title)}</text>']
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, dash = label_width + share * width, ' stroke-dasharray="5 4"' if share == 1 else ""
-        svg.append(f'<path d="M{x:.1f} {TOP}V{height - BOTTOM}" stroke="{"#57606a" if dash else "#d8dee4"}"{dash}/>')
-        svg.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle">{share:.0%}</text>')
-    for i, (label, share) in enumerate(bars):
-        y = TOP + i * row
-        svg.append(f'<text x="{label_width - 8}" y="{y + 15}" text-anchor="end">{escape(label)}</text>')
-        text = share if isinstance(share, str) else f"{share:.1%}"
-        length = 0 if text is share else min(share, 1) * width
-        svg.append(f'<rect x="{label_width}" y="{y + 4}" width="{length:.1f}" height="{row - 8}" fill="{COLOURS[0]}"/>')
-        svg.append(f'<text x="{label_width + length + 6:.1f}" y="{y + 15}">{text}</text>')
-    files.write_text(
-        path,
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{label_width + width + 60}" height="{height}" '
-        'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>\n'
-        + "\n".join(svg) + "\n</svg>\n",
-    )  # fmt: skip
+def stacks(title, unit, rows):
+    """A horizontal bar a row, of parts end to end: {row: {part: length}}."""
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    longest = max((sum(row.values()) for row in rows.values()), default=1)
+
+    def paint(axes, width):
+        ends = [0] * len(rows)
+        for part, colour in colours(parts).items():
+            lengths = [row.get(part, 0) for row in rows.values()]
+            drawn = axes.barh(list(rows), lengths, 0.6, ends, color=colour, label=part)
+            written = [f"{x:,.0f}" if x > 0.07 * longest else "" for x in lengths]
+            axes.bar_label(drawn, written, label_type="center", fontsize=8)
+            ends = [end + x for end, x in zip(ends, lengths, strict=True)]
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
+        axes.set_xlabel(unit)
+        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.set_major_formatter(NUMBER)
+
+    return title, paint

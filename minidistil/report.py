@@ -59,7 +59,7 @@ class RunReport:
         self.ranks.print0(f"held-out, student after {self.progress.update}: {format_metrics(metrics)}")
 
     def finish(self, corpus, tokenizer, held_out, metrics):
-        """Writes the student, its tokenizer, the curve and run.json; returns the summary."""
+        """Writes the student, its tokenizer, run.json and the curve; returns the summary."""
         run, progress, student, teacher = self.run, self.progress, self.student, self.teacher
         cost, tokens_per_second = self.cost(), round(progress.tokens_per_second, 1)
         summary = {
@@ -82,11 +82,11 @@ class RunReport:
         weights.save_model(run.out, student)
         tokenizer.max_length = student.config.positions
         tokenizer.save(run.out, student.config.family)
-        draw_curve(run.out / "curve.svg", run.history, held_out.teacher_metrics)
         files.write_json(run.out / "run.json", {
             "settings": dataclasses.asdict(self.settings), "dtype": self.dtype, "identity": run.identity,
             "versions": versions(), "data": corpus.meta, "summary": summary, "accounting": cost,
         })  # fmt: skip
+        draw_curve(run.out / "curve.svg", run.history, held_out.teacher_metrics)
         return summary
 
 

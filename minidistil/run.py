@@ -14,9 +14,8 @@ import time
 
 import torch
 
-from minidistil import files
+from minidistil import files, plot
 from minidistil.errors import UserError
-from minidistil.plot import line_chart
 from minidistil.safetensors import read_safetensors, write_safetensors
 
 CHECKPOINT = pathlib.Path("checkpoint") / "state.safetensors"  # in the folder of a run
@@ -153,22 +152,25 @@ def read_metrics(path):
 
 
 def draw_curve(path, history, teacher_metrics):
-    """Draws the training loss and the held-out metrics of a run."""
+    """Draws the training loss and the held-out metrics of a run; the former as a running mean over 2 % of it."""
     updates = [m for m in history if "loss" in m]
     held_out = [m for m in history if "held_out" in m]
     training = {name: [(m["step"], m[name]) for m in updates] for name in ("loss", "kl", "ce")}
     training = {name: line for name, line in training.items() if any(y for _, y in line)}
-    top1 = {"student": [(m["step"], m["held_out"]["top1"]) for m in held_out]}
-    loss = {"student": [(m["step"], m["held_out"]["mlm_loss"]) for m in held_out]}
-    if teacher_metrics:
-        ends = (held_out[0]["step"], held_out[-1]["step"])
-        top1["teacher (dashed)"] = [(step, teacher_metrics["top1"]) for step in ends]
-        loss["teacher (dashed)"] = [(step, teacher_metrics["mlm_loss"]) for step in ends]
-    line_chart(path, [
-        {"title": "training loss, nats", "x": "update", "lines": training},
-        {"title": "held-out masked-LM loss, nats", "x": "update", "lines": loss},
-        {"title": "held-out top-1 accuracy", "x": "update", "lines": top1},
-    ])  # fmt: skip
+    window = max(1, len(updates) // 50)
+    unit = f"nats, mean of {window} updates" if window > 1 else "nats"
+
+    def evaluated(title, unit, metric, form=plot.NUMBER):
+        student = {"student": [(m["step"], m["held_out"][metric]) for m in held_out]}
+        teacher = teacher_metrics and ("teacher", teacher_metrics[metric])
+        return plot.lines(title, unit, student, teacher, form=form)
+
+    plot.draw(
+        path,
+        plot.lines("training loss", unit, training, window=window),
+        evaluated("held-out masked-LM loss", "nats", "mlm_loss"),
+        evaluated("held-out accuracy", "top-1", "top1", plot.percent),
+    )
 
 
 # ---- interruption

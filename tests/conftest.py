@@ -15,6 +15,11 @@ if not torch.cuda.is_available():  # Triton decides once, when it is imported, w
     del os.environ["TRITON_INTERPRET"]  # processes that tests start, and tests that do not ask for it, use no kernels
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # each worker, and each process that it starts, has its share of the cores
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

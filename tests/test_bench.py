@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -9,9 +10,10 @@ import types
 
 import pytest
 import torch
+from pictures import svg_texts
 
 import bench
-from benches import ROOT, kernels, prepare, step
+from benches import RESULTS, ROOT, kernels, prepare, step
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt
 from data import docstrings
@@ -53,7 +55,8 @@ def test_step(tmp_path, capsys, monkeypatch):
         # about an update of 5 x 2 x 32 tokens, in the same unit: of another run, which may have been disturbed
         whole = 1000 * 5 * 2 * 32 / r["tokens_per_second"][1]
         assert 0.01 * whole < sum(r["phases"].values()) < 100 * whole
-    assert (tmp_path / "step.svg").read_text().count("<rect") == 1 + 2 * len(step.PHASES)
+    texts = svg_texts(tmp_path / "step.svg")
+    assert {"original's way", "ours, all rows", "ours, masked rows", "T = 32", *step.PHASES} <= set(texts)
 
 
 def test_the_stopwatch_counts_all_updates_but_the_first():
@@ -149,7 +152,7 @@ def test_kernels(case, tmp_path, capsys):
         assert 0 < low <= middle <= high and r["gb_per_s"] >= 0 and r["peak_mib"] >= 0
         assert r["max_error"] < kernels.WRONG[r["dtype"]]
     assert kernels.table(results).count("\n") == 1 + len(results)
-    assert "<svg" in (tmp_path / f"{case}.svg").read_text()
+    assert {*expected, "a copy's bandwidth"} <= set(svg_texts(tmp_path / f"{case}.svg"))
 
 
 def kernel_rows(case, out):
@@ -179,6 +182,15 @@ def test_a_provider_may_fail(error, said, provider, tmp_path, monkeypatch):
     table = kernels.table([*results.values(), failed])
     assert said in table and table.count("\n") == 4
     kernels.draw(tmp_path / "loss.svg", [*results.values(), failed])
+    texts = svg_texts(tmp_path / "loss.svg")
+    assert ("out of memory" if error is torch.OutOfMemoryError else "failed") in texts and "8 rows, fp32" in texts
+
+
+def test_pictures_are_drawn_again_from_the_files(tmp_path):
+    shutil.copy(RESULTS / "loss.json", tmp_path)
+    assert bench.main(["pictures", "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.json", "loss.svg"]
+    assert "512 rows, bf16" in svg_texts(tmp_path / "loss.svg")
 
 
 # ---- the report

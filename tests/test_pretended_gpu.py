@@ -5,6 +5,7 @@ It shows nothing of speed, of nvcc's or Triton's compilers, or of torch.compile.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -75,6 +76,27 @@ def test_bench(case, library, tmp_path):
     printed = python(library, "interpreted", "-c", program, case, *options)
     assert "pretended GPU" in printed and "| ours |" in printed
     assert (tmp_path / f"{case}.json").exists() and (tmp_path / f"{case}.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "kernels, stage",
+    [
+        ("off", "ceilings"),
+        ("interpreted", "smoke:linear"),
+        ("interpreted", "sweeps:linear"),
+        ("off", "step:ours, all rows"),
+    ],
+)
+def test_gpu_day(kernels, stage, library, tmp_path):
+    """A stage of `bench.py gpu`, at small shapes: no unit fails, and each row is complete."""
+    program = "import pretended_gpu, sys; from benches.gpu import main; main(sys.argv[1:])"
+    python(library, kernels, "-c", program, "--out", str(tmp_path), "--work", str(tmp_path), "--tiny", "--stage", stage)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert rows and {row["stage"] for row in rows} == {stage} and not any("status" in row for row in rows)
+    for row in rows:
+        assert row.get("default") in (None, *row.get("ms", [])) and not row.get("failed")
+        assert row.get("ok", True) and row.get("right", True) and row.get("tokens_per_second", 1) > 0
+        assert all(loss > 0 for loss in row.get("losses", []))
 
 
 # ---- on the device in name

@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from conftest import WORKERS
 from hub_server import hub_server
 
 from minidistil import weights
@@ -69,7 +70,7 @@ def test_the_first_command(clone):
     Soon is 3 minutes where two cores do 200 GFLOP/s (the README's do 290 and take 2), and as much more as they do less.
     """
     assert "    python train.py\n" in README
-    limit = 180 * max(1, 200 / gflops())
+    limit = 180 * max(1, 200 / gflops()) * (1 if WORKERS == 1 else 2)  # other tests run beside it
     start = time.monotonic()
     done = python(clone, "train.py")
     seconds = time.monotonic() - start
