@@ -1,4 +1,4 @@
-"""Cosine distance of paired rows, summed over the rows, in one kernel each way: DistilBERT's loss on hidden states.
+"""Cosine distance of paired rows, summed over the rows, one kernel each way: DistilBERT's loss on hidden states.
 
 For rows a and b, with eps = 1e-8 and |x| the Euclidean norm:
 
@@ -10,11 +10,11 @@ b comes from the frozen teacher and has no gradient. The clamps are those of F.c
 distance 1 and a finite gradient. PyTorch clamps the value of |a| but differentiates |a| as if it were not clamped; the
 formula above and the kernels do the same.
 
-One warp reads a whole row, so that the sums over columns need no barrier. `split_width` of layer_norm.py makes two
-powers of two of the width (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both
+One warp reads a whole row, so the sums over columns need no barrier. `split_width` of layer_norm.py splits the width
+into two powers of two (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both
 rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The
-forward kernel writes one distance per row; `sum` adds the distances in a fixed order, so that repeated runs give the
-same bits.
+forward kernel writes one distance per row; `sum` adds the distances in a fixed order, so repeated runs give the same
+bits.
 
 Arithmetic, statistics and the result are fp32 for every dtype of a and b; the gradient has the dtype of a. As in
 PyTorch's fp32 expression, norms must stay below 1.8e19, where their squares overflow.
@@ -45,7 +45,7 @@ def cosine_distance_ref(a, b):
 
 @triton.jit
 def _load(ptr, group, C):
-    """The columns of a row that `group` (G,) numbers in eights: (G, 8) fp32, zero beyond column C."""
+    """Loads a row's groups of 8 columns with numbers `group` (G,): (G, 8) fp32, zero beyond column C."""
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     return tl.load(ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
 
@@ -84,7 +84,7 @@ def _forward_kernel(
         bb += _dot(b_2, b_2)
         ab += _dot(a_2, b_2)
     norm_a = tl.sqrt(aa)
-    # the maximum of NaN and EPS may be EPS: a NaN reaches the distance and the gradient through a . b
+    # the maximum of NaN and EPS may be EPS; a NaN still reaches distance and gradient through a . b
     inv_a = 1.0 / tl.maximum(norm_a, EPS)
     inv_b = 1.0 / tl.maximum(tl.sqrt(bb), EPS)
     cos = ab * inv_a * inv_b
@@ -98,14 +98,14 @@ def _forward_kernel(
 @triton.jit
 def _store_gradient(a_ptr, b_ptr, da_ptr, group, cos_a, inv_b, scale, C):
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    # the product inv_b * scale could be too small for fp32 where da is not
+    # inv_b * scale may underflow fp32 where da does not
     da = (_load(a_ptr, group, C) * cos_a - _load(b_ptr, group, C) * inv_b) * scale
     tl.store(da_ptr + cols, da.to(da_ptr.dtype.element_ty), mask=cols < C)
 
 
 @triton.jit
 def _backward_kernel(
-    g_ptr,  # () fp32: read on the device, so that the host need not wait for it
+    g_ptr,  # () fp32: read on the device, so the host does not wait for it
     a_ptr,  # (N, C), any float
     b_ptr,  # (N, C), any float
     stats_ptr,  # (N, 3) fp32: cos / |a|, 1 / m_a, 1 / m_b
@@ -130,11 +130,11 @@ def _backward_kernel(
         _store_gradient(a_ptr, b_ptr, da_ptr, group, cos_a, inv_b, scale, C)
 
 
-# ---- the operator: one node for torch.compile, a direct call in eager mode
+# ---- operator: one node for torch.compile, a direct call in eager mode
 
 
 def _launch_forward(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, stats) of a and b (N, C), whose last dimension is contiguous."""
+    """Returns (loss, stats) of a and b (N, C), whose last dimension is contiguous."""
     N, C = a.shape
     distance, stats = a.new_empty(N, dtype=torch.float32), a.new_empty(N, 3, dtype=torch.float32)
     if N:
@@ -150,7 +150,7 @@ def _fake_forward(a, b):
 
 
 def _launch_backward(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
-    """da (N, C), contiguous, from the 0-d gradient g of the loss."""
+    """Returns da (N, C), contiguous, from the 0-d gradient g of the loss."""
     N, C = a.shape
     da = a.new_empty(N, C)
     if N:
@@ -179,7 +179,7 @@ _forward = differentiable("cosine_distance", _launch_forward, _fake_forward, _se
 
 
 def cosine_distance(a, b):
-    """Sum over rows of 1 - cos(a, b), differentiable in a: 0-d fp32, or fp64 where a or b is fp64.
+    """Returns the sum over rows of 1 - cos(a, b), differentiable in a: 0-d fp32, or fp64 where a or b is fp64.
 
     a, b (N, C) of any float dtypes, which may differ, and with any strides. On a GPU one kernel each way; on a CPU, and
     for fp64, PyTorch's expression in fp32 or fp64. Raises ValueError where the shapes disagree or b requires a
@@ -197,5 +197,5 @@ def cosine_distance(a, b):
 
 
 def bytes_moved(N, C, itemsize):
-    """Bytes that forward and backward must move at least: both inputs are read twice, the gradient is written once."""
+    """Minimum bytes moved by forward and backward: both inputs are read twice, the gradient is written once."""
     return 5 * N * C * itemsize

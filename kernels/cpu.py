@@ -1,7 +1,7 @@
-"""The CPU's way of what the kernels compute: the same closed forms in PyTorch, a few rows at a time in the cache.
+"""The CPU paths of the kernels: the same closed forms in PyTorch, on a few rows at a time, which stay in cache.
 
-Autograd would keep several tensors of N x V numbers; here the gradient is written down, and a loop works on few enough
-rows that they stay in second-level caches. What is one number a row is computed for all rows at once.
+Autograd would keep several tensors of N x V numbers; here the gradient is explicit, and a loop works on so few rows
+that they stay in second-level caches. Quantities of one number per row are computed for all rows at once.
 
 Legend:  N rows   V vocabulary   R rows of a block   s, t student and teacher logits   tau temperature
 """
@@ -13,16 +13,16 @@ import torch
 
 from kernels import FLOOR, IGNORE
 
-CACHE_BYTES = 1 << 20  # of a block, 8 rows of 30,522 fp32: the few that a loop works on stay in second-level caches
+CACHE_BYTES = 1 << 20  # per block, 8 rows of 30,522 fp32: the few blocks of a loop fit second-level caches
 
 
 def rows_in_cache(V, dtype):
-    """How many rows of V numbers to work on at once: fewer would cost more in starting passes than they save."""
+    """Returns the number of rows of V numbers in a block; with fewer, the overhead per pass would dominate."""
     return max(1, CACHE_BYTES // (V * dtype.itemsize))
 
 
 def _divided(x, tau, n, out):
-    """x / tau + n of a few rows, n (R, 1). A sum even where n is 0: a product takes a third longer out of place."""
+    """Returns x / tau + n of a few rows, n (R, 1). It adds even where n is 0: a product is a third slower."""
     if x.dtype != out.dtype:
         x = out.copy_(x)  # arithmetic on two dtypes is not vectorised
     return torch.add(n, x, alpha=1 / tau, out=out)
@@ -31,12 +31,13 @@ def _divided(x, tau, n, out):
 def exponentials(x, tau, m, Z, out):
     """Puts exp(x - m) of a few rows x = logits / tau (R, V) into `out`, and their sums into Z (R, 1); returns `out`.
 
-    m (R, 1) comes as 0 and stays 0 where exp(x), and exp(x)^tau = exp(logits) as well, are far from the ends of fp32,
-    as for logits of a trained model: looking for a maximum is one pass in ten. Else m becomes the maximum of each row,
-    and x becomes x - m. All goes into memory that is there already: allocating would cost more than exp.
+    m (R, 1), zero on entry, stays zero unless a row risks overflow or underflow of exp(x) or of exp(x)^tau =
+    exp(logits), which logits of a trained model do not; skipping the row maximum saves one pass in ten. Otherwise m
+    becomes the maximum of each row, and x becomes x - m. Results go into existing memory: allocating would cost more
+    than exp.
     """
     V, most = x.shape[1], 1e30 ** (1 / max(tau, 1.0))
-    if V >= 1000:  # shorter rows cost little, and the probability of a single word is 1 to the last bit
+    if V >= 1000:  # shorter rows cost little; and with V = 1 the probability must be exactly 1
         torch.sum(torch.exp(x, out=out), -1, keepdim=True, out=Z)
         if all(V / most < z < most for z in Z[:, 0].tolist()):
             return out
@@ -46,12 +47,12 @@ def exponentials(x, tau, m, Z, out):
 
 
 def floored(x):
-    """Log-probabilities x (R, V), up to a constant a row: raises in place those below the floor to the floor."""
+    """Clamps log-probabilities x (R, V), up to a constant per row, from below at FLOOR, in place; returns x."""
     return x.clamp_(min=x.amax(-1, keepdim=True) + FLOOR * math.log(2))
 
 
 def forward_rows(s, t, labels, tau):
-    """Per-row (kl, ce, stats): stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1, of logits divided by tau."""
+    """Returns per-row (kl, ce, stats); stats (N, 5) are m_s, m_t, Z_s, Z_t, Z_1 of logits divided by tau."""
     N, V = s.shape
     wide = torch.promote_types(s.dtype, torch.float32)
     stats, c = s.new_zeros(N, 5, dtype=wide), s.new_empty(N, 1, dtype=wide)
@@ -66,10 +67,10 @@ def forward_rows(s, t, labels, tau):
         torch.sum(b.sub_(a).mul_(e), -1, keepdim=True, out=c_)
     m_s, m_t, Z_s, Z_t, Z_1 = columns
     for rows in (~c.isfinite()[:, 0]).nonzero()[:, 0].split(R):
-        # logits of -inf: 0 (-inf + inf) = 0; what only the student rules out costs the floor
+        # logits of -inf: 0 (-inf + inf) = 0; a word that only the student rules out costs the floor
         a, b = (floored(x[rows].to(wide).div_(tau).sub_(m[rows])) for x, m in ((s, m_s), (t, m_t)))
         c[rows] = (b.exp() * (b - a)).sum(-1, keepdim=True)
-    log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, and their differences small
+    log_Z_s, log_Z_t, log_Z_1 = (Z.double().log() for Z in (Z_s, Z_t, Z_1))  # fp64: large, with small differences
     kl = (c / Z_t - log_Z_t + log_Z_s)[:, 0] * tau**2
     if labels is None:
         return kl.to(wide), torch.zeros_like(kl, dtype=wide), stats
@@ -93,7 +94,7 @@ def backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
         *(x.split(R) for x in (ds, s, t, *per_row)), strict=True
     ):
         g, *e_s = scratch[:, : len(d)]
-        e_s = e_s[0] if e_s else d  # in the memory of the result where that is as wide
+        e_s = e_s[0] if e_s else d  # in the memory of the result where its dtype is as wide
         _divided(s_, tau, n_s, e_s).exp_()
         _divided(t_, tau, n_t, g).exp_().mul_(w_t).addcmul_(e_s, w_s)
         if labels is not None:
@@ -104,13 +105,13 @@ def backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
 
 
 def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
-    """Adds the losses of a chunk to `losses` (1, 3), overwrites `s` with their gradient, and spoils `t`.
+    """Adds the losses of a chunk to `losses` (1, 3) and overwrites `s` with their gradient, `t` with garbage.
 
-    s, t (R, V): logits divided by tau and still without the biases (V,), which are too; t None without a teacher.
-    Single passes over a few megabytes in cache, into memory that is there already: allocating would cost more than exp.
+    s, t (R, V): logits divided by tau, without the biases (V,), which are divided by tau too; t is None without a
+    teacher. Single passes over a few megabytes in cache, into existing memory: allocating would cost more than exp.
     """
     kl_weight, ce_weight, mse_weight = weights
-    finite = all(bias.isfinite().all() for bias in biases)  # else words are ruled out, as some do by a bias of -inf
+    finite = all(bias.isfinite().all() for bias in biases)  # otherwise a bias of -inf rules words out
     has_label = labels[:, None] != IGNORE
     y = labels[:, None].where(has_label, 0)
     s_y = s.gather(1, y).to(biases[0].dtype) + biases[0][y]
@@ -151,7 +152,7 @@ def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
         if a.dtype != s.dtype:
             s_.copy_(a)
     m_s, _, *Z = stats
-    log_Z_s, log_Z_t, log_Z_1 = (x.double().log() for x in Z)  # fp64: large, and their differences small
+    log_Z_s, log_Z_t, log_Z_1 = (x.double().log() for x in Z)  # fp64: large, with small differences
     if t is not None:
         kl = kl + (log_Z_s - log_Z_t).sum()
     ce = (log_Z_1 - tau * (s_y - m_s)).where(has_label, 0.0).sum() if ce_weight else torch.zeros_like(kl)
@@ -160,18 +161,18 @@ def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
 
 # ---- dropout
 
-BITS = 16  # random bits that decide about an element
+BITS = 16  # random bits per element
 
 
 class Dropout(torch.autograd.Function):
-    """Four elements to a draw: PyTorch's own dropout draws a number for each, and that takes most of its time."""
+    """Dropout with one 64-bit draw per four elements: PyTorch's draws one per element, which takes most of its time."""
 
     @staticmethod
     def forward(ctx, x, p):
         n, threshold = x.numel(), round(p * 2**BITS)
-        seed = int(torch.randint(2**62, ()))  # PyTorch's generator stays the one source; SFC64 is faster
+        seed = int(torch.randint(2**62, ()))  # PyTorch's generator gives the seed; SFC64 is faster
         draws = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-n * BITS // 64)).view(np.int16))[:n]
-        # 0 below the threshold, 1 from there: conversions and arithmetic are vectorised, comparisons are not
+        # 0 below the threshold, else 1: conversions and arithmetic are vectorised, comparisons are not
         keep = draws.view(x.shape).float().sub_(threshold - 2 ** (BITS - 1) - 1).clamp_(0, 1)
         ctx.scale = 2**BITS / (2**BITS - threshold)
         ctx.save_for_backward(keep.to(torch.uint8))

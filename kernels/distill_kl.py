@@ -1,4 +1,4 @@
-"""Temperature-softened KL divergence and masked-LM cross-entropy in one pass over the logits each way.
+"""Temperature-softened KL divergence and masked-LM cross-entropy, one pass over the logits each way.
 
 For one row of student logits s and teacher logits t, temperature tau and label y:
 
@@ -10,15 +10,15 @@ Forward: with m the maximum of a row, k = 1 / tau and Z = sum exp(k (x - m)), ev
 
     kl / tau^2 = c / Z_t + log(Z_s / Z_t)        c = sum exp(k (t - m_t)) k ((t - m_t) - (s - m_s))
 
-and m, Z and c can be carried along a row from block to block, so that one pass is enough (README.md derives it). Each
-thread carries its own and they meet at the end of the row: inside it no thread waits for another.
+m, Z and c are updated from block to block, so one pass is enough (README.md derives it). Each thread keeps its own
+statistics, which are combined at the end of the row: inside the row no thread waits for another.
 Backward: one more pass, from the statistics (m_s, m_t, log Z_s, log Z_t, log Z_1).
 
-Arithmetic and statistics are fp32 whatever the logits are, and in base 2, since exp2 is what the hardware has.
+Arithmetic and statistics are fp32 for every dtype of the logits, and in base 2, because the hardware computes exp2.
 Bytes per row of bf16 logits: forward 4 V (read s, t), backward 6 V (read s, t, write the gradient): 10 V in all,
-305 kB at V = 30,522. What limits both kernels is memory, as long as loads are 16 bytes wide. Triton makes them so where
-it can prove that a row begins at a multiple of 16 bytes. Rows of 30,522 = 2 * 3 * 5,087 bf16 logits do not: the kernels
-then start at the boundary below (PEEL), and ignore what precedes the row. `padded` allocates rows that begin at one.
+305 kB at V = 30,522. Memory bandwidth limits both kernels as long as loads are 16 bytes wide, which needs a proof by
+Triton that a row begins at a multiple of 16 bytes. Rows of 30,522 = 2 * 3 * 5,087 bf16 logits do not: the kernels then
+start at the boundary before the row (PEEL) and mask what precedes it. `padded` allocates rows that begin at one.
 
 Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
          E logits of a 16-byte load   G such loads in a block   P parts of a row
@@ -33,10 +33,10 @@ from kernels.rows import LOG2E, NOTHING, block_gradient, combine, first_of_row, 
 
 BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
 def distill_kl_ref(s, t, labels=None, temperature=2.0):
-    """Per-row (kl, ce), each (N,), in nats: the definition, differentiable in any dtype; keeps everything."""
+    """Returns per-row (kl, ce), each (N,), in nats: the definition, differentiable in any dtype; autograd keeps all."""
     log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
     p = log_p.exp()
-    # 0 log 0 = 0: a teacher that rules a word out says nothing more about it
+    # 0 log 0 = 0: a word that the teacher rules out adds nothing
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1) * temperature**2
     if labels is None:
         return kl, torch.zeros_like(kl)
@@ -44,12 +44,12 @@ def distill_kl_ref(s, t, labels=None, temperature=2.0):
 
 
 def row_width(V):
-    """V rounded up to a multiple of 64, as wide loads and matrix units want rows of logits."""
+    """Returns V rounded up to a multiple of 64, for wide loads and matrix units."""
     return -(-V // 64) * 64
 
 
 def padded(N, V, dtype, device):
-    """Uninitialised logits (N, V) in rows of `row_width(V)` elements."""
+    """Returns uninitialised logits (N, V) with a row stride of `row_width(V)` elements."""
     return torch.empty(N, row_width(V), dtype=dtype, device=device)[:, :V]
 
 
@@ -60,7 +60,7 @@ def padded(N, V, dtype, device):
 def _store_row(
     s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
 ):  # fmt: skip
-    """Writes what the whole of a row gives: its losses, and its statistics for the backward pass."""
+    """Writes the losses of a row, and its statistics for the backward pass."""
     y = tl.load(labels_ptr + row) if HAS_LABELS else -100
     kl, ce = row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS)
     tl.store(kl_ptr + row, kl)
@@ -90,7 +90,7 @@ def _forward_kernel(
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
     SPLIT: tl.constexpr,  # whether P > 1
-    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, those of s and t alike
+    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, equally in s and t
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 70,345 rows
@@ -107,7 +107,7 @@ def _forward_kernel(
         )  # fmt: skip
     else:
         start = tl.program_id(1) * width
-        if tl.program_id(1) + 1 < tl.num_programs(1):  # the last part takes the `skip` places, too
+        if tl.program_id(1) + 1 < tl.num_programs(1):  # the last part also covers the `skip` positions
             stop = start + width
         m_s, m_t, Z_s, Z_t, Z_1, c = row_statistics(
             s_ptr, t_ptr, start, skip, stop, stop, k, HAS_LABELS, TAU, PEEL, BLOCK_V
@@ -137,7 +137,7 @@ def _merge_kernel(
     TAU: tl.constexpr,
     BLOCK_P: tl.constexpr,  # P rounded up to a power of two
 ):
-    """Puts the parts of a row together."""
+    """Combines the parts of a row."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_P)
     there = part < P
@@ -172,7 +172,7 @@ def _backward_kernel(
     tau,
     HAS_LABELS: tl.constexpr,
     TAU: tl.constexpr,
-    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, those of s, t and ds alike
+    PEEL: tl.constexpr,  # whether rows begin off 16-byte boundaries, equally in s, t and ds
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -191,7 +191,7 @@ def _backward_kernel(
     l_1 = tl.load(stats_ptr + 4)
     y = tl.load(labels_ptr + row) if HAS_LABELS else -100
     y_at = y + skip
-    g_kl = tl.load(g_kl_ptr + row * stride_g_kl) * tau  # tau^2 of the value, 1 / tau of the softened logits
+    g_kl = tl.load(g_kl_ptr + row * stride_g_kl) * tau  # tau^2 from the loss, 1 / tau from the softened logits
     g_ce = tl.where(y == -100, 0.0, tl.load(g_ce_ptr + row * stride_g_ce))
     if (start >= skip) & (start + BLOCK_V <= stop):
         s = tl.load(s_ptr + at).to(tl.float32)
@@ -207,12 +207,12 @@ def _backward_kernel(
 
 
 def power_of(tau):
-    """Which power of exp(x / tau) is exp(x): saves an exponential per logit at the usual temperatures; 0 for none."""
+    """Returns n with exp(x) = exp(x / tau)^n, which saves an exponential per logit at usual temperatures; 0: none."""
     return int(tau) if tau in (1.0, 2.0) else 0
 
 
 def _split(N, V, device):
-    """(parts, width): into how many parts of `width` columns to cut each row, so that few rows still fill a GPU."""
+    """Returns (parts, width): each row is split into `parts` of `width` columns, so that few rows still fill a GPU."""
     programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     count = -(-V // BLOCK_V)  # triton.cdiv costs the host 2 us
     width = -(-count // min(count, -(-programs // N))) * BLOCK_V
@@ -220,9 +220,9 @@ def _split(N, V, device):
 
 
 def _peel(*tensors):
-    """Whether the kernels start each row at the 16-byte boundary at or below it: Triton cannot prove that it is at one.
+    """Whether the kernels start each row at the 16-byte boundary at or before it, where Triton cannot prove alignment.
 
-    All tensors must then be alike: of one dtype, their rows equally far off a boundary, their first elements at one.
+    This needs tensors of one dtype, whose first elements are at a boundary and whose rows are equally far off one.
     """
     E = 16 // tensors[0].element_size()
     strides = [x.stride(0) for x in tensors]
@@ -233,7 +233,7 @@ def _peel(*tensors):
     )
 
 
-# ---- the operator
+# ---- operator
 
 
 def _forward_losses(
@@ -270,12 +270,12 @@ def _backward_losses(
     stats: torch.Tensor, tau: float,
 ) -> torch.Tensor:  # fmt: skip
     N, V = s.shape
-    ds = torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)  # padded where s is
+    ds = torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)  # padded if s is
     if not on_triton(s) or s.dtype == torch.float64:
         return cpu.backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds)
     if N:
         peel = _peel(s, t, ds)
-        most = V + (16 // s.element_size() - 1 if peel else 0)  # places of a row, with those before it
+        most = V + (16 // s.element_size() - 1 if peel else 0)  # positions of a row, with those before it
         _backward_kernel[(N, -(-most // BLOCK_V))](
             s, t, labels, g_kl, g_ce, stats, ds, s.stride(0), t.stride(0), ds.stride(0), g_kl.stride(0),
             g_ce.stride(0), V, tau, HAS_LABELS=labels is not None, TAU=power_of(tau), PEEL=peel, BLOCK_V=BLOCK_V,
@@ -297,7 +297,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward_of_forward(ctx, g_kl, g_ce, _):
-    # the gradients stay on the device: the kernel reads them by pointer, so nothing waits for the host
+    # the kernel reads the upstream gradients by pointer, so the host does not wait for them
     return _backward(g_kl, g_ce, *ctx.saved_tensors, ctx.tau), None, None, None
 
 
@@ -307,12 +307,11 @@ _forward = differentiable("distill_kl", _forward_losses, _fake_losses, _setup_co
 def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=None):
     """Sums over rows of kl_weights * tau^2 KL(softmax(t / tau) || softmax(s / tau)) and ce_weights * cross-entropy.
 
-    s, t (N, V) logits of student and teacher, fp32, bf16, fp16 (fp64 without a kernel); the last dimension contiguous,
-    and any row stride: loads are wide where rows of s and t are equally far off 16-byte boundaries. labels (N,) int64
-    are -100 in rows without cross-entropy; None: no row has one. kl_weights, ce_weights (N,) fp32: 1 where left out; 0
-    drops a row.
-    Returns (kl, ce): 0-d fp32, in nats, differentiable in s alone and apart from each other. Raises ValueError where
-    shapes disagree or the teacher's logits want a gradient. Source: Hinton et al. 2015, section 2.
+    s, t (N, V): logits of student and teacher, fp32, bf16 or fp16 (fp64 without a kernel), with any row stride; loads
+    are wide where rows of s and t are equally far off 16-byte boundaries. labels (N,) int64 are -100 in rows without
+    cross-entropy; None: no row has one. kl_weights, ce_weights (N,) fp32 default to 1; 0 drops a row. Returns (kl, ce):
+    0-d fp32, in nats, each differentiable in s only. Raises ValueError where shapes disagree or the teacher's logits
+    require a gradient. Source: Hinton et al. 2015, section 2.
     """
     shapes = [tuple(x.shape) for x in (s, t, labels) if x is not None]
     if s.ndim != 2 or s.shape != t.shape or (labels is not None and labels.shape != s.shape[:1]):
@@ -326,5 +325,5 @@ def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=N
 
 
 def bytes_moved(N, V, itemsize):
-    """Bytes that forward and backward must move at least: both logits read twice, the gradient written once."""
+    """Minimum bytes moved by forward and backward: both logits are read twice, the gradient is written once."""
     return 5 * N * V * itemsize

@@ -1,21 +1,21 @@
-"""LayerNorm of dropout(x) + residual, one kernel each way: the seam between the halves of a post-norm block.
+"""LayerNorm of dropout(x) + residual, one kernel each way: what connects the halves of a post-norm block.
 
     z = x * keep / (1 - p) + residual       keep = 1 with probability 1 - p
     y = gamma * xhat + beta                 xhat = (z - mean) * rstd, rstd = 1 / sqrt(var + eps)     Ba et al. 2016
     dz = rstd * (gamma dy - mean(gamma dy) - xhat * mean(gamma dy * xhat))
     d residual = dz     dx = dz * keep / (1 - p)     dgamma = sum over rows of dy * xhat     dbeta = sum over rows of dy
 
-The mask is never stored: Philox draws 16 bits per element from (seed, element), and draws the same ones again in the
-backward pass. One call gives 8 elements their bits, since ten rounds for each would cost more than all the rest.
-p is therefore rounded to a multiple of 2^-16.
+The mask is not stored: Philox draws 16 bits per element from (seed, element), and the backward pass draws the same bits
+again. One call serves 8 elements, because ten rounds per element would cost more than everything else. p is therefore
+rounded to a multiple of 2^-16.
 
-One warp owns a row, so that its sums cross no barrier. A width that is no power of two is cut in two that are: 768 =
-512 + 256, where a single block of 1,024 would leave a quarter of the lanes idle. Sums over rows: each of a fixed number
-of programs adds up its rows in registers and writes one partial row, and these are summed: same bits each time.
+One warp processes a row, so its sums need no barrier. A width that is not a power of two is split into two powers: 768
+= 512 + 256, where a single block of 1,024 would leave a quarter of the lanes idle. Sums over rows: a fixed number of
+programs each sum their rows in registers and write one partial row; the sum of these has the same bits every time.
 
-Arithmetic and statistics are fp32 whatever x is, and statistics are stored in fp32. Bytes per element, bf16: forward 8
-(read x and residual, write z and y; 6 where no gradient is wanted, since z is for the backward pass alone; 4 without
-dropout and residual, where z is x), backward 6 (read z, dy, write dz; 8 with dropout).
+Arithmetic and statistics are fp32 for every dtype of x. Bytes per element, bf16: forward 8 (read x and residual, write
+z and y; 6 without a gradient, since only the backward pass needs z; 4 without dropout and residual, where z is x),
+backward 6 (read z, dy, write dz; 8 with dropout).
 
 Legend:  N rows   C width   p probability of dropping
 """
@@ -31,7 +31,8 @@ from kernels.operator import differentiable, opaque
 def dropout(x, p, training=True):
     """x / (1 - p) with probability 1 - p, else 0; differentiable.
 
-    On a CPU from 16 random bits an element, three times as fast as PyTorch's: p < 1 is rounded to a multiple of 2^-16.
+    On a CPU it uses 16 random bits per element, three times as fast as PyTorch: p < 1 is rounded to a multiple of
+    2^-16.
     """
     if not training or p == 0.0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -49,7 +50,7 @@ def dropout_add_layer_norm_ref(x, residual, weight, bias, eps, p=0.0):
 
 @triton.jit
 def _dropout(x, seed, row, group, C, threshold, scale):
-    """x (G, 8) of a row with dropout; `group` (G,) numbers its eights, each of which shares one call of Philox."""
+    """Applies dropout to x (G, 8) of a row; `group` (G,) numbers its groups of 8, which share one call of Philox."""
     a, b, c, d = tl.randint4x(seed, row * ((C + 7) // 8) + group, 7)
     j = tl.arange(0, 8)[None, :]
     word = tl.where(j < 2, a[:, None], tl.where(j < 4, b[:, None], tl.where(j < 6, c[:, None], d[:, None])))
@@ -66,7 +67,7 @@ def _load_z(
     x_ptr, r_ptr, z_ptr, seed, row, group, C, threshold, scale,
     HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEP_Z: tl.constexpr,
 ):  # fmt: skip
-    """One piece of a row of z = dropout(x) + residual, (G, 8) fp32 and zero beyond column C."""
+    """Returns one piece of a row of z = dropout(x) + residual: (G, 8) fp32, zero beyond column C."""
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = cols < C
     z = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +79,7 @@ def _load_z(
         rounded = z.to(z_ptr.dtype.element_ty)
         if KEEP_Z:
             tl.store(z_ptr + cols, rounded, mask=inside)
-        z = rounded.to(tl.float32)  # the statistics are of the z that the backward pass reads
+        z = rounded.to(tl.float32)  # the statistics are those of the z that the backward pass reads
     return z
 
 
@@ -99,9 +100,9 @@ def _forward_kernel(
     w_ptr,  # (C,)
     b_ptr,  # (C,)
     y_ptr,  # (N, C)
-    z_ptr,  # (N, C): dropout(x) + residual, for the backward pass; only its dtype counts without KEEP_Z
+    z_ptr,  # (N, C): dropout(x) + residual, for the backward pass; without KEEP_Z only its dtype is used
     stats_ptr,  # (N, 2) fp32: mean, rstd
-    seed_ptr,  # () int64, on the device: a replayed CUDA graph draws new masks
+    seed_ptr,  # () int64, on the device, so that a replayed CUDA graph draws new masks
     C,
     eps,
     threshold,  # p * 2^16
@@ -109,7 +110,7 @@ def _forward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     KEEP_Z: tl.constexpr,
-    A: tl.constexpr,  # C is cut into A and B columns, powers of two; B may be 0
+    A: tl.constexpr,  # C is split into A and B columns, powers of two; B may be 0
     B: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -132,7 +133,7 @@ def _forward_kernel(
         )  # fmt: skip
         total += _sum(b)
     mean = total / C
-    # two sums over registers: the difference of mean squares would lose what they have in common
+    # two sums over registers, because a difference of mean squares would cancel
     d = tl.where(groups_a[:, None] * 8 + tl.arange(0, 8)[None, :] < C, a - mean, 0.0)
     square = _sum(d * d)
     if B:
@@ -148,7 +149,7 @@ def _forward_kernel(
 
 @triton.jit
 def _load_gradient(z_ptr, dy_ptr, w, mean, rstd, group, C):
-    """(xhat, dy, gamma dy) of one piece of a row, (G, 8) fp32, zero beyond column C."""
+    """Returns (xhat, dy, gamma dy) of one piece of a row: (G, 8) fp32, zero beyond column C."""
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = cols < C
     z = tl.load(z_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -189,8 +190,8 @@ def _backward_kernel(
     stats_ptr,  # (N, 2) fp32: mean, rstd
     seed_ptr,  # () int64
     dz_ptr,  # (N, C), the gradient of the residual
-    dx_ptr,  # (N, C), that of x where there is dropout
-    dwb_ptr,  # (programs, 2, C) fp32: partial sums of dgamma, of dbeta
+    dx_ptr,  # (N, C), the gradient of x, with dropout only
+    dwb_ptr,  # (programs, 2, C) fp32: partial sums of dgamma and dbeta
     N,
     C,
     threshold,
@@ -210,7 +211,7 @@ def _backward_kernel(
         dw_b = tl.zeros((B // 8, 8), tl.float32)
         db_b = tl.zeros((B // 8, 8), tl.float32)
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
-    for row in tl.range(program, N, tl.num_programs(0), num_stages=2):  # the next row is on its way during this one
+    for row in tl.range(program, N, tl.num_programs(0), num_stages=2):  # prefetches the next row
         offset = (tl.zeros((), tl.int64) + row) * C
         mean = tl.load(stats_ptr + row * 2 + 0)
         rstd = tl.load(stats_ptr + row * 2 + 1)
@@ -245,25 +246,25 @@ def _backward_kernel(
 
 
 def split_width(C):
-    """(A, B, num_warps): C columns as two powers of two, 8 or more each; 768 = 512 + 256, 1,024 = 1,024 + 0."""
+    """Returns (A, B, num_warps): C columns as two powers of two, at least 8; 768 = 512 + 256, 1,024 = 1,024 + 0."""
     A = max(8, 1 << (C.bit_length() - 1))
     B = 0 if C <= A else max(8, triton.next_power_of_2(C - A))
     return A, B, max(1, min(8, A // 1024))
 
 
 def _programs(N, device):
-    """Programs of the backward pass, each of which sums dgamma and dbeta over its rows: 8 to a multiprocessor."""
+    """Returns the number of programs of the backward pass, which also is that of partial sums: 8 per multiprocessor."""
     return min(N, 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4)
 
 
-# ---- the operator
+# ---- operator
 
 
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, p: float,
     seed: torch.Tensor | None, dtype: torch.dtype, keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(y, z, stats) of x (N, C); z is empty where it is x itself or, without `keep_z`, where nobody reads it."""
+    """Returns (y, z, stats) of x (N, C); z is empty where it equals x and, without `keep_z`, where it is not needed."""
     N, C = x.shape
     A, B, warps = split_width(C)
     y, z, stats = _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z)
@@ -285,7 +286,7 @@ def _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z):
 def _backward(
     dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dz, dx, dweight and dbias (2, C)); without dropout dx is dz, and left empty."""
+    """Returns (dz, dx, dweight and dbias (2, C)); without dropout dx is dz and is returned empty."""
     N, C = z.shape
     A, B, warps = split_width(C)
     programs = _programs(N, z.device)
@@ -332,9 +333,9 @@ _operator = differentiable(
 def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True):
     """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
 
-    x, residual (..., C) any float; weight, bias (C,). On a GPU one kernel each way: arithmetic and statistics are fp32,
-    the result is of autocast's dtype where that is on, else of x's; elsewhere PyTorch's LayerNorm. p: see `dropout`.
-    Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
+    x, residual (..., C) any float; weight, bias (C,). On a GPU one kernel each way, with fp32 arithmetic and
+    statistics; the result has autocast's dtype, or that of x without autocast. Elsewhere PyTorch's LayerNorm. p: see
+    `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
     """
     p = p if training else 0.0
     if not on_triton(x) or x.dtype == torch.float64:
@@ -349,5 +350,5 @@ def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True)
 
 
 def bytes_moved(N, C, itemsize, p):
-    """Bytes that forward and backward must move at least, with a residual: 14 an element in bf16, 16 with dropout."""
+    """Minimum bytes moved by forward and backward, with a residual: 14 per element in bf16, 16 with dropout."""
     return N * C * itemsize * (4 + (4 if p else 3))

@@ -1,20 +1,20 @@
-"""Vocabulary projection and distillation losses in one: logits live in one reused chunk, and are never kept.
+"""Vocabulary projection and distillation losses in one: logits exist only for one chunk of rows at a time.
 
     s = h_s W_s^T + b_s      t = h_t W_t^T + b_t
     loss = kl_weight * sum kl + ce_weight * sum ce + mse_weight * sum (s - t)^2        kl and ce as in distill_kl.py
     G = d loss / ds          d loss / dh_s = G W_s     d loss / dW_s = G^T h_s     d loss / db_s = sum of G over rows
 
-Since the loss of a row depends on that row alone, its gradient can be had while its logits are there: for each chunk of
-rows the forward pass projects, turns student logits into G in place, and multiplies G out. Backward only scales.
+The loss of a row depends on that row alone, so its gradient is available as soon as its logits are: for each chunk of
+rows the forward pass projects, overwrites student logits with G, and multiplies G out. The backward pass only scales.
 
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
-its second look at the row comes from the L2 cache, 122 kB being small), two products read G (4 V), and so does the sum
-over rows for db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once a chunk: 188 MB
-at BERT-base, as much as 380 rows. Hence chunks of thousands of rows on a GPU; on a CPU, where arithmetic is the dearer,
-of hundreds.
+its second pass over the row, 122 kB, hits the L2 cache), two products read G (4 V), and so does the sum over rows for
+db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once per chunk: 188 MB at BERT-base,
+as much as 380 rows. Chunks therefore have thousands of rows on a GPU, and hundreds on a CPU, where arithmetic
+dominates.
 
-G is kept in units of the largest weight, which enters in fp32 after the products: its entries, probabilities divided by
-thousands of rows, would otherwise vanish in half precision. A loss scale therefore has nothing left to save.
+G is in units of the largest weight, which is applied in fp32 after the products: its entries, probabilities divided by
+thousands of rows, would otherwise underflow in half precision. G therefore needs no loss scale.
 
 Legend:  N rows   C width   V vocabulary   R rows of a chunk   s, t student and teacher logits   tau temperature
 """
@@ -27,12 +27,12 @@ from kernels.distill_kl import distill_kl_ref, power_of, row_width
 from kernels.operator import differentiable
 from kernels.rows import LOG2E, block_gradient, row_losses, row_statistics
 
-CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, and little memory
+CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, little memory
 GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
 
 
 def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
-    """The same loss through logits and autograd: (loss, kl, ce, mse), correct in any dtype; keeps everything."""
+    """The same loss through logits and autograd: returns (loss, kl, ce, mse), in any dtype; autograd keeps all."""
     s = F.linear(h_s, W_s, b_s)
     t = s.detach() if h_t is None else F.linear(h_t, W_t, b_t)
     kl, ce = (x.sum() for x in distill_kl_ref(s, t, labels, 1.0 if h_t is None else tau))
@@ -47,14 +47,14 @@ def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, 
 
 @triton.jit
 def _loss_and_gradient_kernel(
-    s_ptr,  # (R, >= V): student logits, any float, in; their gradient out, zero from column V to the end of the row
+    s_ptr,  # (R, >= V), any float: in: student logits; out: their gradient, zero from column V on
     t_ptr,  # (R, >= V) teacher logits
     labels_ptr,  # (R,) int64
     losses_ptr,  # (R, 3) fp32: kl, ce, mse
     stride,  # of s and t: the width of a padded row
     V,
     tau,
-    kl_weight,  # in the gradient's unit
+    kl_weight,  # in units of the largest weight
     ce_weight,
     mse_weight,
     HAS_MSE: tl.constexpr,
@@ -78,7 +78,7 @@ def _loss_and_gradient_kernel(
     g_kl = kl_weight * tau
     g_ce = tl.where(y == -100, 0.0, ce_weight)
     mse = tl.full((), 0.0, tl.float32)
-    tl.debug_barrier()  # every thread has read s[y] before one writes there
+    tl.debug_barrier()  # every thread must read s[y] before any thread overwrites it
     full = V // BLOCK_V * BLOCK_V
     for v in range(0, full, BLOCK_V):
         s = tl.load(s_ptr + v + cols).to(tl.float32)
@@ -89,8 +89,8 @@ def _loss_and_gradient_kernel(
             mse += tl.sum((s - t) * (s - t), 0)
         tl.store(s_ptr + v + cols, g.to(s_ptr.dtype.element_ty))
     if full < stride:
-        there, inside = full + cols < stride, full + cols < V  # 16 divides the stride: loads with this mask are wide
-        # beyond V the row's maximum stands in: exp of anything else may overflow
+        there, inside = full + cols < stride, full + cols < V  # 16 divides the stride: masked loads stay wide
+        # beyond V use the row's maximum: exp of other values may overflow
         s = tl.where(inside, tl.load(s_ptr + full + cols, mask=there, other=0.0).to(tl.float32), m_s)
         t = tl.where(inside, tl.load(t_ptr + full + cols, mask=there, other=0.0).to(tl.float32), m_t)
         g = block_gradient(s, t, full + cols, y, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, True, TAU)
@@ -102,26 +102,26 @@ def _loss_and_gradient_kernel(
 
 
 def launch(itemsize):
-    """(BLOCK_V, num_warps) of the kernel, for logits of this many bytes."""
+    """Returns (BLOCK_V, num_warps) of the kernel for logits of this item size."""
     return (4096, 8) if itemsize == 2 else (2048, 8)
 
 
-# ---- pieces
+# ---- helpers
 
 
 def _chunk(N, V, dtype, on_cpu):
-    """Rows of a chunk: all chunks alike, so that the last is not a small one."""
+    """Returns the rows of a chunk; all chunks have about the same size, so that the last is not small."""
     most = max(1, CPU_CHUNK_BYTES // (V * dtype.itemsize)) if on_cpu else GPU_CHUNK_ROWS
     return max(1, -(-N // max(1, -(-N // most))))
 
 
 def _in_kernel(x, dtype):
-    """Whether a kernel serves matrix products in `dtype` of what is where tensor x is."""
+    """Whether the kernel handles logits of `dtype` on the device of tensor x."""
     return on_triton(x) and dtype != torch.float64
 
 
 def _converted(x, dtype, rows):
-    """x in `dtype`, with zeros from its last row to `rows`; x itself where it is so already."""
+    """Returns x in `dtype`, zero-padded to `rows` rows; x itself where nothing changes."""
     n, *rest = x.shape
     if x.dtype == dtype and n == rows:
         return x
@@ -132,10 +132,10 @@ def _converted(x, dtype, rows):
 
 
 def decoder_for(W, b, dtype):
-    """(weight, bias) as `linear_distill_kl` multiplies them: in `dtype`, and padded to `row_width(V)` for a kernel.
+    """Returns (weight, bias) as `linear_distill_kl` uses them: in `dtype`, padded to `row_width(V)` for the kernel.
 
-    Each call converts both decoders. A frozen teacher's can be converted once and passed as W_t, b_t to all calls,
-    which then use it without a copy. dtype is the one that autocast gives products, or that of the hidden rows.
+    Each call of it converts both decoders. A frozen teacher's can be converted once and passed as W_t, b_t to all
+    calls, which then do not copy it. dtype is autocast's, or that of the hidden rows without autocast.
     """
     V = W.shape[0]
     rows = row_width(V) if _in_kernel(W, dtype) else V
@@ -143,8 +143,8 @@ def decoder_for(W, b, dtype):
 
 
 def _multiply(A, B, unit, out, add=False):
-    """out = unit A B, plus what `out` holds if `add`, summed in the precision of `out` where that is wider."""
-    beta = 1.0 if add else 0.0  # 0: what was there, even NaN, does not count
+    """out = unit A B, plus `out` if `add`, summed in the precision of `out` where that is wider."""
+    beta = 1.0 if add else 0.0  # 0: the old contents, even NaN, are ignored
     if A.dtype == out.dtype:
         torch.addmm(out, A, B, beta=beta, alpha=unit, out=out)
     elif A.is_cuda:
@@ -194,13 +194,13 @@ def _loss_and_gradients(
             if kernel:
                 s, *t = (torch.addmm(b, h, W, out=out) for h, W, b, out in inputs)
                 BLOCK_V, warps = launch(dtype.itemsize)
-                # without a teacher the student is its own: no divergence, and kl_weight is 0
+                # without a teacher the student is its own teacher: kl is 0, and so is kl_weight
                 _loss_and_gradient_kernel[(len(s),)](
                     s, *(t or [s]), labels[rows], losses[rows], width, V, tau, *weights,
                     HAS_MSE=mse_weight != 0, TAU=power_of(tau), BLOCK_V=BLOCK_V, num_warps=warps,
                 )  # fmt: skip
             else:
-                # divided by tau for nothing; the bias waits until a few rows are in cache
+                # the division by tau is free here; the bias is added later, with the rows in cache
                 s, *t = (torch.addmm(out, h, W, beta=0, alpha=1 / tau, out=out) for h, W, _, out in inputs)
                 cpu.loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
             G = s
@@ -212,7 +212,7 @@ def _loss_and_gradients(
     if wants_dh and not h_s.is_cuda:
         dh.mul_(unit)  # once: a CPU's product would round its factor into each of several partial sums
     sums = losses.sum(0)
-    # numbers, not a tensor of them: that would be copied to the device, and the host would wait
+    # Python numbers: a tensor of them would be copied to the device, and the host would wait
     loss = sums[0] * kl_weight + sums[1] * ce_weight + sums[2] * mse_weight
     return loss, sums, dh, dW, db
 
@@ -225,18 +225,18 @@ def _fake(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_w
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # zeros as large as the weight, otherwise, for outputs nobody differentiates
+    ctx.set_materialize_grads(False)  # else PyTorch makes zeros as large as the weight for unused outputs
     ctx.save_for_backward(*output[2:])
     ctx.dtypes, (wants_dh, wants_dW) = [x.dtype for x in inputs[:3]], inputs[-2:]
     ctx.wanted = (wants_dh, wants_dW, wants_dW)
 
 
 def _backward(ctx, upstream, *_):
-    """Scales, out of place: a second backward pass finds the same gradients."""
+    """Scales the gradients out of place, so that a second backward pass finds them unchanged."""
     if upstream is None:
         return (None,) * 14
     gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-    # reading one number is free on a CPU, and spares a pass over dW; a GPU's queue would wait, a tracer has no number
+    # on a CPU reading one number is free and can save a pass over dW; on a GPU it would wait, and a tracer has none
     if type(upstream) is not torch.Tensor or upstream.device.type != "cpu" or upstream.item() != 1.0:
         gradients = [g if g is None else g * upstream for g in gradients]
     return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 11)
@@ -246,15 +246,15 @@ _forward = differentiable("linear_distill_kl", _loss_and_gradients, _fake, _setu
 
 
 def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
-    """Vocabulary projection and distillation losses in one, on any device: never keeps logits, nor a graph over them.
+    """Vocabulary projection and distillation losses in one, on any device, without storing logits or a graph over them.
 
     h_s (N, C_s), W_s (V, C_s), b_s (V): student rows after the head's transform, decoder weight, bias; differentiable.
     h_t (N, C_t), W_t (V, C_t), b_t (V): the teacher's, without gradient; all None where there is no teacher. W_t and
     b_t may come from `decoder_for`, which saves their conversion.
     labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
     Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
-    sums over rows, in nats (kl with its tau^2), are for the log, and may be 0 where their weight is. Matrix products
-    follow autocast; softmax and sums are fp32 or better. Raises ValueError where the teacher wants a gradient or has
+    sums over rows, in nats (kl with its tau^2), are for logging, and may be 0 where their weight is 0. Matrix products
+    follow autocast; softmax and sums are at least fp32. Raises ValueError where the teacher requires a gradient or has
     another vocabulary.
     """
     if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):

@@ -1,15 +1,15 @@
-"""A kernel as PyTorch sees it: a plain call in eager mode, one node of the graph under torch.compile.
+"""Kernels as PyTorch operators: a plain call in eager mode, one node of the graph under torch.compile.
 
-torch.compile cannot trace into a kernel's launcher, so `torch.library` registers each kernel as an opaque operator.
-In eager mode the dispatch of such an operator costs the host about 70 us a call, more than the launch itself: there the
-function is called directly, and differentiated by an ordinary `torch.autograd.Function`.
+torch.compile cannot trace into the launch of a kernel, so `torch.library` registers each kernel as an opaque operator.
+In eager mode the dispatch of such an operator costs the host about 70 us per call, more than the launch itself, so the
+function is called directly, with an ordinary `torch.autograd.Function`.
 """
 
 import torch
 
 
 def traced(tensors):
-    """True while torch.compile traces: in Python it says so; in the backward pass tensors are stand-ins."""
+    """Whether torch.compile is tracing: it says so in Python code; in the backward pass tensors are of other types."""
     return torch.compiler.is_compiling() or any(
         isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors
     )
@@ -22,7 +22,7 @@ def _node(name, function, fake):
 
 
 def opaque(name, function, fake):
-    """Returns `function`, which torch.compile shall not trace into, as a callable with the same arguments.
+    """Returns a callable with the arguments of `function`, into which torch.compile does not trace.
 
     fake(*arguments) returns uninitialised tensors of the shapes, dtypes and strides that `function` returns.
     """
@@ -38,7 +38,7 @@ def differentiable(name, function, fake, setup_context, backward):
     node = _node(name, function, fake)
     node.register_autograd(backward, setup_context=setup_context)
 
-    def forward(ctx, *inputs):  # a separate setup_context would cost 80 us: PyTorch binds its arguments by signature
+    def forward(ctx, *inputs):  # a separate setup_context costs 80 us: PyTorch binds its arguments by signature
         output = function(*inputs)
         setup_context(ctx, inputs, output)
         return output

@@ -1,6 +1,6 @@
-"""One row of student and teacher logits: its statistics in one pass, its losses, and its gradient, as Triton functions.
+"""Triton functions of both loss kernels, for a row of logits: statistics in one pass, losses, gradient.
 
-Both loss kernels are made of these. The formulas are in distill_kl.py, and README.md derives them.
+The formulas are in distill_kl.py; README.md derives them.
 
 Legend:  V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
          E logits of a 16-byte load   G such loads in a block   P parts of a row
@@ -11,16 +11,16 @@ from kernels import FLOOR, tl, triton
 FLOOR_LOG2 = tl.constexpr(FLOOR)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-NOTHING = tl.constexpr(-1.0e30)  # the maximum of no logits: finite, since -inf - -inf is NaN
+NOTHING = tl.constexpr(-1.0e30)  # maximum of no logits: finite, because -inf - -inf is NaN
 
 
 @triton.jit
 def first_of_row(ptr, row, stride, PEEL: tl.constexpr):
-    """(pointer, skip): the row begins `skip` elements after the pointer, which is at a 16-byte boundary where PEEL."""
+    """Returns (pointer, skip): the row begins `skip` elements after the pointer, which is 16-byte aligned with PEEL."""
     offset = row * stride
     if PEEL:
         E: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-        aligned = offset // E * E  # so written, the compiler sees that E divides it
+        aligned = offset // E * E  # in this form the compiler sees that E divides it
         return ptr + aligned, (offset - aligned).to(tl.int32)
     else:
         return ptr + offset, 0
@@ -28,8 +28,8 @@ def first_of_row(ptr, row, stride, PEEL: tl.constexpr):
 
 @triton.jit
 def rescale(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
-    """(Z_s, Z_t, Z_1, c) with the maxima n_s, n_t in place of m_s, m_t; k = log2(e) / tau."""
-    # where the student has ruled out all so far, c holds the floor in place of a distance to a maximum
+    """Returns (Z_s, Z_t, Z_1, c) for the maxima n_s, n_t instead of m_s, m_t; k = log2(e) / tau."""
+    # where all student logits so far are -inf, c holds the floor, not a distance to a maximum: no shift
     d_s = tl.where(m_s == NOTHING, 0.0, (m_s - n_s) * k)
     d_t = (m_t - n_t) * k
     old_s = tl.exp2(d_s)
@@ -41,19 +41,19 @@ def rescale(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS: tl.constexpr, T
             Z_1 *= old_s * old_s
         else:
             Z_1 *= tl.exp2((m_s - n_s) * LOG2E)
-    # every old term of c shifts by what the two maxima moved, weighted with its p: hence the old Z_t
+    # every old term of c shifts by the change of both maxima, weighted with its p: hence the old Z_t
     c = old_t * (c + Z_t * (d_t - d_s))
     return Z_s * old_s, Z_t * old_t, Z_1, c
 
 
 @triton.jit
 def update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
-    """Takes E logits (G, E), fp32, into each of G statistics (G,)."""
+    """Updates each of G statistics (G,) with E logits (G, E), fp32."""
     n_s = tl.maximum(m_s, tl.max(s, 1))
     n_t = tl.maximum(m_t, tl.max(t, 1))
     Z_s, Z_t, Z_1, c = rescale(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
     d_s = s - n_s[:, None]
-    # the floor keeps 0 * (-inf - -inf) from being NaN; plain tl.maximum would turn a NaN logit into probability 0
+    # the floor avoids NaN from 0 * (-inf - -inf); plain tl.maximum would turn a NaN logit into probability 0
     x_s = tl.maximum(d_s * k, FLOOR_LOG2, propagate_nan=tl.PropagateNan.ALL)
     x_t = tl.maximum((t - n_t[:, None]) * k, FLOOR_LOG2, propagate_nan=tl.PropagateNan.ALL)
     e_s = tl.exp2(x_s)
@@ -71,7 +71,7 @@ def update(s, t, m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: t
 
 @triton.jit
 def combine(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
-    """The statistics of a row from those of its parts (P,)."""
+    """Returns the statistics of a row from those of its parts (P,)."""
     n_s = tl.max(m_s, 0)
     n_t = tl.max(m_t, 0)
     Z_s, Z_t, Z_1, c = rescale(m_s, m_t, Z_s, Z_t, Z_1, c, n_s, n_t, k, HAS_LABELS, TAU)
@@ -80,7 +80,7 @@ def combine(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.con
 
 @triton.jit
 def load_inside(ptr, at, skip, stop, end):
-    """fp32 logits at places skip ... stop, -inf elsewhere. Loads are wide where 16 divides `end`, which bounds them."""
+    """Loads fp32 logits at positions skip ... stop, -inf elsewhere; loads up to `end` are wide where 16 divides it."""
     x = tl.load(ptr + at, mask=at < end, other=float("-inf"))
     return tl.where((at >= skip) & (at < stop), x, float("-inf")).to(tl.float32)
 
@@ -90,10 +90,10 @@ def row_statistics(
     s_ptr, t_ptr, start, skip, stop, end, k,
     HAS_LABELS: tl.constexpr, TAU: tl.constexpr, PEEL: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One pass over places start ... stop from 16-byte boundaries on; `start` is a multiple of BLOCK_V.
+    """Returns the statistics of positions start ... stop, in one aligned pass; `start` is a multiple of BLOCK_V.
 
-    If PEEL, the first `skip` places belong to what precedes the row. Places from `stop` to `end` may be read, too.
-    A thread loads E logits at once, 16 bytes, and keeps statistics of what it has loaded: threads meet after the loop.
+    With PEEL, the first `skip` positions precede the row. Positions from `stop` to `end` may be read too. A thread
+    loads E logits at once, 16 bytes, and keeps statistics of these; the threads are combined after the loop.
     """
     E: tl.constexpr = 128 // s_ptr.dtype.element_ty.primitive_bitwidth
     G: tl.constexpr = BLOCK_V // E
@@ -123,7 +123,7 @@ def row_statistics(
 
 @triton.jit
 def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr):
-    """(kl, ce) of a row, in nats, from its statistics. A label outside the vocabulary gives NaN, not a wild read."""
+    """Returns (kl, ce) of a row in nats; a label outside the vocabulary gives NaN instead of a read out of bounds."""
     kl = (c / Z_t + tl.log2(Z_s / Z_t)) * LN2 * tau * tau  # not a difference of logarithms, which are large
     ce = tl.full((), 0.0, tl.float32)
     if HAS_LABELS:
@@ -139,7 +139,7 @@ def block_gradient(
     s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
     HAS_LABELS: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of g_kl kl / tau + g_ce ce at places `at`, y_at that of the label; l_* are base-2 logarithms of Z_*."""
+    """Returns the gradient of g_kl kl / tau + g_ce ce at positions `at`; y_at: that of the label; l_*: log2 of Z_*."""
     d = s - m_s
     q = tl.exp2(d * k - l_s)
     g = g_kl * (q - tl.exp2((t - m_t) * k - l_t))
