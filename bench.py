@@ -1,18 +1,18 @@
-"""Speed, memory and quality, ours against the alternatives, in one run: each provider is checked before it is timed.
+"""Speed, memory and quality of ours and the alternatives; each provider is checked before it is timed.
 
     python bench.py loss          the loss on logits, forward and backward (the default)
     python bench.py linear        the same with the vocabulary projection
     python bench.py layernorm     dropout + residual + LayerNorm
     python bench.py cosine        cosine distance of hidden states
-    python bench.py step          updates of distillation, against the original script's way of doing them
-    python bench.py prepare       2 GB of text into tokens: workers, memory, the same bytes after a kill
+    python bench.py step          updates of distillation, against the original script's way
+    python bench.py prepare       2 GB of text to tokens: workers, memory, the same bytes after a kill
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
-    python bench.py demo          does the teacher help? the demo against the same student without it, three seeds
-    python bench.py ablation      what does each part of the recipe add? the demo with one left out, three seeds
+    python bench.py demo          the demo against the same student without a teacher, three seeds
+    python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py infer         latency, throughput and size of teacher, student and int8 student, and transformers'
-    python bench.py retention --teacher DIR --student DIR --data GLUE    what a student keeps of GLUE
+    python bench.py retention --teacher DIR --student DIR --data GLUE    GLUE scores of teacher and students
     python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
-    python bench.py all           all of them but retention, which needs two models
+    python bench.py all           all cases except retention, which needs two models
     python bench.py readme        measures nothing: prints the README's tables from the JSON files
     python bench.py pictures      measures nothing: draws every picture again from the JSON files
 
@@ -53,7 +53,7 @@ CASES = {
     "ablation": distil.ABLATION,
     "retention": retention,
 }
-ON_CPU = ("prepare", "tokenizer", "infer")  # the others without --device run our scripts where these would run
+ON_CPU = ("prepare", "tokenizer", "infer")  # the other cases without --device run our scripts, which choose the device
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
 
 
@@ -74,7 +74,7 @@ def device_name(device):
 
 
 def measure(name, settings):
-    """Runs one case; returns its report, which is in `settings.folder` by then."""
+    """Runs one case, with results in `settings.folder`; returns its report."""
     case, folder = CASES[name], settings.folder
     device = device_name(choose_device("cpu" if name in ON_CPU else getattr(settings, "device", "auto")))
     print(f"{name}, on {device}, into {folder}", flush=True)
@@ -94,7 +94,7 @@ def results_of(folder, name):
 
 
 def readme_tables(folder):
-    """The tables of README.md, in its order; a result that has not been measured is an error."""
+    """Returns the tables of README.md, in its order; raises an error for a missing result."""
     return [CASES[name].table(results_of(folder, name)) for name in README]
 
 

@@ -1,7 +1,7 @@
-"""The cases of bench.py. Here: the flags that all of them have, and how they run the project's own scripts.
+"""The cases of bench.py; here, their common flags and helpers that run the project's scripts.
 
-A case is a module with its flags (`Settings`), a generator of its rows (`bench`), their `table`, and perhaps a picture
-of them (`draw`).
+A case is a module with its flags (`Settings`), a generator of its rows (`bench`), their `table`, and optionally a
+picture (`draw`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ RESULTS = ROOT / "results"
 
 @dataclasses.dataclass
 class Common:
-    tiny: bool = option(False, "seconds instead of minutes: shows that it runs, not how fast")
+    tiny: bool = option(False, "a test run of seconds, not a measurement")
     out: str = option(None, "folder for the JSON files (default: results; with --tiny, runs/tiny)")
 
     @property
@@ -31,12 +31,12 @@ class Common:
 
 
 def script(*words):
-    """Runs `python words...` in the repository, as a user does; returns the JSON of its last line."""
+    """Runs `python words...` in the repository, as a user would; returns the JSON of the last line."""
     return last_line(subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT))
 
 
 def last_line(done):
-    """The JSON that a finished process ended with; UserError where it failed."""
+    """Returns the JSON in the last line of a finished process; raises UserError where it failed."""
     if done.returncode:
         raise UserError(f"{done.stderr.strip()}: see the command alone: {' '.join(done.args)}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What does distillation add? The demo against its baselines, and against itself with one part left out."""
+"""The demo against its baselines, and the ablation: the demo without one part of the recipe."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ ABLATIONS = {
     "no masked-LM loss": (["--alpha-mlm", "0"], -0.31),
     "random start": (["--student-init", "random"], -3.69),
 }
-FIGURES = ("top1", "mlm_loss", "kl", "agreement")
+METRICS = ("top1", "mlm_loss", "kl", "agreement")
 
 
 @dataclasses.dataclass
@@ -44,8 +44,8 @@ class AblationSettings(Common):
 def train_variants(case, variants, settings, flags=()):
     """Runs train.py with each of {name: flags}, seed after seed; yields the teacher's row, then each variant's.
 
-    A variant's row comes again with each seed: a figure is [mean, standard deviation] over the seeds so far, `curve`
-    is [update, mean held-out top-1, mean masked-LM loss] of each evaluation.
+    A variant's row is yielded again after each seed: a metric is [mean, standard deviation] over the seeds so far,
+    `curve` is [update, mean held-out top-1, mean masked-LM loss] of each evaluation.
     """
     flags = [*flags, *(["--steps", "2", "--eval-tokens", "512"] if settings.tiny else [])]
     rows, runs, curves = {}, {name: [] for name in variants}, {name: [] for name in variants}
@@ -65,12 +65,12 @@ def train_variants(case, variants, settings, flags=()):
 
 
 def summarise(row, summaries, curves):
-    """Puts the means and standard deviations over runs of one variant into its row."""
+    """Stores means and standard deviations over the runs of one variant in its row."""
     row["parameters"] = summaries[0]["student"]["parameters"]
-    for figure in FIGURES:
+    for metric in METRICS:
         with contextlib.suppress(KeyError):  # without a teacher there is no KL and no agreement
-            values = [summary["student"][figure] for summary in summaries]
-            row[figure] = [round(statistics.mean(values), 4), round(statistics.pstdev(values), 4)]
+            values = [summary["student"][metric] for summary in summaries]
+            row[metric] = [round(statistics.mean(values), 4), round(statistics.pstdev(values), 4)]
     row["seconds"] = max(summary["seconds"] for summary in summaries)
     row["seeds"], row["steps"] = len(summaries), summaries[0]["steps"]
     row["curve"] = [
@@ -85,7 +85,7 @@ def bench_demo(settings):
 
 
 def bench_ablation(settings):
-    """The demo, or with --train another run of train.py, with one part left out at a time."""
+    """The demo, or with --train another run of train.py, without one part at a time."""
     variants, whole = {name: flags for name, (flags, _) in ABLATIONS.items()}, None
     for row in train_variants("ablation", variants, settings, shlex.split(settings.train or "")):
         if row["provider"] in ABLATIONS and "error" not in row:
@@ -96,14 +96,14 @@ def bench_ablation(settings):
         yield row
 
 
-def with_spread(row, figure, form):
-    """Mean, with the standard deviation where there is more than one seed."""
-    mean, deviation = row[figure]
+def with_spread(row, metric, form):
+    """Returns the mean as text, with the standard deviation if there is more than one seed."""
+    mean, deviation = row[metric]
     return f"{mean:{form}}" + (f" ± {deviation:{form}}" if row["seeds"] > 1 else "")
 
 
 def demo_table(results):
-    """Markdown: means over seeds, and their standard deviations where there is more than one."""
+    """Markdown: means over seeds, with standard deviations if there is more than one."""
     teacher, *students = measured(results)
     lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher |",
              "|---|---|---|---|---|---|"]  # fmt: skip
@@ -116,7 +116,7 @@ def demo_table(results):
 
 
 def ablation_table(results):
-    """Markdown: held-out accuracy in per cent, and the change that leaving a part out makes, ours and the paper's."""
+    """Markdown: held-out accuracy in per cent, and its change without a part, ours and the paper's."""
     lines = ["| | held-out top-1 | change, points | the paper's, points of GLUE | KL to the teacher |",
              "|---|---|---|---|---|"]  # fmt: skip
     for r in measured(results)[1:]:

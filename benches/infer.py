@@ -1,10 +1,10 @@
-"""How long does an answer take on this CPU? Teacher, student, and the student in int8; ours and transformers'.
+"""Latency, throughput and size on a CPU: teacher, student and int8 student, ours and transformers'.
 
-The measure is that of DistilBERT's authors (Sanh et al. 2019, table 3): one pass over STS-B's dev set, 1,500 pairs of
-sentences, one at a time; beside it, the same pairs in batches of 32, sorted by length. All providers are given the same
-tensors, so that tokenisation is not timed, and take turns.
+The measurement is that of DistilBERT's authors (Sanh et al. 2019, table 3): one pass over STS-B's dev set, 1,500 pairs
+of sentences, one at a time; and also the same pairs in batches of 32, sorted by length. All providers get the same
+tensors, so tokenisation is not timed; their measurements are interleaved.
 
-Legend:  n pairs   B batch   T tokens of its longest   K labels, 1 for a regression
+Legend:  n pairs   B batch   T tokens of the longest example   K labels, 1 for a regression
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ DEMO = ROOT / "data" / "demo"
 TINY = Config(layers=4, heads=2, width=64, mlp_width=128)
 INT8 = "student int8"
 BATCH = 32
-TURN = 150  # single examples until it is the next provider's turn; its first, on cold caches, must not make the p99
+TURN = 150  # single examples per turn of a provider: the first, on cold caches, must not determine the p99
 CHECKED = 2 * BATCH  # examples whose logits are compared
-WRONG = 1e-4  # largest error of an fp32 logit that is still timed
+WRONG = 1e-4  # maximum error of an fp32 logit; a provider beyond it is not timed
 
 
 @dataclasses.dataclass
@@ -48,16 +48,16 @@ class Settings(Common):
     teacher: str = option(None, "a fine-tuned folder (default: BERT-base's shape)")
     student: str = option(None, "a fine-tuned folder (default: half the teacher's layers)")
     data: str = option(None, "the GLUE folder")
-    rounds: int = option(3, "times that each provider is timed, in turn")
+    rounds: int = option(3, "measurements of each provider, interleaved")
 
 
 # ---- models
 
 
 def open_models(settings, work):
-    """Returns (folders, models), of "teacher" and "student" each; one not given is made in `work`, of random weights.
+    """Returns (folders, models) of "teacher" and "student"; a missing one is made in `work`, with random weights.
 
-    Raises UserError for a model that does not classify sentences.
+    Raises UserError for a model that is not a sentence classifier.
     """
     folders, models = {}, {}
     config = TINY if settings.tiny else BERT_BASE
@@ -73,16 +73,16 @@ def open_models(settings, work):
 
 
 def quantised(model):
-    """Returns a copy whose linear layers have int8 weights and quantise their input as it comes; the rest is fp32."""
+    """Returns a copy with dynamic quantisation: linear layers with int8 weights and inputs, the rest fp32."""
     with warnings.catch_warnings():
-        # PyTorch has it up to 2.13 at least, and announces that it will move to torchao, which is one more package
+        # present at least up to PyTorch 2.13, which announces a move to torchao, one more package
         warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
 
 
 def of_transformers(folder):
-    """Returns transformers' model of a folder, called as ours is; its attention is its default, sdpa."""
+    """Returns transformers' model of a folder as a function like ours, with its default attention, sdpa."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -96,7 +96,7 @@ def of_transformers(folder):
 
 
 def providers_of(folders, models, work):
-    """Returns {name: (ids, mask, types) -> logits} of what is here, and bytes on disk of each of our models."""
+    """Returns {name: (ids, mask, types) -> logits} of the available providers, and bytes on disk of our models."""
     functions = dict(models)
     sizes = {name: sum(path.stat().st_size for path in weights.weight_files(folders[name])) for name in models}
     if torch.backends.quantized.engine == "none":
@@ -121,7 +121,7 @@ def original(provider):
 
 
 def pairs_of(settings):
-    """Returns (what they are, pairs of texts): STS-B's dev set, or as many from what is installed, without --data."""
+    """Returns (name, pairs of texts): STS-B's dev set, or without --data as many pairs of docstrings."""
     n = 40 if settings.tiny else 1500
     if settings.data:
         return "STS-B dev", [(e.first, e.second) for e in glue.load("stsb", settings.data)[1]["dev"]][:n]
@@ -131,14 +131,14 @@ def pairs_of(settings):
 
 
 def accuracies(settings, models, T):
-    """Returns {name: percent on SST-2's dev set} of models made of a student that was fine-tuned for it, else {}."""
+    """Returns {name: accuracy on SST-2's dev set, percent} if the student was fine-tuned for it, else {}."""
     if not settings.student or not settings.data or not (pathlib.Path(settings.data) / "SST-2").is_dir():
         return {}
     config = json.loads((pathlib.Path(settings.student) / "config.json").read_text(encoding="utf-8"))
     if config.get("finetuning_task") != "sst2":
         return {}
     tokenizer = Tokenizer.load(settings.student)
-    task = open_task("sst2", settings.data, tokenizer, T, limit=1)  # its training set is not looked at
+    task = open_task("sst2", settings.data, tokenizer, T, limit=1)  # the training set is not used
     logits = {name: predict(model, task.dev[0], tokenizer.pad_id, CPU) for name, model in models.items()}
     return {name: task.evaluate([rows])["accuracy"] for name, rows in logits.items()}
 
@@ -148,7 +148,7 @@ def accuracies(settings, models, T):
 
 @torch.inference_mode()
 def largest_error(function, truth, singles, batches):
-    """Largest difference of a provider's logits from `truth` (n, K), one at a time and in padded batches."""
+    """Returns the largest difference of a provider's logits from `truth` (n, K), singly and in padded batches."""
     logits = torch.stack([torch.cat([function(*x) for x in inputs]) for inputs in (singles, batches)])  # (2, n, K)
     return (logits - truth).abs().max().item()
 
@@ -168,9 +168,9 @@ def timed(functions, inputs, rounds, turn):
 
 
 def bench(settings):
-    """Yields a row a provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] of examples.
+    """Yields a row per provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] per example.
 
-    A provider in fp32 that computes something else is not timed.
+    An fp32 provider with wrong logits is not timed.
     """
     what, pairs = pairs_of(settings)
     tokenizer = Tokenizer.load(settings.teacher or settings.student or DEMO)
@@ -188,7 +188,7 @@ def bench(settings):
         return [padded(items, chosen[i : i + BATCH], tokenizer.pad_id, CPU) for i in range(0, len(chosen), BATCH)]
 
     tokens, rows = sum(len(ids) for ids, _ in items) / len(items), {}
-    with torch.inference_mode():  # of our fp32 models, which have the examples one at a time
+    with torch.inference_mode():  # our fp32 models, one example at a time
         truth = {name: torch.cat([models[name](*x) for x in singles[:CHECKED]]) for name in models}
     for name, function in functions.items():
         of = original(name)
@@ -221,11 +221,11 @@ def bench(settings):
         yield rows[name]
 
 
-# ---- showing
+# ---- output
 
 
 def table(results):
-    """Markdown: medians over rounds, and how much faster than our teacher one example at a time."""
+    """Markdown: medians over rounds, and the speed-up over our teacher, one example at a time."""
     results = measured(results)
     first, scored = results[0], any("accuracy" in r for r in results)
     head = (

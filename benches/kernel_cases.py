@@ -1,9 +1,9 @@
-"""What `bench.py loss | linear | layernorm | cosine` compares: one computation, forward and backward, by provider.
+"""The computations of `bench.py loss | linear | layernorm | cosine`: inputs and providers.
 
-A case makes inputs for a shape, says which of them take a gradient (`leaves`), and names its providers: functions of
-these inputs that return what is differentiated; `liger` is None where Liger has no such kernel. Eager PyTorch is
-written the usual way, and in fp64 is the definition. `also_on_gpu` names ways of ours beside "ours", which `prepared`
-tells apart.
+A case makes inputs for a shape, says which of them require a gradient (`leaves`), and defines its providers: functions
+of these inputs whose result is differentiated; `liger` is None where Liger has no such kernel. Eager PyTorch is written
+the usual way; in fp64 it is the definition. `also_on_gpu` names further variants of ours, whose inputs `prepared`
+makes.
 """
 
 import torch
@@ -19,30 +19,30 @@ def generator(device):
 
 
 def some_labels(N, V, share, device):
-    """(labels, how many): one in each of the first `share` of N rows; the others have none."""
+    """Returns (labels, their number): the first `share` of N rows have a label, the others have none."""
     labels, n = torch.randint(0, V, (N,), device=device, generator=generator(device)), max(1, round(share * N))
     labels[n:] = distill_kl.IGNORE
     return labels, n
 
 
 def by_definition(s, t, labels):
-    """The loss as one writes it first: means over rows, and over labels."""
+    """The loss in plain PyTorch: means over rows and over labels."""
     kl = F.kl_div(F.log_softmax(s / TAU, -1), F.softmax(t / TAU, -1), reduction="batchmean") * TAU**2
     return ALPHA_KL * kl + ALPHA_CE * F.cross_entropy(s, labels)
 
 
 class Loss:
-    """KL and cross-entropy of logits that are there already."""
+    """KL and cross-entropy of given logits."""
 
     name, leaves, liger_on_cpu = "loss", (0,), False
-    also_on_gpu = ("ours, unpadded rows",)  # as F.linear makes them: 30,522 numbers apart
+    also_on_gpu = ("ours, unpadded rows",)  # as F.linear makes them: row stride 30,522
 
     def shapes(self, device, tiny):
         if tiny:
             return [dict(N=8, V=1000, labelled=1.0, dtype="float32")]
         if device.type == "cpu":
             return [dict(N=512, V=30522, labelled=1.0, dtype=dtype) for dtype in ("float32", "bfloat16")]
-        rows = (512, 1.0), (4915, 1.0), (32768, 0.15)  # a few; the masked ones of 64 x 512 tokens; all of them
+        rows = (512, 1.0), (4915, 1.0), (32768, 0.15)  # few; the masked ones of 64 x 512 tokens; all of these
         return [dict(N=N, V=30522, labelled=labelled, dtype="bfloat16") for N, labelled in rows]
 
     def inputs(self, shape, device):
@@ -51,7 +51,7 @@ class Loss:
         return [s, t, *some_labels(N, V, shape["labelled"], device)]
 
     def prepared(self, provider, inputs):
-        """Our rows are padded where a kernel reads them, as those of the fused projection are."""
+        """Pads our rows for the kernel, as the fused projection does."""
         s, t, *labels = inputs
         if provider == "ours" and s.is_cuda:
             s, t = (distill_kl.padded(*x.shape, x.dtype, x.device).copy_(x) for x in (s, t))
@@ -71,7 +71,7 @@ class Loss:
 
         def loss(s, t, labels, n):
             kl = divergence(F.log_softmax(s.float() / TAU, -1), F.softmax(t.float() / TAU, -1)) * TAU**2
-            return ALPHA_KL * kl + ALPHA_CE * cross_entropy(s.clone(), labels)  # it overwrites its input
+            return ALPHA_KL * kl + ALPHA_CE * cross_entropy(s.clone(), labels)  # Liger overwrites its input
 
         return loss
 
@@ -92,7 +92,7 @@ class Linear:
         return [dict(N=N, V=30522, C=768, labelled=share, dtype="bfloat16") for N, share in ((4915, 1), (32768, 0.15))]
 
     def inputs(self, shape, device):
-        """fp32 parameters, as in training; bf16 is autocast's."""
+        """Returns fp32 parameters, as in training; bf16 means autocast."""
         N, V, C, g = shape["N"], shape["V"], shape["C"], generator(device)
         sizes = ((N, C), (V, C), (V,)) * 2
         tensors = [torch.randn(size, device=device, generator=g) for size in sizes]
@@ -113,7 +113,7 @@ class Linear:
         return by_definition(F.linear(h_s, W_s, b_s), t, labels)
 
     def liger(self, shape):
-        """Its chunked and compiled loss, the faster of two: the forward KL is its JSD with beta 0, without tau^2."""
+        """Liger's chunked and compiled loss, its faster one: forward KL is its JSD with beta 0, without tau^2."""
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         both = LigerFusedLinearJSDLoss(ALPHA_CE, ALPHA_KL * TAU**2, beta=0.0, temperature=TAU)
@@ -121,11 +121,11 @@ class Linear:
         def loss(h_s, W_s, b_s, h_t, W_t, b_t, labels, n):
             return both(h_s, W_s, h_t, W_t, labels, b_s, b_t)
 
-        loss.computes_less = shape["labelled"] < 1  # it has no KL on rows without a label
+        loss.computes_less = shape["labelled"] < 1  # no KL on rows without a label
         return loss
 
     def bytes(self, shape):
-        """Logits written and read, their gradient written and read for dh, dW and db; weights and their gradient."""
+        """Logits written and read, their gradient written and read for dh, dW and db; weights and weight gradients."""
         itemsize = getattr(torch, shape["dtype"]).itemsize
         return 8 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
 

@@ -1,6 +1,6 @@
-"""One computation, forward and backward, by every provider: eager, torch.compile, ours, and Liger where it is there.
+"""One computation, forward and backward, by eager PyTorch, torch.compile, ours, and Liger if installed.
 
-Each provider is compared with the definition in fp64 before it is timed. The cases are in kernel_cases.py.
+Each provider is checked against the definition in fp64 before it is timed. The computations are in kernel_cases.py.
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ TITLES = {
     "loss": "the loss on logits", "linear": "vocabulary projection and loss",
     "layernorm": "dropout + residual + LayerNorm", "cosine": "cosine distance of hidden states",
 }  # fmt: skip
-WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # largest error of a gradient that is still timed, relative to its largest
+WRONG = {"float32": 1e-4, "bfloat16": 3e-2}  # maximum error relative to the largest gradient; beyond it, no time
 
 
 @dataclasses.dataclass
 class Settings(Common):
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    rounds: int = option(21, "times that each provider is timed, in turn")
-    profile: bool = option(False, "also write a trace of each provider, for chrome://tracing")
+    rounds: int = option(21, "measurements of each provider, interleaved")
+    profile: bool = option(False, "also write a trace of each provider for chrome://tracing")
 
 
 def both_passes(function, inputs, leaves, dtype):
     """Returns a function that runs forward and backward once and returns the gradients of the inputs `leaves`.
 
-    Half precision is autocast's, as in training. The upstream gradient is made in the first call: it is not timed.
+    Half precision means autocast, as in training. The first call makes the upstream gradient, so it is not timed.
     """
     inputs = [x.detach().requires_grad_(i in leaves) if torch.is_tensor(x) else x for i, x in enumerate(inputs)]
     wanted = [inputs[i] for i in leaves]
@@ -50,29 +50,29 @@ def both_passes(function, inputs, leaves, dtype):
 
 
 def largest_error(case, function, provider, shape, device):
-    """Of the gradients, against the definition in fp64, on a few rows and without dropout."""
+    """Returns the largest error of the gradients against the definition in fp64, on a few rows without dropout."""
     inputs = case.inputs({**shape, "N": min(shape["N"], 48), "p": 0.0}, device)
     wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     truth = both_passes(case.eager, wide, case.leaves, "float64")()
-    found = both_passes(function, case.prepared(provider, inputs), case.leaves, shape["dtype"])()
-    return max(((f - t).abs().max() / t.abs().max()).item() for f, t in zip(found, truth, strict=True))
+    result = both_passes(function, case.prepared(provider, inputs), case.leaves, shape["dtype"])()
+    return max(((f - t).abs().max() / t.abs().max()).item() for f, t in zip(result, truth, strict=True))
 
 
 def providers_of(case, shape, device):
-    """{name: function} of what is here."""
-    found = {"eager": case.eager, "torch.compile": torch.compile(case.eager, dynamic=False), "ours": case.ours}
+    """Returns {name: function} of the available providers."""
+    providers = {"eager": case.eager, "torch.compile": torch.compile(case.eager, dynamic=False), "ours": case.ours}
     if device.type == "cuda":
-        found |= dict.fromkeys(case.also_on_gpu, case.ours)
+        providers |= dict.fromkeys(case.also_on_gpu, case.ours)
     if case.liger and (device.type == "cuda" or case.liger_on_cpu):
         try:
-            found["Liger"] = case.liger(shape)
+            providers["Liger"] = case.liger(shape)
         except ImportError:
             print("Liger is not installed: pip install liger-kernel", file=sys.stderr)
-    return found
+    return providers
 
 
 def check(case, function, provider, shape, device):
-    """Returns the provider's largest error; UserError where it is too large."""
+    """Returns the provider's largest error; raises UserError where it is too large."""
     error = float(f"{largest_error(case, function, provider, shape, device):.1e}")
     if not error <= WRONG[shape["dtype"]]:
         raise UserError(f"{provider} is wrong by {error}: a wrong result is not timed")
@@ -80,7 +80,7 @@ def check(case, function, provider, shape, device):
 
 
 def bench(case, settings):
-    """Yields a row a provider and shape."""
+    """Yields a row per provider and shape."""
     device = choose_device(settings.device)
     ceiling = copy_bandwidth(device, 16 if settings.tiny else 256)
     for shape in case.shapes(device, settings.tiny):
@@ -92,7 +92,7 @@ def bench(case, settings):
             with attempt(row):
                 if not getattr(function, "computes_less", False):
                     row["max_error"] = check(case, function, provider, shape, device)
-        torch._dynamo.reset()  # the checks had another shape
+        torch._dynamo.reset()  # the checks used another shape
         inputs = case.inputs(shape, device)
         for provider, function in providers.items():
             row = rows[provider]
@@ -126,7 +126,7 @@ def shape_text(row):
 
 
 def table(results):
-    """Markdown: medians; speed and memory beside eager's of the same shape."""
+    """Markdown: medians, with speed and memory relative to eager PyTorch on the same shape."""
     lines = ["| | shape | ms [p20, p80] | of the copy's bandwidth | speed-up | extra memory, MiB | of eager's |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for r in results:

@@ -1,4 +1,4 @@
-"""Time, memory and bandwidth of functions, measured so that they can be compared."""
+"""Comparable measurements of time, memory and bandwidth of functions."""
 
 import contextlib
 import ctypes
@@ -10,24 +10,25 @@ import torch
 
 from minidistil.device import status_kib
 
-SLEEP = 10_000_000  # cycles of a GPU, 5 ms: launching takes the host less
+SLEEP = 10_000_000  # GPU cycles, 5 ms: longer than the host needs for the launches
 
 
 def spread(values):
-    """[p20, p50, p80]."""
+    """Returns [p20, p50, p80]."""
     ordered = sorted(values)
     n = len(ordered) - 1
     return [ordered[round(0.2 * n)], statistics.median(ordered), ordered[round(0.8 * n)]]
 
 
 def interleaved(functions, rounds, device, before=None):
-    """Milliseconds of each of {name: function}, `rounds` times, in turn: what disturbs one disturbs the others too.
+    """Returns {name: milliseconds} of `rounds` interleaved calls, so that disturbances affect all alike.
 
-    On a GPU the device's own time, as long as a function does not wait for it: while the device sleeps, the host
-    launches all there is, as in training, where it is ahead. before() is called untimed before each measurement.
+    On a GPU this is device time, for functions that do not wait for the device: while the device sleeps, the host
+    launches all kernels, because in training the host runs ahead too. before() is called untimed before each
+    measurement.
     """
     times = {name: [] for name in functions}
-    # larger than any cache; written between two measurements, so that none finds its input there
+    # larger than any cache; written between measurements to flush the caches
     flush = torch.empty(64 << 20, dtype=torch.float32, device=device) if device.type == "cuda" else None
     for _ in range(rounds):
         for name, function in functions.items():
@@ -50,7 +51,7 @@ def interleaved(functions, rounds, device, before=None):
 
 
 def extra_memory_mib(function, device):
-    """MiB that a call needs at its peak beyond what was there before it."""
+    """Returns the peak memory of a call beyond the memory in use before it, in MiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         time.sleep(0.05)  # autograd's thread releases an earlier call's gradients a little later
@@ -60,15 +61,15 @@ def extra_memory_mib(function, device):
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count as there
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier does not count as in use
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_kib("VmRSS")
     function()
     return (status_kib("VmHWM") - before) / 2**10
 
 
 def copy_bandwidth(device, mib=256, rounds=9):
-    """GB/s (1e9 bytes) of copying a large tensor, read and write together: what the device's memory does at best."""
+    """Returns GB/s (1e9 bytes) of copying a large tensor, reads plus writes: the practical limit of the memory."""
     x = torch.empty(mib << 18, dtype=torch.float32, device=device).normal_()
     y = torch.empty_like(x)
     milliseconds = interleaved({"copy": lambda: y.copy_(x)}, rounds, device)["copy"]

@@ -1,4 +1,4 @@
-"""Text to tokens at full size: throughput by number of workers, memory, the same bytes, and a kill in the middle."""
+"""Text to tokens at full size: throughput by number of workers, memory, equal bytes, and a kill halfway."""
 
 import json
 import os
@@ -19,16 +19,16 @@ from minidistil.errors import UserError
 Settings = Common
 
 GIGABYTES, TINY_GIGABYTES = 2.1, 0.004
-VARIED = 0.05  # share of the words that each repetition of the docs corpus draws anew
+VARIED = 0.05  # share of the words that each repetition of the docs corpus redraws
 
 
 def write_text(path, size, seed=0):
-    """Writes at least `size` bytes of English, a document a line: the docs corpus again and again, never the same."""
+    """Writes at least `size` bytes of English, a document per line: varied repetitions of the docs corpus."""
     from data.docstrings import harvest, python_files
 
     rng, written = np.random.default_rng(seed), 0
     words = np.array(" \n ".join(" ".join(text.split()) for text in harvest(python_files())).split(" "), dtype=object)
-    inside = np.flatnonzero(words != "\n")  # documents keep their ends
+    inside = np.flatnonzero(words != "\n")  # keeps the ends of documents
     with open(path, "w", encoding="utf-8") as file:
         while written < size:
             copy, drawn = words.copy(), rng.choice(inside, int(VARIED * len(inside)))
@@ -37,7 +37,7 @@ def write_text(path, size, seed=0):
 
 
 def family_mib(pid):
-    """Resident memory of a process and its children, MiB: an upper bound, since what they share counts for each."""
+    """Returns the resident memory of a process and its children in MiB; shared memory counts for each of them."""
     pids = [str(pid)]
     for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
         pids += task.read_text().split()
@@ -48,7 +48,7 @@ def family_mib(pid):
 def prepared(text, out, workers, kill_after=None):
     """Runs data/prepare.py; returns its summary and the peak memory of all its processes.
 
-    Where `kill_after` is given, it is killed so many seconds after it began to write, and the result is None.
+    With `kill_after`, it is killed this many seconds after it begins to write, and the result is None.
     """
     command = [sys.executable, ROOT / "data" / "prepare.py", text, "--vocab", ROOT / "data" / "demo", "--out", out]
     command = [*map(str, command), "--workers", str(workers)]
@@ -59,7 +59,7 @@ def prepared(text, out, workers, kill_after=None):
     while reader.is_alive():
         try:
             peak = max(peak, family_mib(process.pid))
-        except (OSError, ProcessLookupError):  # a process ended between its listing and its reading
+        except (OSError, ProcessLookupError):  # a process ended in the meantime
             pass
         if writing is None and any(out.parent.glob(f".{out.name}.*.tmp")):
             writing = time.monotonic()
@@ -73,7 +73,7 @@ def prepared(text, out, workers, kill_after=None):
 
 
 def kill_and_restart(text, folder, workers, seconds):
-    """Kills a run halfway through its `seconds`, starts it again, and returns the hashes of what it then wrote."""
+    """Kills a run halfway through its `seconds`, restarts it, and returns the hashes of the result."""
     again = folder / "again"
     if prepared(text, again, workers, kill_after=0.5 * seconds) is not None:
         raise UserError("data/prepare.py ended before it was killed: the machine is busy, run it again")
@@ -86,9 +86,9 @@ def kill_and_restart(text, folder, workers, seconds):
 
 
 def bench(settings):
-    """Yields a row for 1, 2 ... workers; the last also ran once more, killed halfway and started again: the same bytes.
+    """Yields a row for 1, 2 ... workers; the last number also runs with a kill halfway and a restart.
 
-    Raises UserError where other bytes than one worker's were written: no speed is reported for a wrong result.
+    A result that differs from one worker's is an error without a speed.
     """
     counts = [1, 2] if settings.tiny else sorted({1, 2, os.cpu_count() or 1})
     with tempfile.TemporaryDirectory() as folder:
@@ -115,9 +115,9 @@ def bench(settings):
             yield row
 
 
-def require_same(hashes, expected, who):
+def require_same(hashes, expected, name):
     if hashes != expected:
-        raise UserError(f"{who} wrote other bytes than one worker: no speed is reported for a wrong result")
+        raise UserError(f"{name} wrote other bytes than one worker: no speed is reported for a wrong result")
 
 
 def table(results):

@@ -1,7 +1,7 @@
-"""What a bench has measured, on disk as soon as it is known: neither a failure nor a kill loses a row.
+"""Results of a bench, written to disk row by row, so that neither a failure nor a kill loses a row.
 
-A bench is a generator of rows (dicts). It yields a row when the row is known, and yields the same dict again when it
-knows more. A provider that fails is a row with the key "error".
+A bench is a generator of rows (dicts). It yields each row as soon as it is measured, and again after each update of it.
+A provider that fails has a row with the key "error".
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from minidistil import files
 
 @contextlib.contextmanager
 def attempt(row):
-    """Turns an exception into the row's "error" and "traceback"; the next provider is then measured."""
+    """Stores an exception as the row's "error" and "traceback", so that the next provider can be measured."""
     try:
         yield
     except Exception as error:
@@ -30,7 +30,7 @@ def attempt(row):
 class Report:
     """The rows of one case, in `folder`/CASE.partial.json until `finish` renames it to CASE.json.
 
-    `head` is what the file says beside its rows (JSON-able). Tracebacks go to CASE.failures.txt.
+    `head` (JSON-able) is what the file holds besides its rows. Tracebacks go to CASE.failures.txt.
     """
 
     def __init__(self, folder, case, head):
@@ -39,7 +39,7 @@ class Report:
         self.failures.unlink(missing_ok=True)
 
     def put(self, row):
-        """Adds a row, or writes a known one again."""
+        """Adds a row, or writes an updated one again."""
         if "traceback" in row:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.failures, "a", encoding="utf-8") as file:
@@ -54,19 +54,19 @@ class Report:
 
     @property
     def failed(self):
-        """Providers that failed; one of others that needs more memory than there is has not, that is its figure."""
+        """Providers that failed; for providers other than ours, running out of memory is a result, not a failure."""
         return [r["provider"] for r in self.rows if "error" in r
                 and (r["error"] != "out of memory" or r["provider"].startswith("ours"))]  # fmt: skip
 
 
 def measured(rows):
-    """The rows that have figures."""
+    """Returns the rows with measurements."""
     return [row for row in rows if "error" not in row]
 
 
-def speed_up(row, first, figure):
-    """How many times `first`'s figure the row's is; None where either has none. A figure may be [low, median, high]."""
-    values = [r.get(figure) for r in (row, first)]
+def speed_up(row, baseline, metric):
+    """Returns the row's metric divided by the baseline's, None if one is missing; may be [low, median, high]."""
+    values = [r.get(metric) for r in (row, baseline)]
     if None in values:
         return None
     ours, theirs = (v[1] if isinstance(v, list) else v for v in values)

@@ -1,4 +1,4 @@
-"""How much of its teacher does a student keep? Both fine-tuned alike (Sanh et al. 2019, tables 1 and 2)."""
+"""Scores of teacher and students after the same fine-tuning (Sanh et al. 2019, tables 1 and 2)."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ RUNS = pathlib.Path("runs") / "retention"
 
 NAMES = {name: task.folder for name, task in glue.TASKS.items()} | {"imdb": "IMDb"}  # as they are written
 
-# GLUE dev, median of five seeds, and IMDb; MNLI as the mean of nine asks for it (the table's 86.7 is a misprint)
+# GLUE dev, median of five seeds, and IMDb; MNLI as implied by the mean of nine (the table's 86.7 is a misprint)
 PUBLISHED = {
     "BERT-base, published": dict(cola=56.3, sst2=92.7, mrpc=88.6, stsb=89.0, qqp=89.6, mnli=84.7, qnli=91.8, rte=69.3,
                                  wnli=53.5, imdb=93.46),
@@ -33,15 +33,15 @@ PUBLISHED = {
 class Settings(Common):
     teacher: str = option(None, "folder of the teacher")
     student: str = option(None, "folders of the students, with commas")
-    data: str = option(None, "the GLUE folder; IMDb may lie in it as aclImdb")
+    data: str = option(None, "the GLUE folder; IMDb may be in it as aclImdb")
     task: str = option("all", "tasks, with commas")
     rounds: int = option(3, "seeds")
     finetune: str = option(None, 'more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
-    taught: str = option(None, 'the first student again, taught by the fine-tuned teacher: "--augment 4"')
+    taught: str = option(None, 'also distil the fine-tuned teacher into the first student: "--augment 4"')
 
 
 def start(name, folder, settings, more, threads):
-    """Starts finetune.py on a model; what was interrupted in runs/retention/NAME goes on, and seeds may be added."""
+    """Starts finetune.py on a model, or resumes it in runs/retention/NAME, perhaps with more seeds."""
     out = RUNS / name
     command = [sys.executable, ROOT / "finetune.py", "--task", settings.task, "--model", folder]
     command += ["--data", settings.data, "--seeds", settings.rounds, "--out", out]
@@ -55,21 +55,21 @@ def start(name, folder, settings, more, threads):
 
 
 def summary_of(name, process):
-    """What a run of finetune.py says in the end; UserError with its last line where it failed."""
+    """Returns the summary of a run of finetune.py; raises UserError with its last line where it failed."""
     code, said = process.wait(), pathlib.Path(f"{RUNS / name}.log").read_text()
     return last_line(subprocess.CompletedProcess(process.args, code, said, "".join(said.splitlines()[-1:])))
 
 
 def bench(settings):
-    """Yields a row for the teacher and each student, fine-tuned with the same budget and seeds, all at once.
+    """Yields a row for the teacher and each student, fine-tuned in parallel with the same budget and seeds.
 
-    With --taught, then the first student once more, as STUDENT-taught: by that teacher (Sanh et al. 2019, section 3).
+    With --taught, also the first student as STUDENT-taught, with that teacher (Sanh et al. 2019, section 3).
     """
     if not (settings.teacher and settings.student and settings.data):
         raise UserError("retention compares models: give --teacher, --student (several with commas) and --data")
     students = {pathlib.Path(folder).name: folder for folder in settings.student.split(",")}
     models, teacher = {"teacher": settings.teacher} | students, None
-    # the models are independent of each other: each gets a share of the processor's cores
+    # the models are independent: each gets a share of the cores
     threads = max(1, os.cpu_count() // len(models))
     plan = [(name, folder, "", start(name, folder, settings, "", threads)) for name, folder in models.items()]
     if settings.taught is not None:
@@ -81,7 +81,7 @@ def bench(settings):
             if process is None:
                 process = start(name, folder, settings, f"--teacher {RUNS / 'teacher'} {more}", os.cpu_count())
             summary = summary_of(name, process)
-            scores = {task: figures["score"] for task, figures in summary["tasks"].items()}
+            scores = {task: scores["score"] for task, scores in summary["tasks"].items()}
             config = weights.read_config(folder)
             row |= {
                 "parameters": num_params(config), "settings": f"{settings.finetune or ''} {more}".strip(),
@@ -103,7 +103,7 @@ def draw(path, results):
 
 
 def table(results):
-    """Markdown: a row a model, a column a task, the mean, and what is kept of the first row's; the paper's last."""
+    """Markdown: a row per model, a column per task, the mean, and its share of the first row's; the paper's last."""
     results = measured(results)
     tasks = list(results[0]["scores"])
     rows = [(r["provider"], r["scores"], r["tasks"]) for r in results]

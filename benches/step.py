@@ -1,9 +1,9 @@
-"""One update of the published recipe: the original script's way against ours, and where ours goes.
+"""One update of the published recipe: the original script's way against ours, and the phases of ours.
 
-On a GPU: BERT-base's shape as the teacher, 6 of its layers as the student, T = 512 and 128, bf16. On a CPU the shapes
-at which the original script was measured there: a 4 x 256 teacher, half of it as the student, the real vocabulary's
-size, 8 sequences of 128 tokens in each of 5 micro-batches, fp32. Ours cuts the same update into micro-batches of its
-own choice. Weights are random: they cost what trained ones do.
+On a GPU: a teacher of BERT-base's shape, a student with 6 of its layers, T = 512 and 128, bf16. On a CPU the shapes at
+which the original script was measured: a 4 x 256 teacher, a student with half its layers, the real vocabulary size, 5
+micro-batches of 8 x 128 tokens, fp32. Ours splits the same update into micro-batches of its own choice. Weights are
+random, which costs the same time as trained ones.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ STEP = dict(
 )  # fmt: skip
 TINY_STEP = STEP | dict(width=32, heads=2, mlp_width=64, vocab_size=500, T=32, batch=2, updates=2, padding=2)
 BERT_STEP = STEP | dict(layers=12, width=768, heads=12, mlp_width=3072)
-# about as many tokens in an update as by default: 122,880 of 128,000
+# tokens in an update: 122,880, about the default of 128,000
 GPU_STEPS = [BERT_STEP | dict(T=512, batch=5, accum=48), BERT_STEP | dict(T=128, batch=20, accum=48)]
 
-# settings of train.py, and whether our kernels are on; elsewhere than on a GPU there are no kernels to turn off
+# settings of train.py, and whether our kernels are used; without a GPU there are none
 OURS = {"ours, all rows": (dict(kd_rows="all"), True), "ours, masked rows": (dict(kd_rows="masked"), True)}
 OURS_ON_GPU = {
     "ours, all rows, no kernels": (dict(kd_rows="all"), False),
@@ -62,7 +62,7 @@ def make_teacher(folder, shape, seed=0):
 
 
 def make_corpus(folder, shape, words=400_000, seed=0):
-    """Writes a corpus of random words, as frequent as words are (Zipf), that the teacher can read."""
+    """Writes a corpus of random words with Zipf frequencies, in the teacher's vocabulary."""
     from data.prepare import prepare
 
     vocab = vocabulary(shape["vocab_size"])
@@ -84,7 +84,7 @@ def train_here(folder, shape, device, flags, out):
     """Runs train.py's `train` in this process, in micro-batches that fit and are fast; returns its summary."""
     import train
 
-    with contextlib.redirect_stdout(sys.stderr):  # the last line of stdout belongs to the caller
+    with contextlib.redirect_stdout(sys.stderr):  # the caller prints the last line of stdout
         return train.train(train.Settings(
             teacher=f"{folder}/teacher", data=f"{folder}/corpus", seq_len=shape["T"], batch=shape["batch"],
             accum=shape["accum"], steps=shape["updates"] + 1, eval_tokens=1024, eval_every=1000, save_every=1000.0,
@@ -94,7 +94,7 @@ def train_here(folder, shape, device, flags, out):
 
 @contextlib.contextmanager
 def without_kernels():
-    """PyTorch does what our kernels would."""
+    """A context in which PyTorch replaces our kernels."""
     modules = cosine, layer_norm, linear_distill_kl
     before = [module.on_triton for module in modules]
     try:
@@ -123,12 +123,12 @@ def ours(folder, shape, device, flags, kernels=True):
 
 @without_kernels()
 def original(folder, shape, device):
-    """The same update the way the original script writes it, in plain PyTorch; returns tokens/s and peak memory.
+    """The same update as in the original script, in plain PyTorch; returns tokens/s and peak memory.
 
     After huggingface/transformers-research-projects, distillation/distiller.py: padded batches with an attention mask,
     logits of every position from both models, rows taken out by masked_select, KLDivLoss + CrossEntropyLoss +
-    CosineEmbeddingLoss, a mean per micro-batch, several host reads a step, AdamW as it comes; autocast to bf16 on a
-    GPU, fp32 on a CPU. As fast as that script's own step on transformers' models, within 5 % (LOG.md).
+    CosineEmbeddingLoss, a mean per micro-batch, several host reads a step, PyTorch's default AdamW; autocast to bf16 on
+    a GPU, fp32 on a CPU. As fast as that script's own step on transformers' models, within 5 % (LOG.md).
     """
     folder, device = pathlib.Path(folder), torch.device(device)
     autocast, _ = precision("bf16" if device.type == "cuda" else "fp32", device)
@@ -145,7 +145,7 @@ def original(folder, shape, device):
             start = time.perf_counter()
         ids, labels = map(torch.from_numpy, sequences.batch(update * G, G))
         for x, y in zip(ids.split(shape["batch"]), labels.split(shape["batch"]), strict=True):
-            # grouped by size, its batches are all but full: 122 to 128 of 128 tokens
+            # the original groups by length, so its batches are nearly full: 122 to 128 of 128 tokens
             lengths = torch.randint(shape["T"] - shape["padding"], shape["T"] + 1, (len(x),))
             mask = torch.arange(shape["T"])[None] < lengths[:, None]  # (B, T)
             y = y.masked_fill(~mask, IGNORE)
@@ -177,31 +177,30 @@ def original(folder, shape, device):
     return {"tokens_per_second": n / seconds, "peak_mib": round(peak, 1), "loss": logged[0]}
 
 
-# ---- where an update of ours goes
+# ---- phases of an update of ours
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimiser")
 
 
 class Stopwatch:
-    """Seconds of train.py's phases, by a watch around each function that is one, in all updates but the first.
+    """Measures the seconds of train.py's phases, one function each, in all updates but the first.
 
-    The loss computes its gradient with its value, so that `backward` is that of the student's body; `data` is what the
-    loop waits for it. On a GPU the device is waited for around each phase: the sum is then more than an update that is
-    not watched takes.
+    The loss computes its gradient with its value, so `backward` is that of the student's body; `data` is the time that
+    the loop waits for data. On a GPU each phase is synchronised, so their sum exceeds the time of a normal update.
     """
 
     def __init__(self, updates):
         self.seconds, self.left = dict.fromkeys(PHASES, 0.0), updates
-        self.updates = updates - 1  # that count
+        self.updates = updates - 1  # that are measured
 
     def watch(self, owner, name, phase):
-        """Replaces a function or method by one that counts its time; `phase` may be chosen by the first argument."""
+        """Wraps a function or method to measure its time; `phase` may be a function of the first argument."""
         function = getattr(owner, name)
 
         def watched(*args, **options):
             start = self.now()
             result = function(*args, **options)
-            if 0 < self.left <= self.updates:  # what comes before the second update, and evaluation, do not count
+            if 0 < self.left <= self.updates:  # excludes the first update and evaluation
                 self.seconds[phase if isinstance(phase, str) else phase(args[0])] += self.now() - start
             self.left -= owner is torch.optim.AdamW
             return result
@@ -230,7 +229,7 @@ def phases(folder, shape, device, flags):
 
 
 def table(results):
-    """Markdown: medians, and how much faster than the original's way."""
+    """Markdown: medians, and the speed-up over the original's way."""
     lines = ["| | tokens/s | speed-up | peak memory, MiB |", "|---|---|---|---|"]
     for r in results:
         if "error" in r:
@@ -252,17 +251,17 @@ def draw(path, results):
     plot.draw(path, speed, plot.stacks("phases of an update", "ms", phases), widths=(2, 3))
 
 
-# ---- all of it
+# ---- the case
 
 
 @dataclasses.dataclass
 class Settings(Common):
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    rounds: int = option(None, "times that each provider is measured, in turn (default: 3; on a GPU 1)")
+    rounds: int = option(None, "measurements of each provider, interleaved (default: 3; on a GPU 1)")
 
 
 def alone(function, *arguments):
-    """Calls a function of this module in a process of its own, so that its peak memory is its own."""
+    """Calls a function of this module in a new process, so that its peak memory can be measured."""
     call = f"step.{function}(*map(json.loads, sys.argv[1:]))"
     program = f"import json, sys; from benches import step; print(json.dumps({call}))"
     command = [sys.executable, "-c", program, *map(json.dumps, arguments)]
@@ -312,7 +311,7 @@ def bench_shape(shape, device, rounds, words, suffix=""):
 
 
 def bench(settings):
-    """On a GPU at both lengths, on a CPU at the shapes of the original's measurement."""
+    """Measures both lengths on a GPU, and on a CPU the shapes at which the original was measured."""
     device, tiny = choose_device(settings.device), settings.tiny
     shapes = [TINY_STEP] if tiny else GPU_STEPS if device.type == "cuda" else [STEP]
     rounds = settings.rounds or (1 if device.type == "cuda" or tiny else 3)

@@ -1,4 +1,4 @@
-"""WordPiece on one thread, English text, ours against the Rust package `tokenizers`: identical ids or no time."""
+"""WordPiece on one thread, English text, ours against the Rust package `tokenizers`; ids must be identical."""
 
 import dataclasses
 import os
@@ -14,11 +14,11 @@ from minidistil.tokenizer import Tokenizer
 
 @dataclasses.dataclass
 class Settings(Common):
-    rounds: int = option(3, "times that each provider is timed, in turn")
+    rounds: int = option(3, "measurements of each provider, interleaved")
 
 
 def providers_of(texts):
-    """{name: function without arguments -> ids of every text}; ours starts each "cold" call with an empty cache."""
+    """Returns {name: function () -> ids of every text}; "cold" calls start with an empty cache."""
     os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"] = "false", "1"
     try:
         import tokenizers
@@ -45,7 +45,7 @@ def providers_of(texts):
 
 
 def bench(settings):
-    """Yields a row a provider; the speed-up is over the fastest way of `tokenizers`."""
+    """Yields a row per provider; the speed-up is over the fastest way of `tokenizers`."""
     from data.docstrings import harvest, python_files
 
     texts = harvest(python_files()[:: 20 if settings.tiny else 1])
@@ -75,7 +75,7 @@ def bench(settings):
 
 
 def table(results):
-    """Markdown: medians, and how much faster than the fastest of the alternatives."""
+    """Markdown: medians, and the speed-up over the fastest alternative."""
     lines = ["| | tokens/s | speed-up |", "|---|---|---|"]
     for r in measured(results):
         lines.append(f"| {r['provider']} | {r['tokens_per_second'][1]:,.0f} | {r['speed_up']:.1f}x |")

@@ -105,7 +105,7 @@ def backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
 
 
 def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
-    """Adds the losses of a chunk to `losses` (1, 3) and overwrites `s` with their gradient, `t` with garbage.
+    """Adds the losses of a chunk to `losses` (1, 3) and overwrites `s` with their gradient; `t` is scratch.
 
     s, t (R, V): logits divided by tau, without the biases (V,), which are divided by tau too; t is None without a
     teacher. Single passes over a few megabytes in cache, into existing memory: allocating would cost more than exp.
