@@ -28,7 +28,7 @@ import torch
 
 from minidistil import files, hub, weights
 from minidistil.cli import option, parse_args, run_script
-from minidistil.device import choose_device, choose_dtype, keep_freed_memory, peak_rss_mib, precision, versions
+from minidistil.device import choose_device, choose_dtype, precision, versions
 from minidistil.downstream.batches import batches, padded, predict
 from minidistil.downstream.distil import TaskObjective, pad_logits, teacher_logits, with_copies
 from minidistil.downstream.glue import GLUE, TASKS
@@ -37,6 +37,7 @@ from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import digest, open_task, task_names
 from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
+from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.progress import Progress, lr_at
 from minidistil.rng import mix
 from minidistil.run import CHECKPOINT, SignalFlag, choose_folder, require_same, resume_command

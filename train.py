@@ -27,12 +27,13 @@ from minidistil import files, hub, weights
 from minidistil.checks import check_fit, check_settings
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, choose_dtype, keep_freed_memory
+from minidistil.device import choose_device, choose_dtype
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
 from minidistil.evaluate import HeldOut
 from minidistil.losses import Denominators, Objective
+from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from minidistil.device import status_kib
+from minidistil.memory import status_kib
 
 SLEEP = 10_000_000  # GPU cycles, 5 ms: longer than the host needs for the launches
 

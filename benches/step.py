@@ -26,8 +26,9 @@ from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, peak_rss_mib, precision
+from minidistil.device import choose_device, precision
 from minidistil.losses import Objective
+from minidistil.memory import peak_rss_mib
 from minidistil.model import Config, MaskedLM
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics

@@ -35,8 +35,8 @@ from data.workers import cores, ordered_map
 from minidistil import __version__, cli, files
 from minidistil.cli import option
 from minidistil.data import meta_digest
-from minidistil.device import peak_rss_mib
 from minidistil.errors import UserError
+from minidistil.memory import peak_rss_mib
 from minidistil.tokenizer import Tokenizer
 
 SMALLEST_VAL = 2048  # tokens: a small corpus holds out more than its share to reach this, up to a tenth

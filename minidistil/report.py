@@ -3,7 +3,8 @@
 import dataclasses
 
 from minidistil import files, weights
-from minidistil.device import peak_mib, peak_rss_mib, versions
+from minidistil.device import peak_mib, versions
+from minidistil.memory import peak_rss_mib
 from minidistil.model import num_params
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import draw_curve

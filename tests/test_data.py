@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from minidistil.data import IGNORE, Corpus, Sequences, TokenFile
-from minidistil.device import status_kib
 from minidistil.errors import UserError
+from minidistil.memory import status_kib
 from minidistil.rng import mix, permuted, uniform
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -48,7 +48,7 @@ def test_freed_memory_is_kept():
     program = """
 import resource, sys
 import torch
-from minidistil.device import keep_freed_memory
+from minidistil.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(16):
