@@ -70,7 +70,7 @@ class Settings:
     alpha_mlm: float = option(2.0, "weight of the masked-LM cross-entropy")
     alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
-    kd_rows: str = option("all", "tokens on which teacher logits are learnt", choices=("all", "masked"))
+    kd_rows: str = option("all", "tokens on which the student learns the teacher's logits", choices=("all", "masked"))
     mask_smoothing: float = option(0.7, "prefer rare words for masking: weights count^-FLOAT; 0: uniform")
     # student
     student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
