@@ -1,22 +1,4 @@
 """Triton kernels for distillation, with plain PyTorch references and CPU paths; README.md explains them."""
 
-import os
-import types
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # Triton has wheels for Linux only; elsewhere the CPU paths are used
-    triton = types.SimpleNamespace(jit=lambda function: function)
-    tl = types.SimpleNamespace(constexpr=lambda value: value)
-
 IGNORE = -100  # PyTorch's label of a row without cross-entropy
 FLOOR = -16384.0  # minimum of log2(probability / the row's largest): 2 to this power is 0, and KL stays finite
-
-
-def on_triton(x):
-    """Whether a Triton kernel handles tensor `x`: on a GPU, or in the interpreter with TRITON_INTERPRET=1.
-
-    Triton reads this variable once, at import: set it before.
-    """
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

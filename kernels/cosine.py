@@ -28,7 +28,7 @@ Source: F.cosine_similarity and torch.nn.CosineEmbeddingLoss of PyTorch; Sanh et
 import torch
 import torch.nn.functional as F
 
-from kernels import on_triton, tl, triton
+from kernels.backend import on_triton, tl, triton
 from kernels.layer_norm import split_width
 from kernels.operator import differentiable, opaque
 

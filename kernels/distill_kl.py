@@ -27,7 +27,8 @@ Legend:  N rows   V vocabulary   s, t student and teacher logits   m maximum   Z
 import torch
 import torch.nn.functional as F
 
-from kernels import IGNORE, cpu, on_triton, tl, triton
+from kernels import IGNORE, cpu
+from kernels.backend import on_triton, tl, triton
 from kernels.operator import differentiable, opaque
 from kernels.rows import LOG2E, NOTHING, block_gradient, combine, first_of_row, row_losses, row_statistics
 

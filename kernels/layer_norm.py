@@ -23,7 +23,8 @@ Legend:  N rows   C width   p probability of dropping
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu, on_triton, tl, triton
+from kernels import cpu
+from kernels.backend import on_triton, tl, triton
 from kernels.cpu import BITS
 from kernels.operator import differentiable, opaque
 

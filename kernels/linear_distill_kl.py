@@ -22,7 +22,8 @@ Legend:  N rows   C width   V vocabulary   R rows of a chunk   s, t student and 
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu, on_triton, tl, triton
+from kernels import cpu
+from kernels.backend import on_triton, tl, triton
 from kernels.distill_kl import distill_kl_ref, power_of, row_width
 from kernels.operator import differentiable
 from kernels.rows import LOG2E, block_gradient, row_losses, row_statistics

@@ -6,7 +6,8 @@ Legend:  V vocabulary   s, t student and teacher logits   m maximum   Z sum of e
          E logits of a 16-byte load   G such loads in a block   P parts of a row
 """
 
-from kernels import FLOOR, tl, triton
+from kernels import FLOOR
+from kernels.backend import tl, triton
 
 FLOOR_LOG2 = tl.constexpr(FLOOR)
 LOG2E = tl.constexpr(1.4426950408889634)

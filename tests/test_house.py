@@ -129,8 +129,8 @@ def test_token_types_are_known_in_few_places():
 
 @pytest.mark.parametrize("module", ["train", "minidistil.data", "data.prepare"])
 def test_imports_are_light(module):
-    """Neither training nor reading a corpus needs matplotlib or transformers; preparing one does not load PyTorch."""
-    heavy = {"matplotlib", "transformers"} | ({"torch"} if module != "train" else set())
+    """Neither training nor reading a corpus needs matplotlib or transformers; preparing one does not load PyTorch or Triton."""
+    heavy = {"matplotlib", "transformers"} | ({"torch", "triton"} if module != "train" else set())
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
