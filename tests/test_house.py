@@ -129,7 +129,7 @@ def test_token_types_are_known_in_few_places():
 
 @pytest.mark.parametrize("module", ["train", "minidistil.data", "data.prepare"])
 def test_imports_are_light(module):
-    """Training and corpora need neither matplotlib nor transformers; preparing text loads neither PyTorch nor Triton."""
+    """Training and corpora need no matplotlib, no transformers; preparing text loads neither PyTorch nor Triton."""
     heavy = {"matplotlib", "transformers"} | ({"torch", "triton"} if module != "train" else set())
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
