@@ -128,9 +128,17 @@ ONLY = (
     ("is_decoder", False),
     ("add_cross_attention", False),
 )
+# parts of a tensor's name that say only where its module was kept; no part of a module's own name is among them
+WRAPPERS = {
+    "bert", "distilbert",  # the encoder, in a model with a head
+    "model", "auto_model",  # the whole, in a user's own class, Lightning's or sentence-transformers'
+    "module", "_module", "_orig_mod",  # DataParallel and its kin, Opacus, torch.compile
+    "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",  # Lightning, FSDP, checkpointing
+}  # fmt: skip
 # what a file may hold that another head than its own has no use for, and what it is
 IGNORED = [
-    (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
+    (r"embeddings\.(position|token_type)_ids", "the constants 0, 1, 2, ... and 0, 0, 0, ..."),
+    (r"fit_dense(s\.\d+)?\.(weight|bias)", "TinyBERT's projections to its teacher's width, used in its training only"),
     (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
     (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
     (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),

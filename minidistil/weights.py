@@ -5,13 +5,14 @@ ignored with a reason, and every parameter of the model is filled. A file is not
 loads or is refused.
 """
 
+import os
 import pathlib
 import re
 
 import torch
 
 from minidistil.errors import UserError
-from minidistil.families import FAMILIES, IGNORED, ONLY
+from minidistil.families import FAMILIES, IGNORED, ONLY, WRAPPERS
 from minidistil.files import write_json
 from minidistil.model import Config, MaskedLM
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
@@ -189,8 +190,8 @@ def write_config(folder, config, head="MaskedLM", **extra):
 # ---- names
 
 def _plain(name):
-    """Their name less what differs between files: prefixes of wrappers, and gamma and beta from TensorFlow."""
-    name = re.sub(r"^(module\.)?(bert\.|distilbert\.)?", "", name)
+    """Their name less what differs between files: what wraps a module, and gamma and beta from TensorFlow."""
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
@@ -259,9 +260,9 @@ def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places`, less those tied and ignored; UserError names one without a place."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_plain(name): name for name in places + [copy for copy, _ in tied]}
-    found, unknown = {}, []
+    found, unknown, wrapper = {}, [], _common_prefix(tensors)
     for name, tensor in tensors.items():
-        plain = _plain(name)
+        plain = _plain(name.removeprefix(wrapper))
         if plain not in known:
             unknown += [] if any(re.fullmatch(pattern, plain) for pattern, _ in IGNORED) else [name]
         elif known[plain] in found:
@@ -269,7 +270,8 @@ def _by_their_names(folder, tensors, places):
         else:
             found[known[plain]] = tensor
     if unknown:
-        raise UserError(f"{folder} holds {_some(unknown)} that has no place here: use a bert or distilbert checkpoint")
+        way = "correct config.json if the model needs it, or save the weights without it"
+        raise UserError(f"{folder} holds {_some(unknown)}, which is not in the model of its config.json: {way}")
     for copy, original in tied:
         tensor = found.pop(copy, None)
         if tensor is not None:
@@ -277,6 +279,11 @@ def _by_their_names(folder, tensors, places):
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
     return found
+
+
+def _common_prefix(names):
+    """Returns what all names begin with, up to a dot: where a module of its user's held the model."""
+    return re.match(r"(.*\.)?", os.path.commonprefix(list(names)))[0]
 
 
 def _some(names):

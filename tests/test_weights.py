@@ -311,7 +311,16 @@ RENAMES = {
     "module.": lambda name: "module." + name,
     "module. without the other": lambda name: "module." + re.sub(r"^(bert|distilbert)\.", "", name),
     "all at once": lambda name: "module." + bert_names(name),
-}
+    "compiled": lambda name: "_orig_mod." + name,
+    "compiled, parallel": lambda name: "_orig_mod.module." + name,
+    "parallel, compiled": lambda name: "module._orig_mod." + name,
+    "Lightning, compiled, parallel": lambda name: "model._orig_mod.module." + bert_names(name),
+    "the encoder twice in a wrapper": lambda name: re.sub(r"^(bert|distilbert)\.", r"\1.model.\1.", name),
+    "a part of it compiled": lambda name: re.sub(r"(layer\.\d+)", r"\1._orig_mod", name),
+    "parts under FSDP": lambda name: "_fsdp_wrapped_module." + re.sub(
+        r"(layer\.\d+)", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module", name),
+    "an attribute of any name": lambda name: "my.network." + name,
+}  # fmt: skip
 
 
 @BOTH
@@ -334,6 +343,9 @@ def test_tensors_without_use_are_ignored(folder):
         "classifier.weight": torch.ones(3, 4),
         "classifier.bias": torch.ones(3),
         "qa_outputs.weight": torch.full((2, 4), torch.nan),
+        "fit_dense.weight": torch.ones(6, 4),
+        "module.fit_denses.0.weight": torch.ones(6, 4),
+        "fit_denses.12.bias": torch.ones(6),
     }
     rewrite(folder, stored(folder) | extra)
     assert_same(load_model(folder), model)
@@ -361,8 +373,12 @@ def test_tied_copies_must_agree(tmp_path, config, copy, original):
 
 
 def test_every_tensor_must_have_a_place(folder):
+    tensors = stored(folder)
     rewrite(folder, stored(folder) | {"bert.encoder.layer.0.attention.self.gate.weight": torch.ones(1)})
-    refused(lambda: load_model(folder), "bert.encoder.layer.0.attention.self.gate.weight")
+    refused(lambda: load_model(folder), "bert.encoder.layer.0.attention.self.gate.weight", "without it")
+    for name in ("fit_denses.weight", "fit_denses.0.lora.weight", "bert.embeddings.task_types.weight", "teacher.x"):
+        rewrite(folder, {f"model.{n}": t for n, t in (tensors | {name: torch.ones(1)}).items()})
+        refused(lambda: load_model(folder), f"model.{name}", "config.json", "without it")
 
 
 @BOTH
@@ -376,8 +392,9 @@ def test_every_parameter_must_be_filled(tmp_path, config):
 
 def test_one_place_must_not_be_filled_twice(folder):
     tensors = stored(folder)
-    rewrite(folder, tensors | {"embeddings.LayerNorm.gamma": torch.ones(4)})
-    refused(lambda: load_model(folder), "bert.embeddings.LayerNorm.weight", "twice")
+    for prefix in ("", "module.", "_orig_mod.", "_orig_mod.module.bert.", "model.model.", "distilbert."):
+        rewrite(folder, tensors | {f"{prefix}embeddings.LayerNorm.gamma": torch.ones(4)})
+        refused(lambda: load_model(folder), "bert.embeddings.LayerNorm.weight", "twice")
 
 
 @BOTH
