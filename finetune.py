@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
+from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, choose_dtype, keep_freed_memory, peak_rss_mib, precision, versions
 from minidistil.downstream.batches import batches, padded, predict
@@ -212,8 +213,7 @@ def finetune(settings, argv=()):
     folder = source_folder(settings, names)
     config = weights.read_config(folder)
     tokenizer = Tokenizer.load(folder)
-    if len(tokenizer.vocab) != config.vocab_size:
-        raise UserError(f"{folder} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: copy it again")
+    check_vocabulary("model", config, tokenizer)
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
     teachers = [place for place in (settings.teacher or "").split(",") if place]
     identity = {

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
-from minidistil.checks import check_fit, check_settings
+from minidistil.checks import check_fit, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device, choose_dtype, keep_freed_memory
@@ -125,7 +125,11 @@ def load_models(settings, ranks):
     tokenizer = Tokenizer.load(folder)
     if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
-    return teacher, teacher_folder, build_student(settings, teacher, init), tokenizer, folder
+    student = build_student(settings, teacher, init)
+    for who, model in (("teacher", teacher), ("student", student)):
+        if model:
+            score_words(who, model, tokenizer, ranks.print0)
+    return teacher, teacher_folder, student, tokenizer, folder
 
 
 def open_corpus(settings, tokenizer, tokenizer_folder):
@@ -211,7 +215,7 @@ def train(settings, argv=()):
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
     objective = Objective.of(settings)
-    check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
+    check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequences, G)
 
     # ---- optimiser (AdamW without weight decay, as published), and where an earlier run stands
     student.to(device)

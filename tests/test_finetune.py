@@ -339,6 +339,23 @@ def test_settings_of_a_teacher_need_one(flag):
         finetune.main(["--task", "sst2", "--model", "m", "--data", "d", flag, "1"])
 
 
+@pytest.mark.parametrize("spare", [-1, 5])
+def test_a_table_may_have_more_rows_than_words(tiny, glue, tmp_path, spare):
+    from minidistil.model import Config, MaskedLM
+
+    words = Tokenizer.load(tiny / "teacher")
+    config = Config(**{**vars(weights.read_config(tiny / "teacher")), "vocab_size": len(words.vocab) + spare})
+    weights.save_model(tmp_path / "model", MaskedLM(config, seed=0))
+    words.save(tmp_path / "model", "bert")
+    few = dict(model=str(tmp_path / "model"), examples=16, epochs=1.0)
+    if spare < 0:
+        with pytest.raises(UserError, match=f"the model has {config.vocab_size} words, its vocabulary"):
+            tuned(tiny, glue, tmp_path / "out", **few)
+    else:
+        tuned(tiny, glue, tmp_path / "out", **few)
+        assert weights.read_config(tmp_path / "out" / "sst2").vocab_size == config.vocab_size
+
+
 def test_examples_longer_than_the_model(tiny, glue, tmp_path):
     path = glue.parent / "long" / "SST-2"
     path.mkdir(parents=True)
