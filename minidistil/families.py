@@ -13,6 +13,7 @@ class Family:
 
     architecture: str  # what its class names there begin with
     config_keys: dict  # field of Config -> key of config.json
+    config_only: tuple  # like ONLY below, of this family's
     config_constants: dict  # other keys that are written: what the model computes, in transformers' words
     tensors: dict  # our module -> theirs; `query|key|value`: their three are one matrix of ours, stacked in that order
     tied: tuple  # (name of a second copy that some files hold, name of the tensor that it must equal)
@@ -38,6 +39,7 @@ BERT = Family(
         "init_range": "initializer_range",
         "pad_id": "pad_token_id",
     },
+    config_only=(),
     config_constants={
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
@@ -83,10 +85,10 @@ DISTILBERT = Family(
         "mlp_width": "hidden_dim",
         "dropout": "dropout",
         "attention_dropout": "attention_dropout",
-        "norm_eps": "layer_norm_eps",  # which a DistilBertConfig has not: written only where it is unusual
         "init_range": "initializer_range",
         "pad_id": "pad_token_id",
     },
+    config_only=(("layer_norm_eps", 1e-12),),  # transformers reads no other, and would compute something else
     config_constants={
         "activation": "gelu",
         "qa_dropout": 0.1,

@@ -47,7 +47,13 @@ class Config:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
 
     def student(self, layers):
-        """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal."""
+        """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal.
+
+        transformers' DistilBERT has one `norm_eps`: with another, it is a BERT of so many layers, which computes the
+        same there as here.
+        """
+        if self.norm_eps != Config.norm_eps:
+            return dataclasses.replace(self, layers=layers)
         return dataclasses.replace(self, layers=layers, token_types=0, family="distilbert")
 
 

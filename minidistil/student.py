@@ -22,10 +22,10 @@ def student_layers(teacher_layers, k=None):
 
 
 def student_from_teacher(teacher, layers):
-    """Returns a DistilBERT-shaped MaskedLM, in training mode: copies of some of a teacher's layers and all the rest.
+    """Returns a MaskedLM of `Config.student`'s shape, in training mode: copies of some teacher layers and all the rest.
 
-    BERT adds token-type row 0 to every position of a single segment; here it is folded into the position table, so
-    that a student of all layers computes what its teacher does. Raises UserError for a layer that there is not.
+    BERT adds token-type row 0 to every position of a single segment; in a DistilBERT it is folded into the position
+    table, so that a student of all layers computes what its teacher does. Raises UserError for a layer not there.
     """
     L = teacher.config.layers
     if not layers or not all(0 <= layer < L for layer in layers):
@@ -37,7 +37,7 @@ def student_from_teacher(teacher, layers):
     for name in student.state_dict():
         theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
         state[name] = source[theirs].clone()
-    if teacher.config.token_types:
+    if teacher.config.token_types and not student.config.token_types:
         state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
     student.load_state_dict(state, assign=True)
     return student

@@ -127,7 +127,7 @@ def read_config(folder):
         raise UserError(f"{folder} has no config.json: give the folder of a model")
     values = read_json(path)
     family = _family(path, values)
-    for key, only in ONLY:
+    for key, only in (*ONLY, *FAMILIES[family].config_only):
         if values.get(key, only) not in (only, None):
             raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {only!r}")
     numbers = {"family": family}
@@ -180,8 +180,8 @@ def write_config(folder, config, head="MaskedLM", **extra):
     """Writes config.json as transformers' configuration of this family has it."""
     family = FAMILIES[config.family]
     values = {theirs: getattr(config, ours) for ours, theirs in family.config_keys.items()}
-    if config.family == "distilbert" and config.norm_eps == Config.norm_eps:
-        del values["layer_norm_eps"]
+    if "norm_eps" not in family.config_keys and config.norm_eps != Config.norm_eps:
+        raise ValueError(f"a {config.family}'s config.json cannot say that norm_eps is {config.norm_eps}")
     values |= {"model_type": config.family, "architectures": [f"{family.architecture}For{head}"]}
     values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))

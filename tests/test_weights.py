@@ -1,5 +1,6 @@
 """Checkpoints: read and written as transformers does, whatever names they have, and refused in one line if damaged."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -598,7 +599,8 @@ def edited(folder, **changes):
 def test_config_round_trip(tmp_path, config):
     odd = Config(
         vocab_size=77, positions=9, token_types=config.token_types and 3, layers=3, heads=3, width=12, mlp_width=5,
-        dropout=0.0, attention_dropout=0.25, norm_eps=1e-5, init_range=0.5, pad_id=4, family=config.family,
+        dropout=0.0, attention_dropout=0.25, init_range=0.5, pad_id=4, family=config.family,
+        norm_eps=1e-5 if config.family == "bert" else 1e-12,
     )  # fmt: skip
     for each in (config, odd):
         write_config(tmp_path, each)
@@ -619,6 +621,19 @@ def test_config_has_exactly_the_keys_of_the_hub(tmp_path):
     read = transformers.DistilBertConfig.from_pretrained(tmp_path).to_dict()
     default = transformers.DistilBertConfig().to_dict()
     assert {key for key in read if read[key] != default.get(key)} == {"architectures", "dtype", "tie_weights_"}
+
+
+def test_a_distilbert_has_one_layer_norm_eps(tmp_path):
+    """transformers' has no other, whatever its config.json says."""
+    with pytest.raises(ValueError, match="norm_eps is 1e-05"):
+        save_model(tmp_path, random_model(dataclasses.replace(DISTILBERT, norm_eps=1e-5)))
+    save_model(tmp_path, random_model(DISTILBERT))
+    for eps in (1e-12, None, 1e-5, 1e-3, "1e-12"):
+        edited(tmp_path, layer_norm_eps=eps)
+        if eps in (1e-12, None):
+            assert read_config(tmp_path) == DISTILBERT
+        else:
+            refused(lambda: load_model(tmp_path), "layer_norm_eps", repr(eps), "use a model with 1e-12")
 
 
 def test_family_is_found_without_a_model_type(tmp_path):
@@ -833,13 +848,22 @@ def test_student_takes_the_layers_it_is_told(tmp_path):
         refused(lambda layers=layers: student_from_teacher(teacher, layers), str(layers), "0 to 3")
 
 
-def test_exported_student_is_what_transformers_computes(tmp_path):
+@pytest.mark.parametrize("eps", [1e-12, 1e-13, 1e-5, 1e-3, 0.1])
+def test_exported_student_is_what_transformers_computes(tmp_path, eps):
+    """To the rounding, whatever the teacher's epsilon: where a DistilBERT cannot have it, it is a BERT."""
     transformers = pytest.importorskip("transformers")
-    student = student_from_teacher(random_model(BERT), [1]).eval()
-    save_model(tmp_path, student)
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    teacher = random_model(dataclasses.replace(BERT, norm_eps=eps))
+    student = student_from_teacher(teacher, [0, 1]).eval()
     ids = torch.randint(11, (3, 5))
-    torch.testing.assert_close(student.logits(student(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(student.logits(student(ids)), teacher.logits(teacher(ids)), atol=1e-5, rtol=1e-5)
+    student = student_from_teacher(teacher, [1]).eval()
+    save_model(tmp_path, student)
+    assert_same(load_model(tmp_path), student)
+    assert read_config(tmp_path).family == ("distilbert" if eps == 1e-12 else "bert")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        difference = (student.logits(student(ids)) - theirs(ids).logits).abs().max()
+    assert difference < 3e-6  # rounding
 
 
 def test_real_checkpoint_round_trips(assets, tmp_path):
