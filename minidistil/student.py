@@ -1,6 +1,5 @@
 """How a student begins: from its teacher's layers, from a folder, or from random weights."""
 
-import pathlib
 import re
 
 import torch
@@ -73,8 +72,7 @@ def build_student(settings, teacher, init):
         student = student_from_teacher(teacher, chosen_layers(settings.student_layers, teacher.config.layers))
     else:
         if settings.student_config:
-            path = pathlib.Path(settings.student_config)
-            config = weights.read_config(path.parent if path.name == "config.json" else path)
+            config = weights.read_config(settings.student_config)
         elif teacher:
             config = teacher.config.student(len(chosen_layers(settings.student_layers, teacher.config.layers)))
         else:

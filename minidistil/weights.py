@@ -117,14 +117,16 @@ SIZE_LIMIT = 2**24  # of any one number, so that products stay below 2^63
 LAYER_LIMIT = 256  # the same for a model built without memory, in about a second
 
 
-def read_config(folder):
-    """Returns the Config in a folder's config.json.
+def read_config(place):
+    """Returns the Config in a folder's config.json, or in a file of any name.
 
     Raises UserError for another architecture, a missing or impossible number, or a setting that this model has not.
     """
-    path = pathlib.Path(folder) / "config.json"
+    path = pathlib.Path(place)
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a model")
+        path = path / "config.json"
+    if not path.is_file():
+        raise UserError(f"{place} has no config.json: give the folder of a model")
     values = read_json(path)
     family = _family(path, values)
     for key, only in (*ONLY, *FAMILIES[family].config_only):

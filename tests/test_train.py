@@ -129,6 +129,17 @@ def test_rows_without_a_word_change_nothing(tiny, tmp_path, capsys, changes, ini
         torch.testing.assert_close(found[name][: len(tensor)], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["distilbert-tiny.json", "config.json", "shape", "config.json.bak", "."])
+def test_a_students_shape_may_have_any_name(tiny, tmp_path, name):
+    shape = dataclasses.replace(weights.read_config(tiny / "teacher").student(1), width=16)
+    weights.write_config(tmp_path, shape)
+    (tmp_path / "config.json").rename(tmp_path / (name if name != "." else "config.json"))
+    train.train(settings(tiny, tmp_path / "out", student_config=str(tmp_path / name), alpha_cos=0.0, steps=1))
+    assert weights.read_config(tmp_path / "out") == shape
+    with pytest.raises(UserError, match="nowhere.json has no config.json: give"):
+        train.train(settings(tiny, tmp_path / "other", student_config="nowhere.json"))
+
+
 def test_fewer_rows_than_words_are_refused(tiny, tmp_path):
     n = len(Tokenizer.load(tiny / "teacher").vocab)
     shape = dataclasses.replace(weights.read_config(tiny / "teacher"), vocab_size=n - 1)
