@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class RankLost(UserError):
-    """Another process of the run has ended: worth a line on whichever is left, where else rank 0 alone speaks."""
+    """Another process of the run has ended or never came: worth a line on each, where else rank 0 alone speaks."""
