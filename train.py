@@ -169,14 +169,23 @@ def open_held_out(settings, eval_corpus, tokenizer, teacher, device):
     return HeldOut(*val.batch(0, n), teacher, device)
 
 
+def digests(folder):
+    """What the weights in a folder are, wherever it lies."""
+    return [files.sha256(path) for path in weights.weight_files(folder)]
+
+
 def identity_of(settings, total, G, corpus, teacher_folder):
-    """All that enters the arithmetic of an update: a resumed run must have the same."""
+    """All that enters the arithmetic of an update: a resumed run must have the same, under whatever paths."""
+    named = settings.student_init not in (None, "teacher", "random")
+    init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
     return {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "steps": total,
         "sequences in an update": G,
         "data": corpus.meta["sha256"]["train.bin"],
-        "teacher": teacher_folder and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
+        "teacher": teacher_folder and digests(teacher_folder),
+        "student_init": digests(init) if init else settings.student_init,
+        "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
     }
 
 

@@ -140,6 +140,26 @@ def test_a_students_shape_may_have_any_name(tiny, tmp_path, name):
         train.train(settings(tiny, tmp_path / "other", student_config="nowhere.json"))
 
 
+def test_a_resumed_run_compares_contents(tiny, tmp_path, monkeypatch):
+    """Not the spelling of the paths of the teacher, of the student's weights or of its shape."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny / "teacher", "first")
+    shutil.copytree(tiny / "teacher", "second")
+    few = dict(teacher="first", steps=4)
+    for changes in (dict(student_init="first"), dict(student_config="first/config.json")):
+        out = tmp_path / next(iter(changes))
+        train.train(settings(tiny, out, **few, **changes, time_limit=1e-9))
+        again = {name: value.replace("first", "./second") for name, value in changes.items()}
+        train.train(settings(tiny, out, **few | dict(teacher="./second"), **again, resume=True))
+        assert load_checkpoint(out)[0]["update"] == 4
+    weights.save_model("other", MaskedLM(weights.read_config("first"), seed=3))
+    shutil.copy("first/vocab.txt", "other")
+    shutil.copy("first/tokenizer_config.json", "other")
+    for out, changes in (("student_init", dict(student_init="other")), ("student_config", dict(student_init="random"))):
+        with pytest.raises(UserError, match=f"begun with other settings \\(.*{out}"):
+            train.train(settings(tiny, tmp_path / out, **few, **changes, resume=True))
+
+
 def test_fewer_rows_than_words_are_refused(tiny, tmp_path):
     n = len(Tokenizer.load(tiny / "teacher").vocab)
     shape = dataclasses.replace(weights.read_config(tiny / "teacher"), vocab_size=n - 1)
