@@ -27,14 +27,22 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
+from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, choose_dtype, precision, versions
 from minidistil.downstream.batches import batches, padded, predict
-from minidistil.downstream.distil import TaskObjective, pad_logits, teacher_logits, with_copies
+from minidistil.downstream.distil import (
+    TaskObjective,
+    check_teacher,
+    find_teachers,
+    pad_logits,
+    teacher_logits,
+    with_copies,
+)
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.models import adamw, build_model, export
-from minidistil.downstream.tasks import digest, open_task, task_names
+from minidistil.downstream.tasks import check_pairs, check_positions, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
 from minidistil.memory import keep_freed_memory, peak_rss_mib
@@ -78,8 +86,9 @@ class Settings:
     save_every: float = option(10.0, "minutes between checkpoints")
 
 
-# Settings that may differ when a run resumes, because they do not affect the arithmetic of a single run.
-MAY_CHANGE_ON_RESUME = set("task out seeds lr dtype resume save_every data".split())
+# Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
+# contents of the files that they name, which are compared.
+MAY_CHANGE_ON_RESUME = set("task out seeds lr dtype resume save_every data model words teacher".split())
 
 
 # ---- settings
@@ -181,13 +190,25 @@ def source_folder(settings, names):
 def open_state(settings, out, identity, dtype):
     """Returns the contents of scores.json: a new state, or with --resume that of the same run in `out`."""
     if not settings.resume:
-        return {"identity": identity, "dtype": dtype, "data": {}, "runs": {}}
+        return {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
     if not (out / "scores.json").is_file():
         raise UserError(f"nothing to resume in {out} (no scores.json): start without --resume")
     state = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     wanted = identity if settings.dtype == "auto" else {**identity, "dtype": settings.dtype}
     require_same({**state["identity"], "dtype": state["dtype"]}, wanted, out)
     return state
+
+
+def digests(folder):
+    """What the weights in a folder are, wherever it lies."""
+    return [files.sha256(path) for path in weights.weight_files(folder)]
+
+
+def require_same_for(task, state, what, contents, out):
+    """Raises UserError where a task was begun with other contents of `what`, "data" or "teachers"; notes them else."""
+    if state.setdefault(what, {}).setdefault(task, contents) != contents:
+        flag = "--" + what.removesuffix("s")
+        raise UserError(f"{out} was begun with other {what} for {task}: give the same {flag}, or a new --out")
 
 
 def describe(task, augment):
@@ -213,25 +234,30 @@ def finetune(settings, argv=()):
     folder = source_folder(settings, names)
     config = weights.read_config(folder)
     tokenizer = Tokenizer.load(folder)
-    if len(tokenizer.vocab) != config.vocab_size:
-        raise UserError(f"{folder} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: copy it again")
+    check_vocabulary("model", config, tokenizer)
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
     teachers = [folder for folder in (settings.teacher or "").split(",") if folder]
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
-        "weights": [files.sha256(path) for path in weights.weight_files(folder)],
+        "model": "bilstm" if as_bilstm else "encoder",
+        "weights": digests(folder),
     }
     state = open_state(settings, out, identity, choose_dtype(settings.dtype, device))
+    for name in names:  # before hours go into the first
+        task, folders = outline(name), find_teachers(teachers, outline(name))
+        if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
+            if not as_bilstm:
+                check_pairs(folder, config, task)
+            for teacher in folders:
+                check_teacher(teacher, task, tokenizer)
+        require_same_for(name, state, "teachers", [digests(teacher) for teacher in folders], out)
     began = time.monotonic()
     with SignalFlag() as stop:
         for name in names:
             task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples)
-            longest = max(len(ids) for ids, _ in [*task.train[0], *(item for split in task.dev for item in split)])
-            if not as_bilstm and longest > config.positions:
-                raise UserError(f"{folder} has {config.positions} positions: use --seq-len {config.positions} or less")
-            data = digest(task.train)
-            if state["data"].setdefault(name, data) != data:
-                raise UserError(f"{out} was begun with other data for {name}: give the same --data, or a new --out")
+            if not as_bilstm:
+                check_positions(folder, config, task)
+            require_same_for(name, state, "data", digest(task.train), out)
             runs = state["runs"].setdefault(name, [])
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again
@@ -242,7 +268,7 @@ def finetune(settings, argv=()):
                 task.teacher = teacher_logits(teachers, task, tokenizer, settings.temperature, device)
             files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
-                trial = Trial(name, *todo, out, identity)
+                trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})
                 model = build_model(folder, task, trial.seed, as_bilstm).to(device)
                 record = fine_tune(settings, trial, model, task, tokenizer.pad_id, device, state["dtype"], stop)
                 if record is None:

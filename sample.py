@@ -22,6 +22,7 @@ import unicodedata
 import torch
 
 from minidistil import hub, weights
+from minidistil.checks import score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.errors import UserError
 from minidistil.model import num_params
@@ -89,10 +90,8 @@ def check(settings):
 
 
 def check_fit(settings, role, config, tokenizer, ids):
-    """Raises UserError for a model that does not fit its vocabulary, the prompt's ids or -k."""
+    """Raises UserError for a model that does not fit the prompt's ids or -k."""
     V = len(tokenizer.vocab)
-    if config.vocab_size != V:
-        raise UserError(f"the {role} has {config.vocab_size} words, its vocabulary {V}: give it the model's own")
     if settings.k > V:
         raise UserError(f"-k is {settings.k}, but the vocabulary has {V} words: use -k {V} or less")
     if len(ids) > config.positions:
@@ -196,6 +195,7 @@ def main(argv):
     models, predictions = {}, {}
     for role, folder in folders.items():
         models[role] = weights.load_model(folder)
+        score_words(role, models[role], tokenizer, lambda line: print(f"sample.py: {line}", file=sys.stderr))
         check_fit(settings, role, models[role].config, tokenizer, ids)
         p = predict(models[role], ids, positions, settings.temperature)  # (N, V)
         predictions[role] = likeliest(p, settings.k, tokenizer.vocab)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
-from minidistil.checks import check_fit, check_settings
+from minidistil.checks import check_fit, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device, choose_dtype
@@ -126,7 +126,11 @@ def load_models(settings, ranks):
     tokenizer = Tokenizer.load(folder)
     if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
-    return teacher, teacher_folder, build_student(settings, teacher, init), tokenizer, folder
+    student = build_student(settings, teacher, init)
+    for role, model in (("teacher", teacher), ("student", student)):
+        if model:
+            score_words(role, model, tokenizer, ranks.print0)
+    return teacher, teacher_folder, student, tokenizer, folder
 
 
 def open_corpus(settings, tokenizer, tokenizer_folder):
@@ -166,14 +170,23 @@ def open_held_out(settings, eval_corpus, tokenizer, teacher, device):
     return HeldOut(*val.batch(0, n), teacher, device)
 
 
+def digests(folder):
+    """What the weights in a folder are, wherever it lies."""
+    return [files.sha256(path) for path in weights.weight_files(folder)]
+
+
 def identity_of(settings, total, G, corpus, teacher_folder):
-    """Returns everything that affects the arithmetic of an update: it must not change when a run resumes."""
+    """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
+    named = settings.student_init not in (None, "teacher", "random")
+    init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
     return {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "steps": total,
         "sequences in an update": G,
         "data": corpus.meta["sha256"]["train.bin"],
-        "teacher": teacher_folder and [files.sha256(path) for path in weights.weight_files(teacher_folder)],
+        "teacher": teacher_folder and digests(teacher_folder),
+        "student_init": digests(init) if init else settings.student_init,
+        "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
     }
 
 
@@ -212,7 +225,7 @@ def train(settings, argv=()):
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
     objective = Objective.of(settings)
-    check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G)
+    check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequences, G)
 
     # ---- optimiser (AdamW without weight decay, as published) and state of an earlier run
     student.to(device)
@@ -327,4 +340,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, in_ranks=True)

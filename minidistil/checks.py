@@ -46,15 +46,31 @@ def check_settings(settings):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
 
 
-def check_fit(settings, objective, teacher, student, tokenizer, corpus, eval_corpus, sequences, G):
+def check_vocabulary(role, config, tokenizer, say=print):
+    """Raises UserError where a model's table has fewer rows than the vocabulary has words; says how many are spare.
+
+    Published tables are often padded to a round number; a vocabulary that was cut short looks the same.
+    """
+    spare = config.vocab_size - len(tokenizer.vocab)
+    if spare < 0:
+        raise UserError(
+            f"the {role} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
+            "give it the vocabulary that it was trained with"
+        )
+    if spare:
+        say(f"the {role} has {config.vocab_size} rows for {len(tokenizer.vocab)} words: the last {spare} stay unused")
+
+
+def score_words(role, model, tokenizer, say=print):
+    """Runs `check_vocabulary` for a MaskedLM, and makes it score and learn real words only from here on."""
+    check_vocabulary(role, model.config, tokenizer, say)
+    model.words = len(tokenizer.vocab)
+
+
+def check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequences, G):
     """Raises UserError for combinations that would fail or mislead later. G: sequences in an update."""
     shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
     for role, config in shapes:
-        if config.vocab_size != len(tokenizer.vocab):
-            raise UserError(
-                f"the {role} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
-                "give it the vocabulary that it was trained with"
-            )
         if config.positions < settings.seq_len:
             raise UserError(f"the {role} has {config.positions} positions: use --seq-len {config.positions} or less")
     if teacher and objective.alpha_cos and teacher.config.width != student.config.width:

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 
+from minidistil import launcher
 from minidistil.errors import RankLost, UserError
 
 OUT_OF_MEMORY = "out of memory: use a smaller --batch (or --micro-batch), or a shorter --seq-len"
@@ -74,8 +75,14 @@ def describe_os_error(error):
     return f"{(error.strerror or str(error)).lower()}{path}: {_REMEDIES.get(error.errno, 'see --debug')}"
 
 
-def run_script(main, argv=None):
-    """Calls `main(argv)` and exits with its code; an error that the user can fix becomes one line on stderr."""
+def run_script(main, argv=None, in_ranks=False):
+    """Calls `main(argv)` and exits with its code; an error that the user can fix becomes one line on stderr.
+
+    With `in_ranks` the script may be one of several processes, of which only rank 0 prints; other scripts ignore a
+    launcher's variables.
+    """
+    if not in_ranks:
+        launcher.forget()
     argv = sys.argv[1:] if argv is None else argv
     program = os.path.basename(sys.argv[0])
     try:
@@ -92,13 +99,13 @@ def run_script(main, argv=None):
             message = OUT_OF_MEMORY
         else:
             message = " ".join(str(error).split())
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
+        if launcher.is_first() or isinstance(error, RankLost):
             print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         # PyTorch's errors for exhausted memory, on either device, and for a rank 0 that has ended with a message
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-        lost_rank_0 = os.environ.get("RANK", "0") != "0" and "onnection" in str(error)
+        lost_rank_0 = not launcher.is_first() and "onnection" in str(error)
         if "--debug" in argv or not (out_of_memory or lost_rank_0):
             raise
         if out_of_memory:

@@ -7,10 +7,14 @@ Source: PyTorch's `torch.distributed` (gloo on CPUs, nccl on GPUs).
 import contextlib
 import datetime
 import os
+import signal
+import sys
+import threading
 
 import torch
 import torch.distributed as dist
 
+from minidistil import launcher
 from minidistil.errors import RankLost
 
 TIMEOUT = datetime.timedelta(hours=2)  # the others wait while rank 0 evaluates and saves
@@ -20,7 +24,7 @@ class Distributed:
     """This process among the `size` processes of a run; only the `first` (rank 0) prints, evaluates and writes."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.size, self.local, self.meeting = launcher.place()
         self.first = self.rank == 0
         local_size = os.environ.get("LOCAL_WORLD_SIZE", "1")  # processes on this machine
         self.launcher = ["python"] if self.size == 1 else ["torchrun", "--nproc-per-node", local_size]
@@ -28,14 +32,36 @@ class Distributed:
     def device(self, name):
         """Returns the name of this process's device: each process on a machine has its own GPU."""
         several = self.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
-        return f"cuda:{os.environ['LOCAL_RANK']}" if several else name
+        return f"cuda:{self.local}" if several else name
 
     def join(self, device):
         """Joins the process group; `train` leaves it at its end."""
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would have to wait, too
+            try:
+                with self.waiting(f" at {self.meeting}; start them, or press Ctrl-C", seconds=2.0):
+                    dist.init_process_group(backend, timeout=TIMEOUT)
+            except RuntimeError as error:
+                way = "start all of them with a MASTER_ADDR and MASTER_PORT that are free and that each can reach"
+                what = f"rank {self.rank} of {self.size} has not met the others at {self.meeting}"
+                raise RankLost(f"{what} ({' '.join(str(error).split())[:200]}): {way}") from error
+            finally:
+                signal.signal(signal.SIGINT, before)
+
+    @contextlib.contextmanager
+    def waiting(self, how="", seconds=60.0):
+        """Prints, after so many seconds inside, that this process waits for the others."""
+        line = f"rank {self.rank} of {self.size} waits for the others{how}"
+        timer = threading.Timer(seconds, lambda: print(line, file=sys.stderr, flush=True))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def leave(self):
         if self.size > 1:
@@ -52,7 +78,8 @@ class Distributed:
             return numbers
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(numbers)
+        with self.waiting():
+            dist.all_reduce(numbers)
         return numbers.tolist()
 
     def min(self, number):
@@ -60,7 +87,8 @@ class Distributed:
         if self.size == 1:
             return number
         numbers = [None] * self.size
-        dist.all_gather_object(numbers, number)
+        with self.waiting():
+            dist.all_gather_object(numbers, number)
         return min(numbers)
 
     def broadcast(self, make):
@@ -68,7 +96,8 @@ class Distributed:
         if self.size == 1:
             return make()
         values = [make() if self.first else None]
-        dist.broadcast_object_list(values)
+        with self.waiting():
+            dist.broadcast_object_list(values)
         return values[0]
 
     def rank0_first(self, make):
@@ -78,11 +107,12 @@ class Distributed:
         """
         if self.size == 1:
             return make()
-        own_turn = 0 if self.first else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+        own_turn = 0 if self.first else 1 if self.local == 0 else 2
         for turn in range(3):
             if turn == own_turn:
                 result = make()
-            dist.barrier()
+            with self.waiting():
+                dist.barrier()
         return result
 
     def wrap(self, model, device):

@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class RankLost(UserError):
-    """Another process of the run has ended; printed on any rank, whereas other errors are printed on rank 0 only."""
+    """Another process of the run has ended or never came; printed on any rank, other errors on rank 0 only."""

@@ -13,6 +13,7 @@ class Family:
 
     architecture: str  # prefix of the class names in transformers
     config_keys: dict  # field of Config -> key of config.json
+    config_only: tuple  # like SUPPORTED below, for this family
     config_constants: dict  # other keys to write, which describe our model in transformers' terms
     tensors: dict  # our module -> theirs; `query|key|value`: one matrix of ours is three of theirs, in this order
     tied: tuple  # (name of a copy in some files, name of the tensor that it must equal)
@@ -38,6 +39,7 @@ BERT = Family(
         "init_range": "initializer_range",
         "pad_id": "pad_token_id",
     },
+    config_only=(),
     config_constants={
         "hidden_act": "gelu",
         "position_embedding_type": "absolute",
@@ -83,10 +85,10 @@ DISTILBERT = Family(
         "mlp_width": "hidden_dim",
         "dropout": "dropout",
         "attention_dropout": "attention_dropout",
-        "norm_eps": "layer_norm_eps",  # not a key of DistilBertConfig: written only where it is not the default
         "init_range": "initializer_range",
         "pad_id": "pad_token_id",
     },
+    config_only=(("layer_norm_eps", 1e-12),),  # transformers reads no other, and would compute something else
     config_constants={
         "activation": "gelu",
         "qa_dropout": 0.1,
@@ -128,9 +130,17 @@ SUPPORTED = (
     ("is_decoder", False),
     ("add_cross_attention", False),
 )
+# parts of a tensor's name that only say where its module was kept; no module has a name of its own among them
+WRAPPERS = {
+    "bert", "distilbert",  # the encoder, in a model with a head
+    "model", "auto_model",  # the whole model, in a user's own class, Lightning's or sentence-transformers'
+    "module", "_module", "_orig_mod",  # DataParallel and its kin, Opacus, torch.compile
+    "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",  # Lightning, FSDP, checkpointing
+}  # fmt: skip
 # tensors of a file that the wanted head does not use, and what they are
 IGNORED = [
-    (r"embeddings\.position_ids", "the constants 0, 1, 2, ..."),
+    (r"embeddings\.(position|token_type)_ids", "the constants 0, 1, 2, ... and 0, 0, 0, ..."),
+    (r"fit_dense(s\.\d+)?\.(weight|bias)", "TinyBERT's projections to its teacher's width, used in its training only"),
     (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
     (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
     (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),

@@ -57,10 +57,14 @@ def _names(name):
 
 
 def cache_folder():
-    """Returns the Hugging Face cache: $HF_HUB_CACHE, $HF_HOME/hub or ${XDG_CACHE_HOME:-~/.cache}/huggingface/hub."""
+    """Returns the Hugging Face cache, as huggingface_hub.constants has it, which a cached model does without.
+
+    $HF_HUB_CACHE, its older name $HUGGINGFACE_HUB_CACHE, $HF_HOME/hub or ${XDG_CACHE_HOME:-~/.cache}/huggingface/hub.
+    """
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(general, "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    older = os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    cache = os.environ.get("HF_HUB_CACHE") or older
     return pathlib.Path(os.path.expandvars(cache)).expanduser()
 
 
@@ -81,6 +85,23 @@ def _missing(folder):
     except UserError:
         return "no weights, or not all"
     return "" if any((folder / name).is_file() for name in VOCABULARIES) else f"no {VOCABULARIES[0]}"
+
+
+def _refusal(error, page):
+    """Returns (what a failed download means, the first way on from there or "")."""
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+    chain = [error]
+    while cause := chain[-1].__cause__:  # the library wraps what a server said about a file
+        chain.append(cause)
+    answers = [e.response for e in chain if getattr(e, "response", None) is not None]
+    status = answers[0].status_code if answers else None
+    if status == 401:  # the Hub does not tell a stranger whether there is such a model
+        return "no such model there, or one that is private or gated", f"if it is there, {login}; or "
+    if status == 403:
+        return "you may not read it: it is private or gated", f"ask for access on {page}, then {login}; or "
+    if status == 404 and type(error).__name__ == "RepositoryNotFoundError":
+        return "no such model there", ""
+    return " ".join(str(error).split()) or type(error).__name__, ""
 
 
 def _download(name, cache):
@@ -107,10 +128,9 @@ def _download(name, cache):
             etag_timeout=TIMEOUT,
         )
     except Exception as error:  # the library's and its HTTP client's errors share no base class
-        unknown = type(error).__name__ == "RepositoryNotFoundError"
-        reason = "no such model there" if unknown else " ".join(str(error).split()) or type(error).__name__
         source = huggingface_hub.constants.ENDPOINT
-        raise UserError(f"{failed}, nor to be had from {source} ({reason}): {ways}") from error
+        reason, way = _refusal(error, f"{source}/{hub_name}")
+        raise UserError(f"{failed}, nor to be had from {source} ({reason}): {way}{ways}") from error
     missing = _missing(pathlib.Path(folder))
     if missing:
         raise UserError(f"{hub_name} has {missing} on the Hub: name another model")

@@ -47,7 +47,13 @@ class Config:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
 
     def student(self, layers):
-        """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal."""
+        """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal.
+
+        transformers' DistilBERT has one `norm_eps`: with another, it is a BERT of so many layers, which computes the
+        same there as here.
+        """
+        if self.norm_eps != Config.norm_eps:
+            return dataclasses.replace(self, layers=layers)
         return dataclasses.replace(self, layers=layers, token_types=0, family="distilbert")
 
 
@@ -211,6 +217,7 @@ class MaskedLM(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.head = Head(config)
+        self.words = config.vocab_size  # that are scored; `checks.score_words` leaves out rows without a word
         self.encoder.embeddings.tied = True
         initialise(self, config.init_range, seed)
 
@@ -219,8 +226,10 @@ class MaskedLM(nn.Module):
 
     @property
     def decoder(self):
-        """(weight (V, C), bias (V)) of the vocabulary projection."""
-        return self.encoder.embeddings.words.weight, self.head.bias
+        """(weight (V, C), bias (V)) of the vocabulary projection, V the words that are scored."""
+        weight, bias = self.encoder.embeddings.words.weight, self.head.bias
+        # no slice of the whole, whose backward pass would copy the gradient
+        return (weight, bias) if self.words == len(bias) else (weight[: self.words], bias[: self.words])
 
     def logits(self, rows):
         """Vocabulary logits (N, V) of hidden rows (N, C): for evaluation and sampling, not for training."""

@@ -1,6 +1,5 @@
 """Student initialisation: from teacher layers, from a folder, or with random weights."""
 
-import pathlib
 import re
 
 import torch
@@ -22,10 +21,10 @@ def student_layers(teacher_layers, k=None):
 
 
 def student_from_teacher(teacher, layers):
-    """Returns a DistilBERT-shaped MaskedLM in training mode, with copies of these teacher layers, embeddings and head.
+    """Returns a MaskedLM of `Config.student`'s shape in training mode: copies of these teacher layers and the rest.
 
-    BERT adds token-type row 0 to every position of a single segment; here it is added to the position table, so a
-    student with all layers computes what its teacher does. Raises UserError for a layer that does not exist.
+    BERT adds token-type row 0 to every position of a single segment; in a DistilBERT it is added to the position table,
+    so a student with all layers computes what its teacher does. Raises UserError for a layer that does not exist.
     """
     L = teacher.config.layers
     if not layers or not all(0 <= layer < L for layer in layers):
@@ -37,7 +36,7 @@ def student_from_teacher(teacher, layers):
     for name in student.state_dict():
         theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
         state[name] = source[theirs].clone()
-    if teacher.config.token_types:
+    if teacher.config.token_types and not student.config.token_types:
         state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
     student.load_state_dict(state, assign=True)
     return student
@@ -72,8 +71,7 @@ def build_student(settings, teacher, init):
         student = student_from_teacher(teacher, parse_layers(settings.student_layers, teacher.config.layers))
     else:
         if settings.student_config:
-            path = pathlib.Path(settings.student_config)
-            config = weights.read_config(path.parent if path.name == "config.json" else path)
+            config = weights.read_config(settings.student_config)
         elif teacher:
             config = teacher.config.student(len(parse_layers(settings.student_layers, teacher.config.layers)))
         else:

@@ -5,13 +5,14 @@ ignored with a reason, and every parameter of the model is filled. Files are not
 loads or raises UserError.
 """
 
+import os
 import pathlib
 import re
 
 import torch
 
 from minidistil.errors import UserError
-from minidistil.families import FAMILIES, IGNORED, SUPPORTED
+from minidistil.families import FAMILIES, IGNORED, SUPPORTED, WRAPPERS
 from minidistil.files import write_json
 from minidistil.model import Config, MaskedLM
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
@@ -116,17 +117,19 @@ SIZE_LIMIT = 2**24  # of any number, so that products stay below 2^63
 LAYER_LIMIT = 256  # a model on the meta device is built in about a second
 
 
-def read_config(folder):
-    """Returns the Config in a folder's config.json.
+def read_config(place):
+    """Returns the Config in a folder's config.json, or in a file of any name.
 
     Raises UserError for another architecture, a missing or impossible number, or an unsupported setting.
     """
-    path = pathlib.Path(folder) / "config.json"
+    path = pathlib.Path(place)
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json: give the folder of a model")
+        path = path / "config.json"
+    if not path.is_file():
+        raise UserError(f"{place} has no config.json: give the folder of a model")
     values = read_json(path)
     family = _family(path, values)
-    for key, supported in SUPPORTED:
+    for key, supported in (*SUPPORTED, *FAMILIES[family].config_only):
         if values.get(key, supported) not in (supported, None):
             raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {supported!r}")
     numbers = {"family": family}
@@ -179,8 +182,8 @@ def write_config(folder, config, head="MaskedLM", **extra):
     """Writes config.json as transformers' configuration of this family has it."""
     family = FAMILIES[config.family]
     values = {theirs: getattr(config, ours) for ours, theirs in family.config_keys.items()}
-    if config.family == "distilbert" and config.norm_eps == Config.norm_eps:
-        del values["layer_norm_eps"]
+    if "norm_eps" not in family.config_keys and config.norm_eps != Config.norm_eps:
+        raise ValueError(f"a {config.family}'s config.json cannot say that norm_eps is {config.norm_eps}")
     values |= {"model_type": config.family, "architectures": [f"{family.architecture}For{head}"]}
     values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
@@ -191,7 +194,7 @@ def write_config(folder, config, head="MaskedLM", **extra):
 
 def _canonical(name):
     """Returns their name without wrapper prefixes, and with weight and bias for TensorFlow's gamma and beta."""
-    name = re.sub(r"^(module\.)?(bert\.|distilbert\.)?", "", name)
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
 
 
@@ -260,9 +263,9 @@ def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places` without tied and ignored ones; UserError names an unknown tensor."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_canonical(name): name for name in places + [copy for copy, _ in tied]}
-    found, unknown = {}, []
+    found, unknown, wrapper = {}, [], _common_prefix(tensors)
     for name, tensor in tensors.items():
-        plain = _canonical(name)
+        plain = _canonical(name.removeprefix(wrapper))
         if plain not in known:
             unknown += [] if any(re.fullmatch(pattern, plain) for pattern, _ in IGNORED) else [name]
         elif known[plain] in found:
@@ -270,7 +273,8 @@ def _by_their_names(folder, tensors, places):
         else:
             found[known[plain]] = tensor
     if unknown:
-        raise UserError(f"{folder} holds {_some(unknown)} that has no place here: use a bert or distilbert checkpoint")
+        way = "correct config.json if the model needs it, or save the weights without it"
+        raise UserError(f"{folder} holds {_some(unknown)}, which is not in the model of its config.json: {way}")
     for copy, original in tied:
         tensor = found.pop(copy, None)
         if tensor is not None:
@@ -278,6 +282,11 @@ def _by_their_names(folder, tensors, places):
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
     return found
+
+
+def _common_prefix(names):
+    """Returns what all names begin with, up to a dot: where a module of its user's held the model."""
+    return re.match(r"(.*\.)?", os.path.commonprefix(list(names)))[0]
 
 
 def _some(names):

@@ -12,10 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def hub_server(models):
+def hub_server(models, refusals=None):
     """Yields (endpoint, requests): the URL for HF_ENDPOINT, and the growing list of "METHOD /path" that were asked.
 
-    `models` maps Hub names to folders: {"google-bert/bert-base-uncased": tmp_path / "bert"}.
+    `models` maps Hub names to folders: {"google-bert/bert-base-uncased": tmp_path / "bert"}; `refusals` some of them to
+    (status, X-Error-Code, part of the path that is refused).
     """
     requests = []
 
@@ -31,6 +32,10 @@ def hub_server(models):
         def answer(self):
             path = self.path.partition("?")[0]
             requests.append(f"{self.command} {path}")
+            for name, (status, code, part) in (refusals or {}).items():
+                if name in path and part in path:
+                    self.send(status, b"", **{"X-Error-Code": code} if code else {})
+                    return
             match = re.fullmatch(r"/api/models/(.+?)(/revision/main|/tree/\w+)?", path)
             if match and match[1] in models:
                 files = sorted(f for f in pathlib.Path(models[match[1]]).iterdir() if f.is_file())

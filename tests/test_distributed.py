@@ -15,7 +15,9 @@ import torch
 from same_layers import assert_same_layers
 
 import train
+from minidistil import cli, launcher
 from minidistil.distributed import Distributed
+from minidistil.errors import UserError
 from minidistil.run import CHECKPOINT, load_checkpoint, read_metrics
 from minidistil.safetensors import read_safetensors
 
@@ -47,11 +49,17 @@ def parameters(out):
     return student, json.loads(metadata["info"])
 
 
+def launched(monkeypatch, rank, size, local=None, port=29500):
+    """The environment of a process that torchrun started."""
+    values = (rank, size, rank if local is None else local, "127.0.0.1", port)
+    for name, value in zip(launcher.VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, str(value))
+
+
 @pytest.mark.parametrize("rank, local, turns_before", [(0, 0, 0), (8, 0, 1), (9, 1, 2), (1, 1, 2)])
 def test_the_first_of_each_machine_comes_before_its_others(rank, local, turns_before, monkeypatch):
     """Two machines of eight ranks: what is fetched by one is there when the next look for it."""
-    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", 16), ("LOCAL_WORLD_SIZE", 8)):
-        monkeypatch.setenv(name, str(value))
+    launched(monkeypatch, rank, 16, local)
     events = []
     monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
     assert Distributed().rank0_first(lambda: events.append("made") or "it") == "it"
@@ -61,10 +69,96 @@ def test_the_first_of_each_machine_comes_before_its_others(rank, local, turns_be
 def test_ranks_agree_on_the_smallest(monkeypatch):
     """GPUs may have room for different micro-batches; an update must be cut alike on all."""
     assert Distributed().min(7) == 7
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched(monkeypatch, 1, 3)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda room, mine: room.__setitem__(
         slice(None), [9, mine, 8]))  # fmt: skip
     assert Distributed().min(7) == 7 and Distributed().min(12) == 8
+
+
+# ---- half a launch
+
+
+ALL = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize("values, expected", [
+    ({}, (0, 1, 0, "")),
+    (dict(MASTER_ADDR="head", MASTER_PORT="29500"), (0, 1, 0, "")),
+    (dict(WORLD_SIZE="1"), (0, 1, 0, "")),
+    (dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="head", MASTER_PORT="1"), (0, 1, 0, "")),
+    (dict.fromkeys(ALL, ""), (0, 1, 0, "")),
+    (ALL, (1, 2, 1, "127.0.0.1:29500")),
+    (ALL | dict(LOCAL_RANK="0"), (1, 2, 0, "127.0.0.1:29500")),
+    (dict(RANK="3"), "has RANK, but no WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: start with `torchrun"),
+    (dict(RANK="0"), "`unset RANK` for one process"),
+    (dict(WORLD_SIZE="2"), "has WORLD_SIZE, but no RANK, LOCAL_RANK"),
+    (dict(LOCAL_RANK="0"), "has LOCAL_RANK, but no RANK, WORLD_SIZE"),
+    (dict(RANK="3", WORLD_SIZE="1"), "but no LOCAL_RANK"),
+    *((ALL | {name: ""}, f", but no {name}: ") for name in ALL),
+    (ALL | dict(RANK="one"), "RANK 'one', not a number from 0 on"),
+    (ALL | dict(RANK="-1"), "RANK '-1', not a number from 0 on"),
+    (ALL | dict(WORLD_SIZE="0"), "WORLD_SIZE '0', not a number from 1 on"),
+    (ALL | dict(MASTER_PORT="tcp://1.2.3.4:5"), "MASTER_PORT 'tcp://1.2.3.4:5', not a number"),
+    (ALL | dict(MASTER_PORT="70000"), "contradict each other"),
+    (ALL | dict(RANK="2"), "RANK 2, WORLD_SIZE 2, "),
+    (ALL | dict(RANK="0"), "RANK 0, WORLD_SIZE 2, LOCAL_RANK 1"),
+])  # fmt: skip
+def test_the_launchers_variables_are_a_set(values, expected, monkeypatch):
+    for name in launcher.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(expected, tuple):
+        assert launcher.place() == expected and launcher.is_first() == (expected[0] == 0)
+        return
+    with pytest.raises(UserError) as error:
+        Distributed()
+    assert expected in str(error.value) and "\n" not in str(error.value) and "`unset " in str(error.value)
+    assert launcher.is_first()  # so that the error is said
+
+
+def failing(argv):
+    raise UserError("something is wrong: mend it")
+
+
+@pytest.mark.parametrize("values, in_ranks, said", [
+    (ALL, True, False), (ALL, False, True), (dict(RANK="1"), True, True), (dict(RANK="1"), False, True),
+    (ALL | dict(RANK="0", LOCAL_RANK="0"), True, True),
+])  # fmt: skip
+def test_errors_are_swallowed_by_other_ranks_of_a_run_only(values, in_ranks, said, monkeypatch, capsys):
+    for name in launcher.VARIABLES:
+        monkeypatch.setenv(name, values.get(name, ""))
+    with pytest.raises(SystemExit) as end:
+        cli.run_script(failing, [], in_ranks)
+    assert end.value.code == 1 and bool(capsys.readouterr().err) == said
+    assert in_ranks or not any(name in os.environ for name in launcher.VARIABLES)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_whoever_waits_says_so_and_can_be_interrupted(rank, tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, tmp_path / "out", batch=2, accum=1)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    line = f"rank {rank} of 2 waits for the others at 127.0.0.1:{port}; start them, or press Ctrl-C\n"
+    assert line in iter(process.stderr.readline, "")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode not in (0, None) and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_taken_is_said(tiny, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **address}
+        command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, tmp_path / "out", batch=2, accum=1)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    (ours,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
+    assert "rank 0 of 2 has not met the others at 127.0.0.1:" in ours
+    assert done.returncode == 1 and "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +227,7 @@ def test_a_rank_that_is_killed(tiny, tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - began < 30 and process.returncode != 0
     ours = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(ours) == 1 and "rank 0 has lost another rank" in ours[0]
+    assert len(ours) == 1 and "rank 0 has lost another rank" in ours[0], stderr
     assert re.search("resume from the last checkpoint with: torchrun .* --resume$", ours[0])
     saved = load_checkpoint(tmp_path / "out")[0]["update"]
     train.main(flags(tiny, tmp_path / "out", accum=4, resume=True, **few | dict(steps=2000, time_limit=0.01)))

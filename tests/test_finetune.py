@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -19,8 +20,10 @@ from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
+from minidistil.model import Config, MaskedLM
 from minidistil.progress import lr_at
 from minidistil.run import CHECKPOINT, load_checkpoint
+from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.tokenizer import Tokenizer
 
 FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
@@ -294,8 +297,6 @@ def test_squad(tiny, tmp_path):
 
 
 def long_model(tiny):
-    from minidistil.model import Config, MaskedLM
-
     config = weights.load_model(tiny / "teacher").config
     return MaskedLM(Config(**{**vars(config), "positions": 96}), seed=0)
 
@@ -318,7 +319,9 @@ def long_model(tiny):
     (dict(model="bilstm"), "--model bilstm needs word vectors"),
     (dict(model="bilstm", words="TEACHER", task="squad"), "--model bilstm classifies sentences"),
     (dict(teacher="TEACHER"), "is not a fine-tuned model"),
-    (dict(task="rte", teacher="SST2"), "was not fine-tuned for rte"),
+    (dict(task="rte", teacher="SST2"), "(labels found: negative, positive; wanted: entailment, not_entailment)"),
+    (dict(task="stsb,sst2,rte", teacher="SST2"), "labels found: negative, positive; wanted: score"),
+    (dict(task="sst2,squad", teacher="SST2"), "it is a ...ForSequenceClassification, not a ...ForQuestionAnswering"),
     (dict(teacher="SST2", alpha_task=0.0, alpha_ce=0.0), "every weight of the objective is 0"),
     (dict(resume=True, out=None), "--resume needs to know which run"),
     (dict(resume=True), "nothing to resume"),
@@ -337,6 +340,139 @@ def test_wrong_settings(wrong, words, tiny, glue, sst2, tmp_path):
 def test_settings_of_a_teacher_need_one(flag):
     with pytest.raises(UserError, match=f"{flag} is for a teacher: name one with --teacher"):
         finetune.main(["--task", "sst2", "--model", "m", "--data", "d", flag, "1"])
+
+
+@pytest.mark.parametrize("spare", [-1, 5])
+def test_a_table_may_have_more_rows_than_words(tiny, glue, tmp_path, spare):
+    words = Tokenizer.load(tiny / "teacher")
+    config = Config(**{**vars(weights.read_config(tiny / "teacher")), "vocab_size": len(words.vocab) + spare})
+    weights.save_model(tmp_path / "model", MaskedLM(config, seed=0))
+    words.save(tmp_path / "model", "bert")
+    few = dict(model=str(tmp_path / "model"), examples=16, epochs=1.0)
+    if spare < 0:
+        with pytest.raises(UserError, match=f"the model has {config.vocab_size} words, its vocabulary"):
+            tuned(tiny, glue, tmp_path / "out", **few)
+    else:
+        tuned(tiny, glue, tmp_path / "out", **few)
+        assert weights.read_config(tmp_path / "out" / "sst2").vocab_size == config.vocab_size
+
+
+# ---- what models and tasks have to fit
+
+
+def relabelled(source, folder, names, order=None):
+    """A copy of a fine-tuned folder whose config.json names its classes so; `order` is that of its classes."""
+    shutil.copytree(source, folder)
+    values = json.loads((folder / "config.json").read_text())
+    values.pop("label2id"), values.pop("id2label")
+    if names is not None:
+        values["id2label"] = {str(i): name for i, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(values))
+    if order:
+        tensors = {name: tensor.clone() for name, tensor in read_safetensors(folder / "model.safetensors")[0].items()}
+        for name in ("classifier.weight", "classifier.bias"):
+            tensors[name] = tensors[name][order]
+        write_safetensors(folder / "model.safetensors", tensors)
+    return str(folder)
+
+
+@pytest.mark.parametrize("names, found", [
+    (["LABEL_0", "LABEL_1"], "LABEL_0, LABEL_1"), (None, "none"), ([], "none"), (["negative"], "negative"),
+    (["negative", "neutral", "positive"], "negative, neutral, positive"), (["neg", "pos"], "neg, pos"),
+])  # fmt: skip
+def test_labels_that_are_not_the_tasks_are_named(names, found, tiny, glue, sst2, tmp_path):
+    teacher = relabelled(sst2[1] / "sst2", tmp_path / "teacher", names)
+    with pytest.raises(UserError) as error:
+        tuned(tiny, glue, tmp_path / "out", teacher=teacher)
+    assert f"(labels found: {found}; wanted: negative, positive)" in str(error.value)
+    assert "id2label of its config.json" in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_labels_may_be_spelled_and_ordered_otherwise(tiny, glue, sst2, tmp_path, capsys):
+    """They are matched by name: what the teacher says of an example is the same."""
+    same = relabelled(sst2[1] / "sst2", tmp_path / "same", ["NEGATIVE", "Positive"])
+    turned = relabelled(sst2[1] / "sst2", tmp_path / "turned", ["POSITIVE", "NEGATIVE"], order=[1, 0])
+    few = dict(examples=16, epochs=1.0)
+    for i, teacher in enumerate((str(sst2[1]), same, turned)):
+        tuned(tiny, glue, tmp_path / f"out{i}", teacher=teacher, **few)
+    scores = re.findall(r"the teacher's dev score is (\S+)", capsys.readouterr().out)
+    assert len(scores) == 3 and len(set(scores)) == 1 and float(scores[0]) > 90
+    a, b, c = ((tmp_path / f"out{i}" / "sst2" / "model.safetensors").read_bytes() for i in range(3))
+    assert a == b == c
+
+
+def test_a_regression_has_one_number_by_any_name(tiny, glue, tmp_path):
+    few = dict(task="stsb", examples=16, epochs=1.0)
+    tuned(tiny, glue, tmp_path / "teacher", **few)
+    teacher = relabelled(tmp_path / "teacher" / "stsb", tmp_path / "other", ["LABEL_0"])
+    tuned(tiny, glue, tmp_path / "out", **few, teacher=teacher)
+
+
+def one_type(tiny, folder):
+    config = Config(**{**vars(weights.read_config(tiny / "teacher")), "token_types": 1})
+    weights.save_model(folder, MaskedLM(config, seed=0))
+    Tokenizer.load(tiny / "teacher").save(folder, "bert")
+    return str(folder)
+
+
+def test_pairs_need_two_token_types(tiny, glue, tmp_path):
+    """Which is said before the first of several tasks; single texts, and words alone, need one."""
+    model, few = one_type(tiny, tmp_path / "model"), dict(examples=16, epochs=1.0)
+    for task in ("rte", "sst2,rte", "squad"):
+        with pytest.raises(UserError, match=r"model has one token type \(type_vocab_size 1\), (rte|squad) needs two"):
+            tuned(tiny, glue, tmp_path / "out", task, model=model, **few)
+    assert not (tmp_path / "out").exists()
+    tuned(tiny, glue, tmp_path / "out", model=model, **few)
+    tuned(tiny, glue, tmp_path / "bilstm", "rte", model="bilstm", words=model, **few)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(token_types=1), "has one token type"), (dict(positions=16), "has 16 positions: use --seq-len 16 or less"),
+    (dict(vocab_size=200), "has 200 words, its vocabulary"),
+])  # fmt: skip
+def test_a_teacher_must_fit_too(change, words, tiny, glue, tmp_path):
+    config = Config(**{**vars(weights.read_config(tiny / "teacher")), **change})
+    labels = {str(i): label for i, label in enumerate(open_task("rte", glue, Tokenizer.load(tiny / "teacher")).labels)}
+    weights.save_model(tmp_path / "teacher", Classifier(config, 2, seed=0), id2label=labels)
+    Tokenizer.load(tiny / "teacher").save(tmp_path / "teacher", "bert")
+    path = tmp_path / "RTE"
+    path.mkdir()
+    text = " ".join(Tokenizer.load(tiny / "teacher").vocab[10:20])
+    for name in ("train", "dev"):
+        (path / f"{name}.tsv").write_text(f"sentence1\tsentence2\tlabel\n{text}\t{text}\tentailment\n")
+    with pytest.raises(UserError, match=words):
+        tuned(tiny, tmp_path, tmp_path / "out", "rte", teacher=str(tmp_path / "teacher"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the same contents under another path
+
+
+def test_a_resumed_run_compares_contents(tiny, glue, sst2, tmp_path, monkeypatch):
+    """Of the model, the words and the teacher, however their paths are written, and wherever they have moved."""
+    monkeypatch.chdir(tmp_path)
+    few = dict(examples=16, epochs=1.0)
+    for model, words in (("encoder", None), ("bilstm", "copy")):
+        for name, source in (("copy", tiny / "teacher"), ("tuned", sst2[1])):
+            shutil.copytree(source, name, dirs_exist_ok=True)
+        model = "copy" if model == "encoder" else model
+        out = tmp_path / f"out-{model}"
+        tuned(tiny, glue, out, model=model, words=words, teacher="tuned", **few)
+        os.rename("copy", "moved")
+        again = dict(model=model if words else "./moved", words=words and str(tmp_path / "moved"), resume=True, **few)
+        found = tuned(tiny, glue, out, teacher="./tuned/sst2", seeds=2, **again)
+        assert found["tasks"]["sst2"]["seeds"] == 2
+        os.rename("moved", "copy")
+    other = MaskedLM(weights.read_config("copy"), seed=5)
+    weights.save_model("other", other)
+    Tokenizer.load("copy").save("other", "bert")
+    with pytest.raises(UserError, match=r"begun with other settings \(weights "):
+        tuned(tiny, glue, tmp_path / "out-copy", model="other", teacher="tuned", seeds=3, resume=True, **few)
+    with pytest.raises(UserError, match=r"begun with other settings \(model encoder -> bilstm\)"):
+        tuned(tiny, glue, tmp_path / "out-copy", model="bilstm", words="copy", teacher="tuned", resume=True, **few)
+    for teacher in (None, "tuned,tuned"):
+        with pytest.raises(UserError, match="begun with other teachers for sst2: give the same --teacher, or a new"):
+            tuned(tiny, glue, tmp_path / "out-copy", model="copy", teacher=teacher, resume=True, **few)
 
 
 def test_examples_longer_than_the_model(tiny, glue, tmp_path):

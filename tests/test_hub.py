@@ -18,7 +18,10 @@ from minidistil.model import Config, MaskedLM
 from minidistil.weights import save_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SETTINGS = ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"]
+SETTINGS = [
+    "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +81,10 @@ def refused(name, *wanted):
         ({"HF_HOME": "$HOME/hf"}, "home/hf/hub"),
         ({"HF_HUB_CACHE": "~/x"}, "home/x"),
         ({"HF_HUB_CACHE": "", "HF_HOME": ""}, "home/.cache/huggingface/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "older"}, "older"),
+        ({"HUGGINGFACE_HUB_CACHE": "~/x", "HF_HOME": "hf"}, "home/x"),
+        ({"HUGGINGFACE_HUB_CACHE": "older", "HF_HUB_CACHE": "cache"}, "cache"),
+        ({"HUGGINGFACE_HUB_CACHE": "$HOME/older", "HF_HUB_CACHE": ""}, "home/older"),
     ],
 )
 def test_cache_is_where_huggingface_hub_puts_it(tmp_path, monkeypatch, settings, expected):
@@ -86,6 +93,10 @@ def test_cache_is_where_huggingface_hub_puts_it(tmp_path, monkeypatch, settings,
     assert cache_folder() == tmp_path / expected
     snapshot = make_cached(tmp_path / expected, "some/model")
     assert resolve("some/model") == snapshot
+    if "" not in settings.values():  # which the library takes for the current folder
+        script = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+        library = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert pathlib.Path(library.stdout.strip()) == cache_folder()
 
 
 @pytest.mark.parametrize(
@@ -243,6 +254,24 @@ def test_models_are_downloaded_into_the_cache(tmp_path):
     assert first[4][0] == "UserError" and f"{endpoint} (no such model there)" in first[4][1]
     assert [answer[0] for answer in again] == [first[0][0], first[0][0], first[1][0]]
     assert not any(answer[3] for answer in again)  # nor the library that would use it
+
+
+def test_a_model_that_may_not_be_read_is_not_absent(tmp_path):
+    """A private model is refused at once, a gated one only where its files are asked for."""
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    refusals = {
+        "a/private": (401, "RepoNotFound", "/api/"), "a/gated": (401, "GatedRepo", "/resolve/"),
+        "a/expired": (401, "", "/api/"), "a/forbidden": (403, "", "/resolve/"), "a/asked": (403, "GatedRepo", "/api/"),
+        "a/absent": (404, "RepoNotFound", "/api/"),
+    }  # fmt: skip
+    with hub_server(dict.fromkeys(refusals, make_model(tmp_path / "model")), refusals) as (endpoint, _):
+        answers = resolve_elsewhere(endpoint, *refusals)
+    for (name, (status, *_)), (kind, message, *_) in zip(refusals.items(), answers, strict=True):
+        assert kind == "UserError" and "\n" not in message and f"`hf download {name}" in message
+        assert (log_in in message) == (status != 404), message
+        assert (f"ask for access on {endpoint}/{name}, then log in" in message) == (status == 403), message
+        assert ("no such model there, or one that is private or gated" in message) == (status == 401), message
+    assert "(no such model there): where there is a network" in message
 
 
 def test_failing_networks_are_said_soon(tmp_path):

@@ -1,5 +1,6 @@
 """What sample.py puts in the blank, against transformers' own pipeline, and how it shows it."""
 
+import dataclasses
 import io
 import json
 import os
@@ -260,6 +261,26 @@ def test_without_a_prompt_there_is_one(capsys, student):
     assert answer(capsys, "--model", student, "-k", 3)["prompt"] == sample.PROMPT
 
 
+def test_rows_without_a_word_are_never_shown(tmp_path, capsys, teacher):
+    """Not even where nothing is likelier: the probabilities are those of the table without them."""
+    model = weights.load_model(teacher)
+    wide = MaskedLM(dataclasses.replace(model.config, vocab_size=len(VOCAB) + 3), seed=0)
+    state = model.state_dict()
+    state["encoder.embeddings.words.weight"] = torch.cat([state["encoder.embeddings.words.weight"], torch.ones(3, 8)])
+    state["head.bias"] = torch.cat([state["head.bias"], torch.full((3,), 50.0)])
+    wide.load_state_dict(state)
+    weights.save_model(tmp_path / "wide", wide)
+    Tokenizer(VOCAB, max_length=16).save(tmp_path / "wide", "bert")
+    for prompt in PROMPTS:
+        said = [answer(capsys, prompt, "--model", f, "--teacher", "none", "-k", len(VOCAB)) for f in ("wide", teacher)]
+        assert said[0] == said[1]
+        shown = [output(capsys, prompt, "--model", f, "--teacher", "none") for f in ("wide", teacher)]
+        assert shown[0].splitlines()[3:] == shown[1].splitlines()[3:]
+    sample.main([PROMPTS[0], "--model", "wide"])
+    n = len(VOCAB)
+    assert f"sample.py: the student has {n + 3} rows for {n} words: the last 3 stay unused" in capsys.readouterr().err
+
+
 # ---- what is refused
 
 
@@ -276,11 +297,11 @@ def test_without_a_prompt_there_is_one(capsys, student):
     ("[MASK]", ["--teacher", "other"], "student and teacher have different vocabularies"),
     ("[MASK]", ["--teacher", "missing/one/more"], "missing/one/more is "),
     ("[MASK]", ["--model", "missing/one/more"], "missing/one/more is "),
-    ("[MASK]", ["--model", "padded"], f"the student has {len(VOCAB) + 3} words, its vocabulary {len(VOCAB)}"),
+    ("[MASK]", ["--model", "short"], f"the student has {len(VOCAB) - 1} words, its vocabulary {len(VOCAB)}"),
 ])  # fmt: skip
 def test_refusals(tmp_path, student, prompt, argv, message):
     make(tmp_path / "other", seed=1, token_types=2, vocab=[*VOCAB[:-1], "else"])
-    make(tmp_path / "padded", seed=1, token_types=2, vocab_size=len(VOCAB) + 3)
+    make(tmp_path / "short", seed=1, token_types=2, vocab_size=len(VOCAB) - 1)
     with pytest.raises(UserError) as error:  # of an option given twice, the second counts
         sample.main([prompt, "--model", str(student), "-k", "3", *map(str, argv)])
     assert message in str(error.value) and "\n" not in str(error.value)

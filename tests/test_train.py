@@ -89,6 +89,85 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path):
         assert_same_layers(wide, weights_of(tmp_path / name))
 
 
+def padded(tiny, folder, spare):
+    """The tiny teacher with rows to spare that would win every guess, were they scored."""
+    model = weights.load_model(tiny / "teacher")
+    wide = MaskedLM(dataclasses.replace(model.config, vocab_size=model.config.vocab_size + spare), seed=0)
+    state = model.state_dict()
+    for name, value in (("encoder.embeddings.words.weight", 3.0), ("head.bias", 40.0)):
+        state[name] = torch.cat([state[name], torch.full((spare, *state[name].shape[1:]), value)])
+    wide.load_state_dict(state)
+    weights.save_model(folder, wide)
+    Tokenizer.load(tiny / "teacher").save(folder, "bert")
+    return folder
+
+
+@pytest.mark.parametrize("init", ["teacher", "folder"])
+@pytest.mark.parametrize("changes", [{}, dict(kd_rows="masked", alpha_mse=1.0)], ids=["all", "masked"])
+def test_rows_without_a_word_change_nothing(tiny, tmp_path, capsys, changes, init):
+    """A table of 41 rows more than words: losses, held-out metrics and words are those of the table without them."""
+    transformers = pytest.importorskip("transformers")
+    wide, n = padded(tiny, tmp_path / "teacher", 41), len(Tokenizer.load(tiny / "teacher").vocab)
+    for out, teacher in (("plain", str(tiny / "teacher")), ("wide", str(wide))):
+        begin = dict(teacher=teacher, student_init=teacher if init == "folder" else "teacher", dropout=0.0)
+        train.train(settings(tiny, tmp_path / out, **begin, **changes))
+    assert f"the teacher has {n + 41} rows for {n} words: the last 41 stay unused" in capsys.readouterr().out
+    plain, found = (run.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("plain", "wide"))
+    for a, b in zip(plain, found, strict=True):
+        assert a.get("held_out", {}) == pytest.approx(b.get("held_out", {}), rel=1e-5)
+        for name in ("loss", "kl", "ce", "cos", "mse", "grad_norm"):
+            assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-5, abs=1e-6)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "wide")
+    assert model.config.vocab_size == n + 41 >= len(transformers.AutoTokenizer.from_pretrained(tmp_path / "wide"))
+    plain, found = weights_of(tmp_path / "plain"), weights_of(tmp_path / "wide")
+    before = {tensor.shape: tensor for tensor in weights_of(wide).values()}
+    tables = [name for name, tensor in found.items() if len(tensor) == n + 41]
+    assert len(tables) == 2
+    for name in tables:
+        assert torch.equal(found[name][n:], before[found[name].shape][n:])
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name][: len(tensor)], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["distilbert-tiny.json", "config.json", "shape", "config.json.bak", "."])
+def test_a_students_shape_may_have_any_name(tiny, tmp_path, name):
+    shape = dataclasses.replace(weights.read_config(tiny / "teacher").student(1), width=16)
+    weights.write_config(tmp_path, shape)
+    (tmp_path / "config.json").rename(tmp_path / (name if name != "." else "config.json"))
+    train.train(settings(tiny, tmp_path / "out", student_config=str(tmp_path / name), alpha_cos=0.0, steps=1))
+    assert weights.read_config(tmp_path / "out") == shape
+    with pytest.raises(UserError, match="nowhere.json has no config.json: give"):
+        train.train(settings(tiny, tmp_path / "other", student_config="nowhere.json"))
+
+
+def test_a_resumed_run_compares_contents(tiny, tmp_path, monkeypatch):
+    """Not the spelling of the paths of the teacher, of the student's weights or of its shape."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny / "teacher", "first")
+    shutil.copytree(tiny / "teacher", "second")
+    few = dict(teacher="first", steps=4)
+    for changes in (dict(student_init="first"), dict(student_config="first/config.json")):
+        out = tmp_path / next(iter(changes))
+        train.train(settings(tiny, out, **few, **changes, time_limit=1e-9))
+        again = {name: value.replace("first", "./second") for name, value in changes.items()}
+        train.train(settings(tiny, out, **few | dict(teacher="./second"), **again, resume=True))
+        assert load_checkpoint(out)[0]["update"] == 4
+    weights.save_model("other", MaskedLM(weights.read_config("first"), seed=3))
+    shutil.copy("first/vocab.txt", "other")
+    shutil.copy("first/tokenizer_config.json", "other")
+    for out, changes in (("student_init", dict(student_init="other")), ("student_config", dict(student_init="random"))):
+        with pytest.raises(UserError, match=f"begun with other settings \\(.*{out}"):
+            train.train(settings(tiny, tmp_path / out, **few, **changes, resume=True))
+
+
+def test_fewer_rows_than_words_are_refused(tiny, tmp_path):
+    n = len(Tokenizer.load(tiny / "teacher").vocab)
+    shape = dataclasses.replace(weights.read_config(tiny / "teacher"), vocab_size=n - 1)
+    weights.write_config(tmp_path, shape)
+    with pytest.raises(UserError, match=f"the student has {n - 1} words, its vocabulary {n}: give it"):
+        train.train(settings(tiny, tmp_path / "out", student_config=str(tmp_path), alpha_cos=0.0))
+
+
 def test_compiled_models_learn_the_same(tiny, tmp_path, monkeypatch):
     """--compile traces both models whole, once, before the clock starts, and changes nothing but rounding."""
     traced, compile = [], torch.compile

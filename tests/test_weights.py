@@ -1,5 +1,6 @@
 """Checkpoints: read and written as transformers does, whatever names they have, and refused in one line if damaged."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -311,7 +312,16 @@ RENAMES = {
     "module.": lambda name: "module." + name,
     "module. without the other": lambda name: "module." + re.sub(r"^(bert|distilbert)\.", "", name),
     "all at once": lambda name: "module." + bert_names(name),
-}
+    "compiled": lambda name: "_orig_mod." + name,
+    "compiled, parallel": lambda name: "_orig_mod.module." + name,
+    "parallel, compiled": lambda name: "module._orig_mod." + name,
+    "Lightning, compiled, parallel": lambda name: "model._orig_mod.module." + bert_names(name),
+    "the encoder twice in a wrapper": lambda name: re.sub(r"^(bert|distilbert)\.", r"\1.model.\1.", name),
+    "a part of it compiled": lambda name: re.sub(r"(layer\.\d+)", r"\1._orig_mod", name),
+    "parts under FSDP": lambda name: "_fsdp_wrapped_module." + re.sub(
+        r"(layer\.\d+)", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module", name),
+    "an attribute of any name": lambda name: "my.network." + name,
+}  # fmt: skip
 
 
 @BOTH
@@ -334,6 +344,9 @@ def test_tensors_without_use_are_ignored(folder):
         "classifier.weight": torch.ones(3, 4),
         "classifier.bias": torch.ones(3),
         "qa_outputs.weight": torch.full((2, 4), torch.nan),
+        "fit_dense.weight": torch.ones(6, 4),
+        "module.fit_denses.0.weight": torch.ones(6, 4),
+        "fit_denses.12.bias": torch.ones(6),
     }
     rewrite(folder, stored(folder) | extra)
     assert_same(load_model(folder), model)
@@ -361,8 +374,12 @@ def test_tied_copies_must_agree(tmp_path, config, copy, original):
 
 
 def test_every_tensor_must_have_a_place(folder):
+    tensors = stored(folder)
     rewrite(folder, stored(folder) | {"bert.encoder.layer.0.attention.self.gate.weight": torch.ones(1)})
-    refused(lambda: load_model(folder), "bert.encoder.layer.0.attention.self.gate.weight")
+    refused(lambda: load_model(folder), "bert.encoder.layer.0.attention.self.gate.weight", "without it")
+    for name in ("fit_denses.weight", "fit_denses.0.lora.weight", "bert.embeddings.task_types.weight", "teacher.x"):
+        rewrite(folder, {f"model.{n}": t for n, t in (tensors | {name: torch.ones(1)}).items()})
+        refused(lambda: load_model(folder), f"model.{name}", "config.json", "without it")
 
 
 @BOTH
@@ -376,8 +393,9 @@ def test_every_parameter_must_be_filled(tmp_path, config):
 
 def test_one_place_must_not_be_filled_twice(folder):
     tensors = stored(folder)
-    rewrite(folder, tensors | {"embeddings.LayerNorm.gamma": torch.ones(4)})
-    refused(lambda: load_model(folder), "bert.embeddings.LayerNorm.weight", "twice")
+    for prefix in ("", "module.", "_orig_mod.", "_orig_mod.module.bert.", "model.model.", "distilbert."):
+        rewrite(folder, tensors | {f"{prefix}embeddings.LayerNorm.gamma": torch.ones(4)})
+        refused(lambda: load_model(folder), "bert.embeddings.LayerNorm.weight", "twice")
 
 
 @BOTH
@@ -581,7 +599,8 @@ def edited(folder, **changes):
 def test_config_round_trip(tmp_path, config):
     odd = Config(
         vocab_size=77, positions=9, token_types=config.token_types and 3, layers=3, heads=3, width=12, mlp_width=5,
-        dropout=0.0, attention_dropout=0.25, norm_eps=1e-5, init_range=0.5, pad_id=4, family=config.family,
+        dropout=0.0, attention_dropout=0.25, init_range=0.5, pad_id=4, family=config.family,
+        norm_eps=1e-5 if config.family == "bert" else 1e-12,
     )  # fmt: skip
     for each in (config, odd):
         write_config(tmp_path, each)
@@ -602,6 +621,19 @@ def test_config_has_exactly_the_keys_of_the_hub(tmp_path):
     read = transformers.DistilBertConfig.from_pretrained(tmp_path).to_dict()
     default = transformers.DistilBertConfig().to_dict()
     assert {key for key in read if read[key] != default.get(key)} == {"architectures", "dtype", "tie_weights_"}
+
+
+def test_a_distilbert_has_one_layer_norm_eps(tmp_path):
+    """transformers' has no other, whatever its config.json says."""
+    with pytest.raises(ValueError, match="norm_eps is 1e-05"):
+        save_model(tmp_path, random_model(dataclasses.replace(DISTILBERT, norm_eps=1e-5)))
+    save_model(tmp_path, random_model(DISTILBERT))
+    for eps in (1e-12, None, 1e-5, 1e-3, "1e-12"):
+        edited(tmp_path, layer_norm_eps=eps)
+        if eps in (1e-12, None):
+            assert read_config(tmp_path) == DISTILBERT
+        else:
+            refused(lambda: load_model(tmp_path), "layer_norm_eps", repr(eps), "use a model with 1e-12")
 
 
 def test_family_is_found_without_a_model_type(tmp_path):
@@ -816,13 +848,22 @@ def test_student_takes_the_layers_it_is_told(tmp_path):
         refused(lambda layers=layers: student_from_teacher(teacher, layers), str(layers), "0 to 3")
 
 
-def test_exported_student_is_what_transformers_computes(tmp_path):
+@pytest.mark.parametrize("eps", [1e-12, 1e-13, 1e-5, 1e-3, 0.1])
+def test_exported_student_is_what_transformers_computes(tmp_path, eps):
+    """To the rounding, whatever the teacher's epsilon: where a DistilBERT cannot have it, it is a BERT."""
     transformers = pytest.importorskip("transformers")
-    student = student_from_teacher(random_model(BERT), [1]).eval()
-    save_model(tmp_path, student)
-    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    teacher = random_model(dataclasses.replace(BERT, norm_eps=eps))
+    student = student_from_teacher(teacher, [0, 1]).eval()
     ids = torch.randint(11, (3, 5))
-    torch.testing.assert_close(student.logits(student(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(student.logits(student(ids)), teacher.logits(teacher(ids)), atol=1e-5, rtol=1e-5)
+    student = student_from_teacher(teacher, [1]).eval()
+    save_model(tmp_path, student)
+    assert_same(load_model(tmp_path), student)
+    assert read_config(tmp_path).family == ("distilbert" if eps == 1e-12 else "bert")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        difference = (student.logits(student(ids)) - theirs(ids).logits).abs().max()
+    assert difference < 3e-6  # rounding
 
 
 def test_real_checkpoint_round_trips(assets, tmp_path):

@@ -9,15 +9,18 @@ n-grams.
 import dataclasses
 import math
 import pathlib
+import re
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kernels.distill_kl import distill_kl
+from minidistil.checks import check_vocabulary
 from minidistil.data import IGNORE
 from minidistil.downstream.batches import predict
-from minidistil.downstream.heads import MASKED_LOGIT, load_finetuned
+from minidistil.downstream.heads import MASKED_LOGIT, Classifier, load_finetuned, read_finetuned
+from minidistil.downstream.tasks import check_pairs, check_positions
 from minidistil.errors import UserError
 from minidistil.rng import mix, uniform
 from minidistil.tokenizer import Tokenizer
@@ -56,20 +59,53 @@ def with_copies(task, copies, tokenizer):
 # ---- teachers
 
 
-def load_teachers(folders, task, tokenizer):
-    """Returns the models in `folders`, or in their subfolders named after the task: frozen, with the task's labels.
+def find_teachers(folders, task):
+    """Returns the folders of a task's teachers: `folders`, or their subfolders named after the task."""
+    pairs = [(pathlib.Path(folder) / task.name, pathlib.Path(folder)) for folder in folders]
+    return [inner if inner.is_dir() else outer for inner, outer in pairs]
 
-    Raises UserError for a model of another task or with another vocabulary.
+
+def label_order(folder, labels, task):
+    """Returns the index of each of a task's labels in a classifier, which may spell or order them in another way.
+
+    Raises UserError where it has other labels, or does not name them.
     """
+    found, wanted = ([re.sub(r"[^a-z0-9]+", "_", label.casefold()) for label in side] for side in (labels, task.labels))
+    if len(wanted) == 1 and len(found) <= 1:
+        return [0]  # a regression's one number, by whatever name
+    if sorted(found) != sorted(wanted):
+        raise UserError(
+            f"{folder} was not fine-tuned for {task.name}, or does not say so (labels found: "
+            f"{', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}): give a teacher that was, or name its "
+            "labels, in its own order, in id2label of its config.json"
+        )
+    return [found.index(label) for label in wanted]
+
+
+def check_teacher(folder, task, tokenizer):
+    """Raises UserError for a teacher that was fine-tuned for something else than a task, or has another vocabulary."""
+    config, kind, labels = read_finetuned(folder)
+    if kind is not task.kind:
+        what = f"it is a ...For{kind.hub_name}, not a ...For{task.kind.hub_name}"
+        raise UserError(f"{folder} was not fine-tuned for {task.name} ({what}): give a teacher that was")
+    if kind is Classifier:
+        label_order(folder, labels, task)
+    if Tokenizer.load(folder).digest != tokenizer.digest:
+        raise UserError(f"{folder} and the student have different vocabularies: they must agree word for word")
+    check_vocabulary(f"teacher {folder}", config, tokenizer)
+    check_pairs(f"the teacher {folder}", config, task)
+
+
+def load_teachers(folders, task):
+    """Returns a task's teachers, frozen, with their labels in the task's order; see `check_teacher`."""
     models = []
-    for parent in folders:
-        folder = pathlib.Path(parent) / task.name
-        folder = folder if folder.is_dir() else pathlib.Path(parent)
+    for folder in find_teachers(folders, task):
         model, labels = load_finetuned(folder)
-        if type(model) is not task.kind or labels != tuple(task.labels):
-            raise UserError(f"{folder} was not fine-tuned for {task.name}: give a teacher that was")
-        if Tokenizer.load(folder).digest != tokenizer.digest:
-            raise UserError(f"{folder} and the student have different vocabularies: they must agree word for word")
+        check_positions(f"the teacher {folder}", model.config, task)
+        if type(model) is Classifier:
+            order = label_order(folder, labels, task)
+            state = {name: t[order] if name.startswith("classify.") else t for name, t in model.state_dict().items()}
+            model.load_state_dict(state, assign=True)
         models.append(model.requires_grad_(False))
     return models
 
@@ -92,7 +128,7 @@ def ensemble(logits, tau):
 def teacher_logits(folders, task, tokenizer, tau, device):
     """Returns the `ensemble` of the teachers' logits on each training item; prints their dev scores."""
     logits = []
-    for teacher in load_teachers(folders, task, tokenizer):
+    for teacher in load_teachers(folders, task):
         logits.append(predict(teacher.to(device), task.train[0], tokenizer.pad_id, device))
         dev_logits = [predict(teacher, split, tokenizer.pad_id, device) for split in task.dev]
         print(f"{task.name}: the teacher's dev score is {task.evaluate(dev_logits)['score']:.2f}", flush=True)

@@ -86,8 +86,8 @@ def load_pretrained(folder, kind, outputs, seed=0):
     return weights.fill(folder, model, source, names, fresh).train()
 
 
-def load_finetuned(folder):
-    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, and its label names."""
+def read_finetuned(folder):
+    """Returns (Config, Classifier or SpanReader, label names) of a fine-tuned folder, from its config.json."""
     config = weights.read_config(folder)
     values = weights.read_json(pathlib.Path(folder) / "config.json")
     architecture = str((values.get("architectures") or [""])[0])
@@ -97,7 +97,12 @@ def load_finetuned(folder):
     labels = values.get("id2label") or {}
     if not isinstance(labels, dict) or set(labels) != {str(i) for i in range(len(labels))}:
         raise UserError(f"{folder}/config.json: id2label does not count 0, 1, 2, ...: correct it")
-    labels = tuple(labels[str(i)] for i in range(len(labels)))
+    return config, kind, tuple(str(labels[str(i)]) for i in range(len(labels)))
+
+
+def load_finetuned(folder):
+    """Returns (model, labels) of a fine-tuned folder: a Classifier or SpanReader in eval mode, its labels' names."""
+    config, kind, labels = read_finetuned(folder)
     with torch.device("meta"):
-        model = kind(config, len(labels) or 2)
+        model = kind(config, len(labels) if labels and kind is Classifier else 2)
     return weights.fill(folder, model, *weights.named_weights(folder, model)).eval(), labels

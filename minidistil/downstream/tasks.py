@@ -11,6 +11,7 @@
 
 import hashlib
 import pathlib
+import typing
 
 import numpy as np
 import torch
@@ -22,6 +23,39 @@ from minidistil.errors import UserError
 from minidistil.rng import mix
 
 SEQ_LEN = {"imdb": 512, "squad": 384}  # tokens; 128 elsewhere, as published for GLUE
+
+
+class Outline(typing.NamedTuple):
+    """What is known of a task without its data; it decides whether a model fits the task."""
+
+    name: str
+    kind: type  # of its model
+    labels: tuple
+    pair: bool  # of texts, the second of which has token type 1
+
+
+def outline(name):
+    """Returns the Outline of the task of this name."""
+    if name == "squad":
+        return Outline(name, SpanTask.kind, SpanTask.labels, pair=True)
+    task = glue.TASKS[name]
+    return Outline(name, SentenceTask.kind, task.labels or ("score",), task.pair)
+
+
+def check_pairs(role, config, task):
+    """Raises UserError where a model has no second token type, which a task of pairs needs."""
+    if task.pair and config.token_types == 1:
+        raise UserError(
+            f"{role} has one token type (type_vocab_size 1), {task.name} needs two for its pairs of texts: "
+            "use a model that has two, or a --task of single texts"
+        )
+
+
+def check_positions(role, config, task):
+    """Raises UserError where an item of a task (with its data) is longer than a model reads."""
+    longest = max(len(ids) for items in (task.train[0], *task.dev) for ids, _ in items)
+    if longest > config.positions:
+        raise UserError(f"{role} has {config.positions} positions: use --seq-len {config.positions} or less")
 
 
 def subsample(examples, limit):
