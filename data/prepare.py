@@ -52,10 +52,13 @@ class Settings:
     out: str = option(None, "folder to write; must not exist", required=True)
     val_share: float = option(0.01, "share of the documents that is held out")
     workers: int = option(None, "processes (default: the cores of this computer)")
-    field: str = option("text", "field of .jsonl, column of .tsv files that holds the text")
+    field: str = option(
+        "text", "field of .jsonl and .json, column of .tsv, .csv and .parquet files that holds the text"
+    )
+    encoding: str = option("utf-8", "of the text files, such as latin-1 or cp1252")
 
 
-def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True):
+def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True, encoding="utf-8"):
     """Writes the folder `out` from `sources` of text (see data/sources.py), tokenised with `vocab`; returns its meta.
 
     Raises UserError or OSError; `out` then does not exist, and what stood there before is as it was.
@@ -65,12 +68,12 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is not between 0 and 1: 0.01 holds out one document in a hundred")
     tokenizer = Tokenizer.load(vocab)
-    size = text_sources.check(sources)
+    size, found = text_sources.check(sources), text_sources.files_of(sources)
 
     def encode_all(threshold):
         silent = None if progress else True  # None: silent unless a person looks on
         with tqdm.tqdm(total=size or None, unit="B", unit_scale=True, disable=silent, leave=False) as bar:
-            return _encode(text_sources.batches(sources, field), tokenizer, threshold, workers, folder, bar)
+            return _encode(text_sources.batches(sources, field, encoding), tokenizer, threshold, workers, folder, bar)
 
     with _building(out) as folder:
         tokenizer.save(folder, "bert")
@@ -88,6 +91,7 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
             "bytes": {"train": train.bytes, "val": val.bytes},
             "sha256": {name: files.sha256(folder / name) for name in ("train.bin", "val.bin", "counts.npy")},
             "sources": sources,
+            **({"files": found} if any(found.values()) else {}),
             "created by": f"minidistil {__version__}",
         }
         stored = meta["sha256"]["train.bin"], meta["sha256"]["val.bin"], Tokenizer.load(folder).digest
@@ -231,7 +235,12 @@ def main(argv):
         from minidistil import hub  # brings PyTorch, whose memory preparing does without
 
         vocab = hub.resolve(settings.vocab)
-    meta = prepare(settings.source, vocab, settings.out, settings.val_share, settings.workers, settings.field)
+    sources = text_sources.paths_first(settings.source)
+    meta = prepare(
+        sources, vocab, settings.out, settings.val_share, settings.workers, settings.field, encoding=settings.encoding
+    )
+    if left_out := text_sources.described(meta.get("files", {"read": {}, "skipped": {}})):
+        print(left_out)
     seconds = time.perf_counter() - started
     summary = {
         "out": settings.out,

@@ -22,10 +22,10 @@ def dropped_links(header):
 def articles(payload):
     """Returns the text of each article among some `<page>` elements; `payload` is (path, XML bytes, dropped_links)."""
     path, data, dropped = payload
-    pages = data[max(data.find(b"<page"), 0) :].decode("utf-8", "replace")
     try:
+        pages = data[max(data.find(b"<page"), 0) :].decode("utf-8")
         root = xml.etree.ElementTree.fromstring(f"<pages>{pages}</pages>")
-    except xml.etree.ElementTree.ParseError as error:
+    except (UnicodeDecodeError, xml.etree.ElementTree.ParseError) as error:
         raise UserError(f"{path} is not a MediaWiki dump ({error}): fetch it again") from None
     documents = []
     for page in root:
