@@ -698,6 +698,29 @@ def test_wiki_markup_becomes_text():
     assert wikipedia.plain(MARKUP, frozenset({"file", "category", "datei"})) == PLAIN
 
 
+@pytest.mark.parametrize(
+    ("markup", "shown"),
+    [
+        ("{{formatnum:3456}} people, {{FORMATNUM:-10}}&nbsp;degrees", "3456 people, -10 degrees"),
+        ("{{formatnum:{{num|1234.5}}|R}} and {{formatnum|7}}", "1234.5 and 7"),
+        ("{{convert|5|km|mi|abbr=on}}, {{cvt|2|-|3|ft}}, {{convert|3|x|4|m}}", "5 km, 2 to 3 ft, 3 by 4 m"),
+        ("{{nowrap|10 {{small|of [[ten|10]]}}}}, {{nowrap|1=a = b}}", "10 of 10, a = b"),
+        ("{{quote|To be {{!}} not|Hamlet}} {{Blockquote|text=I came.|author=Caesar}}", "To be not I came."),
+        ("the {{abbr|UN|United Nations}}, {{tooltip|here|there}}", "the UN, here"),
+        ("{{lang|fr|bon mot}}, {{lang-de|Wort}}, {{langx|it|parola|a word}}", "bon mot, Wort, parola"),
+        ("{{frac|1|2}}, {{frac|3|1|2}}, {{sfrac|2}}, {{half}}", "1/2, 3 1/2, 1/2, 1/2"),
+        (
+            "{{val|3.5|u=kg}}, {{US$|20}}, {{circa|1066}}, {{As of|2010}}, 5{{times}}6, 1{{spaced_ndash}}2",
+            "3.5 kg, US$20, c. 1066, As of 2010, 5×6, 1 – 2",
+        ),
+        ("It is{{citation needed|date=May 2020}} so.{{sfn|Smith|2001}}{{main|Rome}}", "It is so."),
+        ("a {{nowrap}} b {{convert}} c {{frac}} d {{quote|}}", "a b c d"),
+    ],
+)
+def test_what_templates_show_stays(markup, shown):
+    assert wikipedia.plain(markup) == shown
+
+
 @pytest.mark.parametrize("broken", ["[[open", "{{open", "text ]] and }} stay", "{|\n| cell\nx", "<ref>open", "<math>"])
 def test_unclosed_markup_does_not_swallow_the_article(broken):
     assert wikipedia.plain(f"{broken}\nThe rest is read.").endswith("The rest is read.")
