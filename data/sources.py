@@ -34,9 +34,7 @@ _OPENERS = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": lambda raw: (
-        _package("zstandard", ".zst files").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    ),
+    ".zst": lambda raw: _package("backports.zstd", ".zst files").ZstdFile(raw),
 }
 _TEXT_ENDINGS = (".txt", ".jsonl", ".json", ".tsv", ".csv", ".parquet", ".zip", *_OPENERS)
 _NO_TEXT = set(
@@ -117,7 +115,7 @@ def _check_ending(path):
     inner = pathlib.Path(path[: -len(_ending(path))]) if _ending(path) in _OPENERS else pathlib.Path(path)
     if inner.suffix.lower() in _NO_TEXT:
         raise UserError(f"{path} is not text ({inner.suffix}): convert it to .txt, or leave it out")
-    for ending, package in ((".parquet", "pyarrow"), (".zst", "zstandard")):
+    for ending, package in ((".parquet", "pyarrow"), (".zst", "backports.zstd")):
         if path.lower().endswith(ending):
             _package(package, f"{ending} files")
 
@@ -235,9 +233,10 @@ def _whole(path):
     """Turns what the readers of compressed files raise for damaged ones into a UserError."""
     try:
         yield
-    except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:
         # gzip and bz2 report damage as EOFError, zlib.error, or OSError without an errno
-        if isinstance(error, OSError) and error.errno is not None:
+        damaged = EOFError | zlib.error | lzma.LZMAError | zipfile.BadZipFile | OSError
+        if not isinstance(error, damaged) and type(error).__name__ != "ZstdError" or getattr(error, "errno", None):
             raise
         raise UserError(f"{path} is damaged ({error}): fetch or compress it again") from None
 
@@ -416,7 +415,7 @@ def _parquet(path, field):
     """Yields the text in one column of a .parquet file."""
     pyarrow = _package("pyarrow.parquet", ".parquet files")
     try:
-        file = pyarrow.ParquetFile(path)
+        file = pyarrow.ParquetFile(pathlib.Path(path).open("rb"))  # it takes no name that is not UTF-8
     except Exception as error:  # pyarrow has its own kinds
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from None
     names = file.schema_arrow.names

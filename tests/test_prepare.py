@@ -453,12 +453,12 @@ def test_a_zip_archive(tmp_path, vocab):
         ("x.html.gz", "is not text"),
         ("x.tar.gz", "is not text"),
         ("x.parquet", "pip install pyarrow"),
-        ("x.txt.zst", "pip install zstandard"),
+        ("x.txt.zst", "pip install backports.zstd"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, vocab, monkeypatch, name, message):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / name).write_bytes(b"a cat\nthe dog\n")
