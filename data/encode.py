@@ -21,14 +21,15 @@ def encoder(tokenizer):
     Documents without tokens, such as blank lines, are skipped.
     """
     dtype = token_dtype(len(tokenizer.vocab))
+    spaced = any(_SPACE.search(token.content) for token in tokenizer.added)  # a cut could part them
 
     def encode(batch):
         hashes, sizes, ids = [], [], []
         for text in map(str.strip, batch.read(batch.payload)):
-            document = tokenizer.encode_documents(pieces(text))
+            document = tokenizer.encode_documents([text] if spaced else pieces(text))
             if len(document) == 0:
                 continue
-            if len(text) > PIECE:  # [SEP] after each piece: only the last one stays
+            if len(text) > PIECE and not spaced:  # [SEP] after each piece: only the last one stays
                 document = np.append(document[document != tokenizer.sep_id], document[-1])
             ids.append(document)
             data = text.encode("utf-8", "replace")  # JSON and Python strings can contain half a surrogate pair

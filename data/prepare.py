@@ -51,10 +51,13 @@ class Settings:
     out: str = option(None, "folder to write; must not exist", required=True)
     val_share: float = option(0.01, "share of held-out documents")
     workers: int = option(None, "processes (default: the cores of this computer)")
-    field: str = option("text", "field of .jsonl files, or column of .tsv files, with the text")
+    field: str = option(
+        "text", "field of .jsonl and .json, column of .tsv, .csv and .parquet files that holds the text"
+    )
+    encoding: str = option("utf-8", "of the text files, such as latin-1 or cp1252")
 
 
-def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True):
+def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", progress=True, encoding="utf-8"):
     """Writes the folder `out` from `sources` of text (see data/sources.py), tokenised with `vocab`; returns its meta.
 
     Raises UserError or OSError; then `out` is unchanged.
@@ -64,12 +67,12 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
     if not 0 < val_share < 1:
         raise UserError(f"--val-share {val_share} is not between 0 and 1: 0.01 holds out one document in a hundred")
     tokenizer = Tokenizer.load(vocab)
-    size = text_sources.check(sources)
+    size, found = text_sources.check(sources), text_sources.files_of(sources)
 
     def encode_all(threshold):
         silent = None if progress else True  # None: silent unless stderr is a terminal
         with tqdm.tqdm(total=size or None, unit="B", unit_scale=True, disable=silent, leave=False) as bar:
-            return _encode(text_sources.batches(sources, field), tokenizer, threshold, workers, folder, bar)
+            return _encode(text_sources.batches(sources, field, encoding), tokenizer, threshold, workers, folder, bar)
 
     with _building(out) as folder:
         tokenizer.save(folder, "bert")
@@ -87,6 +90,7 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
             "bytes": {"train": train.bytes, "val": val.bytes},
             "sha256": {name: files.sha256(folder / name) for name in ("train.bin", "val.bin", "counts.npy")},
             "sources": sources,
+            **({"files": found} if any(found.values()) else {}),
             "created by": f"minidistil {__version__}",
         }
         stored = meta["sha256"]["train.bin"], meta["sha256"]["val.bin"], Tokenizer.load(folder).digest
@@ -230,7 +234,12 @@ def main(argv):
         from minidistil import hub  # imports PyTorch, whose memory is not needed otherwise
 
         vocab = hub.resolve(settings.vocab)
-    meta = prepare(settings.source, vocab, settings.out, settings.val_share, settings.workers, settings.field)
+    sources = text_sources.paths_first(settings.source)
+    meta = prepare(
+        sources, vocab, settings.out, settings.val_share, settings.workers, settings.field, encoding=settings.encoding
+    )
+    if left_out := text_sources.described(meta.get("files", {"read": {}, "skipped": {}})):
+        print(left_out)
     seconds = time.perf_counter() - started
     summary = {
         "out": settings.out,

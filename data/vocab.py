@@ -46,7 +46,10 @@ class Settings:
     cased: bool = option(False, "keep capitals and accents")
     sample_bytes: int = option(500_000_000, "stop reading after so many bytes of text")
     workers: int = option(None, "processes (default: the cores of this computer)")
-    field: str = option("text", "field of .jsonl files, or column of .tsv files, with the text")
+    field: str = option(
+        "text", "field of .jsonl and .json, column of .tsv, .csv and .parquet files that holds the text"
+    )
+    encoding: str = option("utf-8", "of the text files, such as latin-1 or cp1252")
 
 
 def learn(counts, size, tokenizer):
@@ -151,17 +154,17 @@ def counter(tokenizer):
     return count
 
 
-def count_words(sources, tokenizer, sample_bytes, workers, field):
+def count_words(sources, tokenizer, sample_bytes, workers, field, encoding="utf-8"):
     """Returns (word counts, word counts of held-out documents) of the first `sample_bytes` of text."""
     size = text_sources.check(sources)
 
     def sample():
-        read = 0
-        for batch in text_sources.batches(sources, field):
+        taken = 0
+        for batch in text_sources.batches(sources, field, encoding):
             yield batch
             bar.update(batch.progress)
-            read += batch.weight
-            if read >= sample_bytes:
+            taken += batch.weight
+            if taken >= sample_bytes:
                 return
 
     totals = collections.Counter(), collections.Counter()
@@ -179,9 +182,12 @@ def main(argv):
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} already exists, and models may depend on it: choose another --out")
     splitter = Tokenizer(list(SPECIAL_TOKENS.values()), lowercase=not settings.cased)
+    sources = text_sources.paths_first(settings.source)
     counts, held_out = count_words(
-        settings.source, splitter, settings.sample_bytes, cores(settings.workers), settings.field
+        sources, splitter, settings.sample_bytes, cores(settings.workers), settings.field, settings.encoding
     )
+    if left_out := text_sources.described(text_sources.files_of(sources)):
+        print(left_out)
     vocab = learn(counts, settings.size, splitter)
     if out.suffix == ".txt":
         files.write_text(out, "".join(f"{token}\n" for token in vocab))

@@ -22,10 +22,10 @@ def dropped_links(header):
 def articles(payload):
     """Returns the texts of the articles in some `<page>` elements; `payload` is (path, XML bytes, dropped_links)."""
     path, data, dropped = payload
-    pages = data[max(data.find(b"<page"), 0) :].decode("utf-8", "replace")
     try:
+        pages = data[max(data.find(b"<page"), 0) :].decode("utf-8")
         root = xml.etree.ElementTree.fromstring(f"<pages>{pages}</pages>")
-    except xml.etree.ElementTree.ParseError as error:
+    except (UnicodeDecodeError, xml.etree.ElementTree.ParseError) as error:
         raise UserError(f"{path} is not a MediaWiki dump ({error}): fetch it again") from None
     documents = []
     for page in root:
@@ -103,16 +103,66 @@ def _link(text, dropped):
     return label or target.lstrip(":")
 
 
+_FIRST = set(  # templates that show their first argument
+    """formatnum num val nowrap nobr j small smaller big larger abbr abbrlink tooltip nihongo nihongo2 quote blockquote
+    quotation cquote rquote quote_box bquote sic angbr strong em b i italic smallcaps sc sc2 sup sub mvar math var
+    underline u kbd code typo ill interlanguage_link illm visible_anchor vanchor tq linktext nts number""".split()
+)
+_LAST = set("lang langx transl transliteration translit script color colour font_color colored_text".split())
+_FIXED = {
+    "nbsp": " ", "space": " ", "spaced ndash": " – ", "snd": " – ", "spnd": " – ", "ndash": "–", "mdash": "—", "'": "'",
+    "'s": "'s", "=": "=", "·": " · ", "•": " • ", "minus": "−", "times": "×", "degree": "°", "ellipsis": "...",
+    "pi": "π", "mu": "µ", "prime": "′", "pprime": "″", "half": "1/2",
+}  # fmt: skip
+_PREFIXES = {"us$": "US$", "usd": "US$", "$": "$", "gbp": "£", "£": "£", "eur": "€", "€": "€", "inr": "₹", "¥": "¥",
+             "circa": "c. ", "c.": "c. ", "as of": "As of "}  # fmt: skip
+_RANGES = {"to": "to", "-": "to", "–": "to", "to(-)": "to", "and": "and", "and(-)": "and", "or": "or", "x": "by",
+           "by": "by", "×": "by", "+/-": "±", "±": "±"}  # fmt: skip
+_PARSER_FUNCTION = re.compile(r"(?:formatnum|uc|lc|ucfirst|lcfirst):(.*)", re.IGNORECASE | re.DOTALL)  # MediaWiki's
+_NAME_OF_ARGUMENT = re.compile(r"([\w -]*)=(.*)", re.DOTALL)
+
+
 def _template(text):
-    """Returns the text of a few templates that occur inside sentences; "" for other templates."""
+    """Returns what a template shows inside a sentence; "" for an unknown template."""
     name, *arguments = (part.strip() for part in text.split("|"))
-    arguments = [argument for argument in arguments if "=" not in argument]
-    name = name.lower()
+    if function := _PARSER_FUNCTION.match(name):
+        return function[1].strip()
+    name, shown, named = name.lower().replace("_", " "), [], {}
+    for argument in arguments:
+        if key := _NAME_OF_ARGUMENT.match(argument):
+            named[key[1].strip()] = key[2].strip()
+        else:
+            shown.append(argument)
+    shown += [named[key] for key in ("1", "2", "3", "text", "quote") if named.get(key)]
+    if name in _FIXED or not shown:
+        return _FIXED.get(name, "")
     if name in ("convert", "cvt"):
-        return " ".join(arguments[:2])
-    if name in ("lang", "transl", "transliteration", "nowrap", "nobr", "small", "nihongo") and arguments:
-        return arguments[-1] if name != "nihongo" else arguments[0]
-    return {"nbsp": " ", "spaced ndash": " – ", "snd": " – ", "ndash": "–", "mdash": "—", "'": "'"}.get(name, "")
+        return _quantity(shown)
+    if name in ("frac", "fraction", "sfrac"):
+        return _fraction(shown)
+    if name in _PREFIXES:
+        return _PREFIXES[name] + shown[0]
+    if name.replace(" ", "_") in _LAST:
+        return shown[-1] if name not in ("lang", "langx") else shown[min(1, len(shown) - 1)]
+    if name.replace(" ", "_") in _FIRST or re.fullmatch("lang-[a-z-]+", name):  # {{lang-fr|mot}}
+        return f"{shown[0]} {named.get('u', named.get('ul', '')) if name == 'val' else ''}".strip()
+    return ""
+
+
+def _quantity(arguments):
+    """Returns the quantity that {{convert}} is given, and its unit: "5 km", "2 to 3 ft"."""
+    first, *rest = arguments
+    shown = [first]
+    while len(rest) > 1 and rest[0] in _RANGES:
+        shown += [_RANGES[rest[0]], rest[1]]
+        rest = rest[2:]
+    return " ".join(shown + rest[:1])
+
+
+def _fraction(arguments):
+    """Returns {{frac|1|2}} as "1/2", {{frac|3|1|2}} as "3 1/2" and {{frac|2}} as "1/2"."""
+    *whole, above, below = ["1", *arguments] if len(arguments) == 1 else arguments[:3]
+    return " ".join([*whole, f"{above}/{below}"])
 
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")

@@ -7,6 +7,7 @@ refusal of unknown flags from it. Exit codes: 0 success, 2 a wrong command line,
 import argparse
 import dataclasses
 import errno
+import io
 import os
 import sys
 
@@ -85,6 +86,8 @@ def run_script(main, argv=None, in_ranks=False):
         launcher.forget()
     argv = sys.argv[1:] if argv is None else argv
     program = os.path.basename(sys.argv[0])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be no text
     try:
         sys.exit(main(argv) or 0)
     except (UserError, OSError, MemoryError) as error:

@@ -43,15 +43,16 @@ def sync_folder(folder):
         os.close(descriptor)
 
 
-def write_text(path, text):
+def write_text(path, text, errors="strict"):
     """Writes `text` as UTF-8, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors=errors, newline="\n")
 
 
 def write_json(path, value):
     """Writes `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text, "backslashreplace")  # half a surrogate pair, as in a path that is not UTF-8: "\\udce9"
 
 
 def sha256(path):

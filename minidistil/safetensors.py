@@ -12,6 +12,7 @@ import math
 import os
 import re
 
+import numpy as np
 import torch
 
 from minidistil.errors import UserError
@@ -52,7 +53,7 @@ def read_safetensors(path, checksum=False):
         metadata, entries = _parse_header(header, size - 8 - length)
     except ValueError as error:
         raise damaged(path, error) from None
-    data = torch.from_file(os.fspath(path), shared=False, size=size, dtype=torch.uint8)
+    data = torch.from_numpy(np.memmap(path, mode="c"))  # torch.from_file takes no name that is not UTF-8
     if checksum:
         _verify(path, start + header, data[8 + length :], metadata.get("sha256", ""))
     tensors = {}

@@ -14,6 +14,7 @@ A cache makes it fast: most chunks of a text occurred before and cost one look-u
 """
 
 import array
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -24,13 +25,19 @@ import numpy as np
 
 from minidistil.errors import UserError
 from minidistil.files import write_json, write_text
+from minidistil.tokenizer_files import (
+    LONGEST_WORD,
+    SPECIAL_TOKENS,
+    added_tokens_json,
+    read_folder,
+    read_vocab,
+    tokenizer_json,
+)
 
-SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
 CACHE_ENTRIES = 2**19  # 90 MB when full of words; IMDb, 33 million characters, has 281 thousand different chunks
 CACHED_LENGTH = 32  # characters; longer chunks hardly repeat, and the cache must stay small on any text
+CASED = 0.1  # share of words with capitals above which a vocabulary is cased; bert-base-cased has 0.31
 
-_SPECIAL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS.values())) + ")")
 _NO_SPACE_BEFORE = (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")  # in decoded text
 
 # str.split() splits at these control characters, BERT drops them: "a\x0bb" is one word
@@ -58,6 +65,7 @@ _NOT_PUNCTUATION = _characters(
     "61D 9FD-A76 C77-C84 1B4E-1B4F 1B7D-1B7F 2E43-2E63 10D6E-10F89 113D4-1145D 11660-116B9 1183B-11FFF 12FF1-12FF2 "
     "16D6D-16FE2 1E5FF-1E95F"
 )
+_OTHER_WORD = _characters("200C-200D 24B6-24E9 1F130-1F149 1F150-1F169 1F170-1F189")  # joiners, letters in circles
 _NOT_CONTROL = _characters("890-8E2 110CD-1343F")
 _STILL_MARK = "\u1734\U0001171e"  # today Mc
 _STILL_PUNCTUATION = "\u166d\U000111c9"  # today So and Mn
@@ -115,17 +123,52 @@ class _Cache(dict):
         return value
 
 
+class _Matcher:
+    """Finds tokens in a text, the longest of the leftmost; of equal ones the first counts."""
+
+    def __init__(self, tokens):
+        self.tokens = {}  # content -> (id, single_word)
+        for content, i, single_word in tokens:
+            self.tokens.setdefault(content, (i, single_word))
+        longest_first = sorted(filter(None, self.tokens), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def split(self, text):
+        """Yields (id, start, end) of all parts of the text; the id is None between the tokens."""
+        last = 0
+        for match in self._pattern.finditer(text):
+            i, single_word = self.tokens[match[0]]
+            start, end = match.span()
+            if single_word and (_in_word(text[start - 1 : start]) or _in_word(text[end : end + 1])):
+                continue
+            if start > last:
+                yield None, last, start
+            yield i, start, end
+            last = end
+        if last < len(text):
+            yield None, last, len(text)
+
+
+def _in_word(c):
+    r"""Returns whether the crate's `\w` matches this character; "" is none."""
+    category = unicodedata.category(c) if c else ""
+    return category[:1] in ("L", "M") or category in ("Nd", "Nl", "Pc") or bool(_OTHER_WORD.match(c))
+
+
 class Tokenizer:
     """A WordPiece vocabulary with its normalisation.
 
     vocab: tokens in the order of their ids. lowercase, strip_accents (None: as lowercase) and chinese (space around CJK
-    characters) affect the ids; max_length is the longest sequence of the model. Raises UserError where the vocabulary
-    lacks a special token or repeats it. For any other duplicate the last line applies, as in other implementations.
+    characters) affect the ids; max_length is the longest sequence of the model. added: AddedTokens; those that the
+    vocabulary lacks follow its last id. Raises UserError where the vocabulary lacks a special token or repeats it. For
+    any other duplicate the last line applies, as in other implementations.
     """
 
-    def __init__(self, vocab, lowercase=True, strip_accents=None, chinese=True, max_length=512):
-        self.vocab = list(vocab)
+    def __init__(self, vocab, lowercase=True, strip_accents=None, chinese=True, max_length=512, added=()):
+        self.base = list(vocab)  # the entries that WordPiece makes
+        self.vocab = self.base + [token.content for token in added if token.content not in set(self.base)]
         self.ids = {token: i for i, token in enumerate(self.vocab)}
+        self.added = sorted(added, key=lambda token: self.ids[token.content])
         for name, token in SPECIAL_TOKENS.items():
             count = self.vocab.count(token)
             if count != 1:
@@ -136,50 +179,55 @@ class Tokenizer:
         self.strip_accents = bool(lowercase if strip_accents is None else strip_accents)
         self.chinese = bool(chinese)
         self.max_length = max_length
-        self._first = {token: i for token, i in self.ids.items() if len(token) <= LONGEST_WORD}
-        self._later = {token[2:]: i for token, i in self.ids.items() if token.startswith("##")}
+        ids = {token: i for i, token in enumerate(self.base)}
+        self._first = {token: i for token, i in ids.items() if len(token) <= LONGEST_WORD}
+        self._later = {token[2:]: i for token, i in ids.items() if token.startswith("##")}
         self._longest = max(map(len, self.vocab))
         self._clean = _Table(self._clean_character)
         self._fold = _Table(self._fold_character)
+        self._unspaced = _Table(self._fold_without_spaces)
+        raw = [(token.content, self.ids[token.content], token.single_word) for token in self._matched(False)]
+        special = [(token, self.ids[token], False) for token in SPECIAL_TOKENS.values()]
+        self._raw, self._prompt = _Matcher(raw), _Matcher(special + raw)
+        self._normalised = _Matcher(
+            (self._normalise(token.content, self._unspaced), self.ids[token.content], token.single_word)
+            for token in self._matched(True)
+        )
         self._cache = _Cache(self._pack, CACHE_ENTRIES)  # chunk -> its ids as the bytes of uint32
         self._located = _Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 
     def __reduce__(self):  # a worker process starts with an empty cache
-        return Tokenizer, (self.vocab, self.lowercase, self.strip_accents, self.chinese, self.max_length)
+        return Tokenizer, (
+            self.base, self.lowercase, self.strip_accents, self.chinese, self.max_length, self.added,
+        )  # fmt: skip
+
+    def _matched(self, normalized):
+        return [token for token in self.added if token.normalized == normalized]
 
     @classmethod
     def load(cls, path):
-        """Reads a vocabulary file, or a model's folder: vocab.txt or tokenizer.json, and tokenizer_config.json.
+        """Reads a vocabulary file, or a model's folder: vocab.txt or tokenizer.json, and what stands beside them.
 
-        A file named vocab.txt stands for its folder. Settings come from tokenizer_config.json, else from
-        tokenizer.json, else text is lowercased unless the vocabulary has tokens with capitals. Raises UserError where a
-        file is missing, damaged, contradicts another or is not BERT's.
+        A file named vocab.txt stands for its folder. As in transformers, the tokenizer's class decides where settings
+        come from: tokenizer_config.json for BertTokenizer, else tokenizer.json. With a vocabulary alone, text is
+        lowercased unless a tenth of its words have capitals. Raises UserError where a file is missing, damaged,
+        contradicts another or is not BERT's.
         """
         path = pathlib.Path(path)
         if not path.exists():
             raise UserError(f"there is no {path}: name a vocab.txt or a folder that holds one")
-        ids, settings = None, {}
-        if path.is_dir() or path.name == "vocab.txt":
-            folder = path if path.is_dir() else path.parent
-            path = folder / "vocab.txt"
-            if (folder / "tokenizer.json").exists():
-                ids, settings = _read_tokenizer_json(folder / "tokenizer.json")
-            if (folder / "tokenizer_config.json").exists():
-                settings |= _read_tokenizer_config(folder / "tokenizer_config.json")
-        if path.exists():
-            vocab = _read(path).removesuffix("\n").split("\n")
-            if ids is not None and ids != {token: i for i, token in enumerate(vocab)}:
-                raise UserError(f"{path} and tokenizer.json disagree: remove the one that is not the model's")
-        elif ids is not None:
-            path = folder / "tokenizer.json"
-            vocab = sorted(ids, key=ids.get)
-            if [ids[token] for token in vocab] != list(range(len(vocab))):
-                raise UserError(f"{path}: its ids are not 0, 1, 2, ...: add the model's vocab.txt")
+        folder = path if path.is_dir() else path.parent if path.name == "vocab.txt" else None
+        settings = {}
+        if folder is None:
+            vocab = read_vocab(path)
         else:
-            raise UserError(f"{folder} holds neither vocab.txt nor tokenizer.json: add the model's vocabulary")
-        capitals = any(token != token.lower() for token in vocab if not token.startswith("["))
+            path, vocab, settings = read_folder(folder)
+        if all(token.content in vocab for token in settings.get("added", ())):  # no token has an id after them
+            vocab = "\n".join(vocab).rstrip("\n").split("\n")  # without blank lines at the end of the file
+        words = [token for token in vocab if not token.startswith("[") and token.lower() != token.upper()]
+        capitals = sum(token != token.lower() for token in words)
         try:
-            return cls(vocab, **{"lowercase": not capitals} | settings)
+            return cls(vocab, **{"lowercase": capitals <= CASED * len(words)} | settings)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -199,19 +247,26 @@ class Tokenizer:
             "model_max_length": self.max_length,
             **special,
         }
-        write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.vocab))
+        if self.added:
+            config["added_tokens_decoder"] = {token.pop("id"): token for token in added_tokens_json(self)}
+        write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.base))
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer.json", _tokenizer_json(self, strip_accents))
+        write_json(folder / "tokenizer.json", tokenizer_json(self, strip_accents))
 
     @property
     def digest(self):
-        """SHA-256 of everything that affects ids: the vocabulary, lowercase, strip_accents and chinese."""
-        state = [self.vocab, self.lowercase, self.strip_accents, self.chinese]
+        """SHA-256 of everything that affects ids: vocabulary, lowercase, strip_accents, chinese, added tokens."""
+        state = [self.base, self.lowercase, self.strip_accents, self.chinese]
+        if self.added:
+            state.append([dataclasses.astuple(token) for token in self.added])
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def encode(self, text):
-        """Returns the ids (a list) of plain text: no special tokens, and a literal "[SEP]" is three tokens."""
+        """Returns the ids (a list) of plain text: no special tokens, and a literal "[SEP]" is three tokens.
+
+        An added token in the text, such as "<url>" in some vocabularies, is one.
+        """
         return memoryview(self._encode(text)).cast("I").tolist()
 
     def encode_with_offsets(self, text):
@@ -221,14 +276,30 @@ class Tokenizer:
         character that normalisation drops, such as a combining accent, belongs to a piece only inside it; several
         pieces of one character ("한" is three) have the same offsets.
         """
-        ids, starts, ends = [], [], []
+        located = []
+        for token, start, end in self._raw.split(text) if self.added else [(None, 0, len(text))]:
+            if token is not None:
+                located.append((token, start, end))
+            elif not self._normalised.tokens:
+                located += self._locate_plain(text[start:end], start)
+            else:
+                located += self._locate_normalised(text[start:end], start)
+        return tuple(map(list, zip(*located, strict=True))) or ([], [], [])
+
+    def _locate_plain(self, text, offset):
+        """Yields (id, start, end) of each piece of a text at `offset` without added tokens."""
         for chunk in _CHUNK.finditer(text):
-            offset = chunk.start()
+            place = offset + chunk.start()
             for i, start, end in self._located[chunk[0]]:
-                ids.append(i)
-                starts.append(offset + start)
-                ends.append(offset + end)
-        return ids, starts, ends
+                yield i, place + start, place + end
+
+    def _locate_normalised(self, text, offset):
+        """Yields (id, start, end) of each piece of a text at `offset` in which added tokens may be normalised."""
+        normal, places = self._spread(text, self._unspaced)
+        for token, start, end in self._normalised.split(normal):
+            part = [(token, start, end)] if token is not None else self._locate_plain(normal[start:end], start)
+            for i, first, last in part:
+                yield i, offset + places[first], offset + places[last - 1] + 1
 
     def encode_documents(self, texts):
         """Returns the ids of all texts in one uint32 array, with [SEP] after each text that has ids."""
@@ -237,10 +308,8 @@ class Tokenizer:
 
     def encode_prompt(self, text):
         """Returns [CLS] text [SEP] as ids (a list); special tokens in the text, such as [MASK], keep their meaning."""
-        ids = [self.cls_id]
-        for part in _SPECIAL_TOKEN.split(text):
-            ids += [self.ids[part]] if _SPECIAL_TOKEN.fullmatch(part) else self.encode(part)
-        return ids + [self.sep_id]
+        ids = b"".join(self._encode_parts(text, self._prompt))
+        return [self.cls_id, *memoryview(ids).cast("I").tolist(), self.sep_id]
 
     def decode(self, ids):
         """Returns readable text: pieces joined, no space before closing punctuation."""
@@ -254,7 +323,26 @@ class Tokenizer:
         return "".join(parts)
 
     def _encode(self, text):
-        """Returns the ids of plain text as the bytes of uint32."""
+        """The ids of plain text as the bytes of uint32."""
+        if self.added:
+            return b"".join(self._encode_parts(text, self._raw))
+        return self._encode_plain(text)
+
+    def _encode_parts(self, text, matcher):
+        """Yields the ids of a text in which `matcher` finds tokens, part by part, as the bytes of uint32."""
+        for token, start, end in matcher.split(text):
+            if token is not None:
+                yield array.array("I", [token]).tobytes()
+            elif not self._normalised.tokens:
+                yield self._encode_plain(text[start:end])
+            else:
+                normal = self._normalise(text[start:end], self._unspaced)
+                for token, start, end in self._normalised.split(normal):
+                    plain = token is None
+                    yield self._encode_plain(normal[start:end]) if plain else array.array("I", [token]).tobytes()
+
+    def _encode_plain(self, text):
+        """The ids of text without added tokens as the bytes of uint32."""
         if any(map(text.__contains__, _FALSE_SPACES)):
             text = text.translate(dict.fromkeys(map(ord, _FALSE_SPACES)))
         return b"".join(map(self._cache.__getitem__, text.split()))
@@ -270,12 +358,8 @@ class Tokenizer:
         return array.array("I", ids).tobytes()
 
     def _locate(self, chunk):
-        """Returns (id, start, end) of each piece of text without spaces, normalised character by character."""
-        normal, offsets = "", []  # offset in the chunk of each normalised character
-        for offset, character in enumerate(chunk):
-            new = self._normalise(character)
-            normal += new
-            offsets += [offset] * len(new)
+        """(id, start, end) of each piece of text without spaces: normalised one character at a time."""
+        normal, places = self._spread(chunk, self._fold)
         if normal.split() != self._words(chunk):
             # NFD reordered two marks that stripping keeps, such as U+302E and U+1B44: too rare to trace
             return [(i, 0, len(chunk)) for i in self.encode(chunk)]
@@ -287,22 +371,31 @@ class Tokenizer:
                     size = len(word[0])
                 else:
                     size = len(self.vocab[i]) - 2 * (at > word.start())  # without its ##
-                located.append((i, offsets[at], offsets[at + size - 1] + 1))
+                located.append((i, places[at], places[at + size - 1] + 1))
                 at += size
         return located
+
+    def _spread(self, text, fold):
+        """Text normalised one character at a time, and the place in the text of each normalised character."""
+        normal, places = [], []
+        for place, character in enumerate(text):
+            new = self._normalise(character, fold)
+            normal.append(new)
+            places += [place] * len(new)
+        return "".join(normal), places
 
     def _words(self, text):
         """Returns the normalised words of plain text; each punctuation mark and each CJK character is a word."""
         if text.isascii() and text.isprintable():
             return _ASCII_WORD.findall(text.lower() if self.lowercase else text)
-        return self._normalise(text).split()
+        return self._normalise(text, self._fold).split()
 
-    def _normalise(self, text):
-        """Returns plain text after both passes, with spaces between words."""
+    def _normalise(self, text, fold):
+        """Plain text after both passes, with spaces between words if `fold` puts them around punctuation."""
         text = text.translate(self._clean)
         if self.strip_accents:
             text = _DECOMPOSED.sub(lambda run: unicodedata.normalize("NFD", run[0]), text)
-        return text.translate(self._fold)
+        return text.translate(fold)
 
     def _clean_character(self, c):
         """First pass: no control characters, plain spaces, space around CJK."""
@@ -323,6 +416,11 @@ class Tokenizer:
         # character by character: str.lower() would turn the last letter of "ΟΔΟΣ" into a final sigma
         return (_LOWER.get(c) or c.lower()) if self.lowercase else c
 
+    def _fold_without_spaces(self, c):
+        """Second pass without space around punctuation: the text in which normalised added tokens are matched."""
+        folded = self._fold_character(c)
+        return c if folded == f" {c} " else folded
+
     def _pieces(self, word):
         """Returns the ids of a word's pieces, each the longest match; [UNK] for the word if a rest has none."""
         if len(word) > LONGEST_WORD:
@@ -337,112 +435,3 @@ class Tokenizer:
             ids.append(table[piece])
             word, table = word[len(piece) :], self._later
         return ids
-
-
-def _read(path):
-    """Returns the text of a UTF-8 file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: name the vocabulary itself, or save it as UTF-8") from None
-
-
-def _read_json(path):
-    """Returns the object in a JSON file."""
-    try:
-        value = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return value
-
-
-def _read_tokenizer_json(path):
-    """Returns (token -> id, settings) of a tokenizer.json; raises UserError unless its tokenizer is BERT's."""
-    data = _read_json(path)
-    for section, key, expected in (
-        ("model", "type", "WordPiece"),
-        ("model", "unk_token", SPECIAL_TOKENS["unk"]),
-        ("model", "continuing_subword_prefix", "##"),
-        ("model", "max_input_chars_per_word", LONGEST_WORD),
-        ("normalizer", "type", "BertNormalizer"),
-        ("normalizer", "clean_text", True),
-        ("pre_tokenizer", "type", "BertPreTokenizer"),
-    ):
-        found = (data.get(section) or {}).get(key)
-        if found is None and (section, key) == ("model", "type"):
-            continue  # early files omit it
-        if found != expected:
-            raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
-    ids = data["model"].get("vocab")
-    if not isinstance(ids, dict):
-        raise UserError(f"{path} holds no vocabulary: fetch it again")
-    added = [token["content"] for token in data.get("added_tokens") or [] if token["content"] not in ids]
-    if added:
-        raise UserError(f"{path} adds {added[0]!r} to its vocabulary: use a model without added tokens")
-    normalizer = data["normalizer"]
-    names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
-    return ids, {ours: normalizer[theirs] for theirs, ours in names.items() if theirs in normalizer}
-
-
-def _read_tokenizer_config(path):
-    """Returns the settings of a tokenizer_config.json."""
-    config = _read_json(path)
-    kind = config.get("tokenizer_class") or "BertTokenizer"
-    if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", str(kind)):
-        raise UserError(f"{path}: tokenizer_class is {kind}: use a model with BERT's or DistilBERT's tokenizer")
-    settings = {}
-    for theirs, ours, allowed in (
-        ("do_lower_case", "lowercase", (True, False)),
-        ("strip_accents", "strip_accents", (True, False, None)),
-        ("tokenize_chinese_chars", "chinese", (True, False)),
-    ):
-        if theirs in config:
-            if config[theirs] not in allowed:
-                raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
-            settings[ours] = config[theirs]
-    length = config.get("model_max_length", 512)
-    if not isinstance(length, (int, float)) or length < 1:
-        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
-    if length < 1e9:  # transformers writes 1e30 for "unknown"
-        settings["max_length"] = int(length)
-    return settings
-
-
-def _tokenizer_json(tokenizer, strip_accents):
-    """Returns the tokenizer.json with which the crate `tokenizers` gives the same ids."""
-    cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
-    start, end, end_of_pair = (
-        {"SpecialToken": {"id": token, "type_id": segment}} for token, segment in ((cls, 0), (sep, 0), (sep, 1))
-    )
-    text, second_text = ({"Sequence": {"id": name, "type_id": segment}} for name, segment in (("A", 0), ("B", 1)))
-    kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": tokenizer.ids[token], "content": token, **kind} for token in SPECIAL_TOKENS.values()],
-        "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": tokenizer.chinese,
-            "strip_accents": strip_accents,
-            "lowercase": tokenizer.lowercase,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, text, end],
-            "pair": [start, text, end, second_text, end_of_pair],
-            "special_tokens": {t: {"id": t, "ids": [tokenizer.ids[t]], "tokens": [t]} for t in (cls, sep)},
-        },
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {
-            "type": "WordPiece",
-            "unk_token": SPECIAL_TOKENS["unk"],
-            "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": LONGEST_WORD,
-            "vocab": tokenizer.ids,
-        },
-    }

@@ -1,11 +1,13 @@
 """data/prepare.py: against a naive writer, for every kind of source, and under every kind of interruption."""
 
 import bz2
+import csv
 import functools
 import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import operator
 import os
 import pathlib
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -331,12 +334,151 @@ def test_batches_end_between_documents(tmp_path):
     assert found == [f"{i}\n{paragraph}" for i in range(3000)]
 
 
-def test_invalid_utf8_is_replaced(tmp_path, vocab):
-    (tmp_path / "x.txt").write_bytes(b"a c\xffat\nthe \xc3\ndog runs\n")
-    [batch] = sources.batches([tmp_path / "x.txt"])
-    assert batch.read(batch.payload) == ["a c\ufffdat", "the \ufffd", "dog runs", ""]
-    prepare([tmp_path / "x.txt"], vocab, tmp_path / "out", workers=1)
-    read(tmp_path / "out")
+LATIN = "caf\u00e9 na\u00efve"
+
+
+def texts_of(path, **options):
+    """The documents of a file, stripped, without blank ones."""
+    batches = list(sources.batches([path], **options))
+    return [text.strip() for batch in batches for text in batch.read(batch.payload) if text.strip()]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "start"), [("x.txt", ""), ("x.jsonl", ""), ("x.csv", "text\n"), ("x.tsv", "text\n"), ("p.txt", "a\n\n")]
+)
+def test_text_that_is_not_utf8_is_refused_or_read_as_told(tmp_path, vocab, name, start, ending):
+    lines = ["a cat", LATIN, "the dog", LATIN]
+    if name.endswith(".jsonl"):
+        lines = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    data = (start + "\n".join(lines) + "\n").encode("latin-1")
+    path = tmp_path / (name + ending)
+    path.write_bytes(gzip.compress(data) if ending else data)
+    line = 2 + start.count("\n")
+    expected = rf"{name}{ending} is not UTF-8 text \(4 wrong bytes, the first in line {line}\): give its --encoding"
+    with pytest.raises(UserError, match=expected):
+        prepare([path], vocab, tmp_path / "out", workers=1)
+    assert os.listdir(tmp_path) == [path.name]
+    found = "\n".join(texts_of(path, encoding="cp1252")).split("\n")
+    assert [text for text in found if text != "a"] == ["a cat", LATIN, "the dog", LATIN]
+
+
+def test_encodings(tmp_path):
+    for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig", "UTF8"):
+        (tmp_path / "x.txt").write_text(f"a cat\n{LATIN}\n", encoding=encoding)
+        assert texts_of(tmp_path / "x.txt", encoding=encoding) == ["a cat", LATIN]
+    (tmp_path / "x.txt").write_bytes(b"a\xff\n")
+    for encoding, message in (("utf-16", "x.txt is not in utf-16"), ("nonsense", "not known"), ("base64", "not known")):
+        with pytest.raises(UserError, match=message):
+            texts_of(tmp_path / "x.txt", encoding=encoding)
+    done = run(tmp_path / "x.txt", "--vocab", "demo", "--out", tmp_path / "o", "--encoding", "ascii")
+    assert done.returncode == 1 and "not in ascii" in done.stderr and done.stderr.count("\n") == 1
+
+
+def wiki_tags(documents):
+    head = '<doc id="{0}" url="https://xx.example.org/wiki?curid={0}" title="A &quot;{0}&quot;">\nA "{0}"\n\n'
+    return "".join(head.format(i) + f"{text} &lt;\n\n{text}\n\n</doc>\n" for i, text in enumerate(documents))
+
+
+def wiki_json(documents):
+    records = [{"id": "1", "url": "u", "title": "T", "text": f"{text} <\n{text}"} for text in documents]
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize("write", [wiki_tags, wiki_json])
+@pytest.mark.parametrize("name", ["wiki_00", "wiki_00.bz2", "all.txt"])
+def test_what_wikiextractor_writes(tmp_path, write, name):
+    documents = [*some_documents(30), " ".join(WORDS * 2000)][::-1]  # the first is longer than a buffer
+    data = write(documents).encode()
+    (tmp_path / "AA").mkdir()
+    (tmp_path / "AA" / name).write_bytes(bz2.compress(data) if name.endswith("bz2") else data)
+    for path in (tmp_path, tmp_path / "AA" / name):
+        assert texts_of(path) == [f"{text} <\n{text}" for text in documents]
+
+
+def test_batches_of_wikiextractor_end_between_documents(tmp_path):
+    documents = some_documents(20_000)
+    (tmp_path / "wiki_00").write_text(wiki_tags(documents))
+    assert len(list(sources.batches([tmp_path / "wiki_00"]))) > 2
+    assert texts_of(tmp_path) == [f"{text} <\n{text}" for text in documents]
+
+
+TABLE = [{"n": "1", "text": 'a "cat", sat'}, {"n": "2", "text": "two\nlines"}, {"n": "3", "text": ""}]
+
+
+def write_csv(path):
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["n", "text"])
+        writer.writeheader()
+        writer.writerows(TABLE)
+
+
+FORMATS = {
+    "x.csv": write_csv,
+    "x.json": lambda path: path.write_text(json.dumps(TABLE, indent=1)),
+    "y.json": lambda path: path.write_text("\n".join(map(json.dumps, TABLE))),
+    "z.json": lambda path: path.write_text(json.dumps([row["text"] for row in TABLE])),
+    "x.jsonl.xz": lambda path: path.write_bytes(lzma.compress("\n".join(map(json.dumps, TABLE)).encode())),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tables_and_json(tmp_path, name):
+    FORMATS[name](tmp_path / name)
+    for path in (tmp_path / name, tmp_path):
+        assert texts_of(path) == [row["text"] for row in TABLE if row["text"]]
+    if name != "z.json":
+        with pytest.raises(UserError, match=rf"{name}.* has no (column|field) 'body', only n, text: .*--field"):
+            texts_of(tmp_path, field="body")
+
+
+def test_a_zip_archive(tmp_path, vocab):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("b.txt", "the dog\n")
+        archive.writestr("a/a.txt", "a cat\nthe cat\n")
+        archive.writestr("picture.png", "no text")
+    assert texts_of(tmp_path / "x.zip") == ["a cat", "the cat", "the dog"]
+    meta = prepare([tmp_path], vocab, tmp_path / "out", workers=1)
+    assert meta["files"] == {"read": {".zip": 1}, "skipped": {".png": 1}}
+    for data in (b"no archive", (tmp_path / "x.zip").read_bytes()[:-30]):
+        (tmp_path / "x.zip").write_bytes(data)
+        with pytest.raises(UserError, match="x.zip is damaged"):
+            texts_of(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.pdf", "is not text .*convert it"),
+        ("x.html.gz", "is not text"),
+        ("x.tar.gz", "is not text"),
+        ("x.parquet", "pip install pyarrow"),
+        ("x.txt.zst", "pip install backports.zstd"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, vocab, monkeypatch, name, message):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_bytes(b"a cat\nthe dog\n")
+    for path in (folder / name, folder):
+        with pytest.raises(UserError, match=message if path.is_file() or "pdf" not in name else "no .txt"):
+            prepare([path], vocab, tmp_path / "out", workers=1)
+
+
+def test_what_is_read_and_skipped_is_said(tmp_path, vocab, documents):
+    folder = tmp_path / "docs"  # the path is meant, not the keyword
+    folder.mkdir()
+    write_lines(folder / "a.txt", documents[:50])
+    (folder / "b.md").write_text("the dog\n")
+    (folder / "Makefile").write_text("the dog\n")
+    done = run("docs", "--vocab", vocab, "--out", "out", "--workers", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "files read: 1 .txt; skipped, as of no known kind of text: 1 .md, 1 without ending" in done.stdout
+    _, _, meta = read(tmp_path / "out")
+    assert meta["files"] == {"read": {".txt": 1}, "skipped": {".md": 1, "without ending": 1}}
+    assert sum(meta["documents"].values()) == 50 and meta["sources"] == ["./docs"]
 
 
 def test_half_a_surrogate_pair_is_no_obstacle(tmp_path, vocab):
@@ -554,6 +696,29 @@ See Category:Cities."""
 
 def test_wiki_markup_becomes_text():
     assert wikipedia.plain(MARKUP, frozenset({"file", "category", "datei"})) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("markup", "shown"),
+    [
+        ("{{formatnum:3456}} people, {{FORMATNUM:-10}}&nbsp;degrees", "3456 people, -10 degrees"),
+        ("{{formatnum:{{num|1234.5}}|R}} and {{formatnum|7}}", "1234.5 and 7"),
+        ("{{convert|5|km|mi|abbr=on}}, {{cvt|2|-|3|ft}}, {{convert|3|x|4|m}}", "5 km, 2 to 3 ft, 3 by 4 m"),
+        ("{{nowrap|10 {{small|of [[ten|10]]}}}}, {{nowrap|1=a = b}}", "10 of 10, a = b"),
+        ("{{quote|To be {{!}} not|Hamlet}} {{Blockquote|text=I came.|author=Caesar}}", "To be not I came."),
+        ("the {{abbr|UN|United Nations}}, {{tooltip|here|there}}", "the UN, here"),
+        ("{{lang|fr|bon mot}}, {{lang-de|Wort}}, {{langx|it|parola|a word}}", "bon mot, Wort, parola"),
+        ("{{frac|1|2}}, {{frac|3|1|2}}, {{sfrac|2}}, {{half}}", "1/2, 3 1/2, 1/2, 1/2"),
+        (
+            "{{val|3.5|u=kg}}, {{US$|20}}, {{circa|1066}}, {{As of|2010}}, 5{{times}}6, 1{{spaced_ndash}}2",
+            "3.5 kg, US$20, c. 1066, As of 2010, 5×6, 1 – 2",
+        ),
+        ("It is{{citation needed|date=May 2020}} so.{{sfn|Smith|2001}}{{main|Rome}}", "It is so."),
+        ("a {{nowrap}} b {{convert}} c {{frac}} d {{quote|}}", "a b c d"),
+    ],
+)
+def test_what_templates_show_stays(markup, shown):
+    assert wikipedia.plain(markup) == shown
 
 
 @pytest.mark.parametrize("broken", ["[[open", "{{open", "text ]] and }} stay", "{|\n| cell\nx", "<ref>open", "<math>"])

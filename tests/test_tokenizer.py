@@ -1,5 +1,6 @@
 """The ids are those of the crate `tokenizers`, on every code point, on random Unicode and on 33 MB of English."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -13,7 +14,7 @@ import pytest
 
 from minidistil import tokenizer as module
 from minidistil.errors import UserError
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import SPECIAL_TOKENS, AddedToken, Tokenizer
 
 SPECIAL = list(SPECIAL_TOKENS.values())
 CODE_POINTS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
@@ -297,8 +298,13 @@ def test_digest_follows_all_that_changes_ids():
     digests = [
         Tokenizer(*arguments).digest
         for arguments in (
-            (SMALL,), (SMALL, False), (SMALL, True, False), (SMALL, False, True), (SMALL, True, None, False),
-            (SMALL[:-1],), ([*SMALL[:-2], SMALL[-1], SMALL[-2]],),
+            (SMALL,),
+            (SMALL, False),
+            (SMALL, True, False),
+            (SMALL, False, True),
+            (SMALL, True, None, False),
+            (SMALL[:-1],),
+            ([*SMALL[:-2], SMALL[-1], SMALL[-2]],),
         )  # fmt: skip
     ]
     assert len(set(digests)) == len(digests) and all(len(digest) == 64 for digest in digests)
@@ -386,6 +392,152 @@ def test_where_settings_come_from(tmp_path):
     assert (found.lowercase, found.strip_accents, found.chinese) == (True, False, False)
 
 
+@pytest.mark.parametrize("kind", ["BertTokenizer", "DistilBertTokenizerFast", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("says", [True, False, None])
+@pytest.mark.parametrize("model_type", ["distilbert", None])
+def test_the_class_decides_which_file_decides(tmp_path, kind, says, model_type):
+    transformers = pytest.importorskip("transformers")
+    for in_json in (True, False):
+        Tokenizer(SMALL, in_json).save(tmp_path, "bert")
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "do_lower_case": says}))
+        if says is None:  # transformers does not take null for an answer
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert Tokenizer.load(tmp_path).encode_prompt("Paris paris The") == theirs("Paris paris The")["input_ids"]
+
+
+def test_a_class_that_only_the_model_names(tmp_path):
+    write_vocab(tmp_path, do_lower_case=False)
+    (tmp_path / "config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    with pytest.raises(UserError, match="BertJapaneseTokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_few_capitals_do_not_make_a_vocabulary_cased(tmp_path):
+    words = [*SPECIAL, *(f"word{i}" for i in range(95))]
+    for capitals, lowercase in (
+        (["LOL"], True),
+        ([f"W{i}" for i in range(9)], True),
+        (map(str.upper, words[5:]), False),
+    ):
+        write_vocab(tmp_path, [*words, *capitals])
+        assert Tokenizer.load(tmp_path).lowercase == lowercase
+
+
+def test_what_editors_leave_is_harmless(tmp_path):
+    settings = (
+        '{"do_lower_case": null, "strip_accents": null, "tokenize_chinese_chars": null, "added_tokens_decoder": null'
+    )
+    for text in (settings + "}", settings + ', "model_max_length": null, "extra_special_tokens": null}'):
+        (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8-sig")
+        for end in ("\n\n", "\r\n\r\n\r\n", "", " \n \t\n"):
+            (tmp_path / "vocab.txt").write_text("\n".join(SMALL) + end, encoding="utf-8-sig", newline="")
+            assert Tokenizer.load(tmp_path).digest == Tokenizer(SMALL).digest
+            assert Tokenizer.load(tmp_path).max_length == 512
+    Tokenizer([*SMALL, ""]).save(tmp_path, "bert")  # what transformers makes of a blank line
+    (tmp_path / "vocab.txt").unlink()
+    assert Tokenizer.load(tmp_path).vocab == SMALL
+
+
+# --- added tokens ---
+
+ADDED = [
+    AddedToken("[unused1]"),  # in the vocabulary, as the next
+    AddedToken("<url>", single_word=True),
+    AddedToken("Üxy", normalized=True, special=False),  # beside it, as the next
+    AddedToken("new york", single_word=True, normalized=True, special=False),
+    AddedToken("中国", rstrip=True),
+]
+ADDED_VOCAB = [*SMALL, "[unused1]", "<url>", "url", "<", ">", "new", "york", "##y"]
+
+
+def added_by_transformers(folder, tokens):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens([transformers.AddedToken(**token) for token in tokens])
+    theirs.save_pretrained(folder)
+
+
+def in_tokenizer_json(folder, tokens, ids):
+    added_by_transformers(folder, tokens)
+
+
+def in_tokenizer_json_alone(folder, tokens, ids):
+    added_by_transformers(folder, tokens)
+    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def in_decoder(folder, tokens, ids):
+    decoder = {ids[token["content"]]: token for token in tokens}
+    write_vocab(folder, ADDED_VOCAB, do_lower_case=True, added_tokens_decoder=decoder)
+
+
+def in_added_tokens_json(folder, tokens, ids):
+    (folder / "added_tokens.json").write_text(json.dumps(ids))
+
+
+def in_special_tokens_map(folder, tokens, ids):
+    contents = {"additional_special_tokens": [token["content"] for token in tokens], "bos_token": "the"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(contents))
+
+
+def in_config(folder, tokens, ids):
+    write_vocab(folder, ADDED_VOCAB, do_lower_case=True, extra_special_tokens=[token["content"] for token in tokens])
+
+
+KINDS = [in_tokenizer_json, in_tokenizer_json_alone, in_decoder, in_added_tokens_json, in_special_tokens_map, in_config]
+
+
+@pytest.mark.parametrize("write", KINDS)
+@pytest.mark.parametrize("absent", [None, "tokenizer.json", "vocab.txt"])
+def test_tokens_that_a_file_adds(tmp_path, write, absent):
+    transformers = pytest.importorskip("transformers")
+    folder, export = tmp_path / "model", tmp_path / "export"
+    for each in (folder, export):
+        each.mkdir()
+        (each / "config.json").write_text('{"model_type": "bert"}')
+    write_vocab(folder, ADDED_VOCAB, do_lower_case=True)
+    known = Tokenizer(ADDED_VOCAB, added=ADDED).ids
+    ids = {token.content: known[token.content] for token in ADDED}
+    write(folder, [dataclasses.asdict(token) for token in ADDED], ids)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
+    ours.save(export, "bert")
+    if absent:
+        (export / absent).unlink()
+    exported = transformers.AutoTokenizer.from_pretrained(export)
+    draw = random.Random(4)
+    contents = [token.content for token in ADDED] * 2
+    others = [" ", " ", "-", "x", "é", "the", "中", "new  york", "<URL>", "[UNUSED1]", "u\u0308XY", "\u200b", "[MASK]"]
+    for _ in range(300):
+        text = "".join(draw.choices(contents + others, k=draw.randint(1, 6)))
+        expected = theirs(text)["input_ids"]
+        assert ours.encode_prompt(text) == expected == exported(text)["input_ids"], ascii(text)
+        if "[MASK]" not in text:
+            ids, starts, ends = ours.encode_with_offsets(text)
+            assert ids == ours.encode(text) == expected[1:-1]
+            surfaces = [
+                text[slice(*place)].rstrip() for place in theirs(text, return_offsets_mapping=True)["offset_mapping"]
+            ]
+            assert [text[start:end] for start, end in zip(starts, ends, strict=True)] == surfaces[1:-1]
+    again = Tokenizer.load(export)
+    assert again.digest == ours.digest == pickle.loads(pickle.dumps(ours)).digest
+    assert again.digest != Tokenizer(ours.base).digest and len(again.vocab) == len(theirs)
+
+
+def test_an_entry_beside_the_vocabulary_is_no_piece():
+    ours = Tokenizer([*SPECIAL, "a", "##b"], added=[AddedToken("ab", single_word=True)])
+    assert ours.vocab[-1] == "ab" and ours.encode("ab, abb") == [7, ours.unk_id, 5, 6, 6]
+    assert ours.encode("[SEP]") != [ours.sep_id]  # plain text, still
+
+
+def test_a_blank_line_came_after_the_added_token_got_its_id(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(SMALL) + "\n\n", encoding="utf-8")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<new>": len(SMALL)}))
+    assert Tokenizer.load(tmp_path).vocab == [*SMALL, "<new>"]
+
+
 def test_lines_end_as_they_like_and_no_length_means_512(tmp_path):
     (tmp_path / "vocab.txt").write_bytes("\r\n".join(SMALL).encode())
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
@@ -430,9 +582,19 @@ BROKEN = {
         lambda folder: broken_tokenizer_json(folder, lambda data: data.update(normalizer=None)),
         "normalizer.type is None",
     ),
-    "added tokens": (
+    "an added token without id": (
         lambda folder: broken_tokenizer_json(folder, lambda data: data["added_tokens"].append({"content": "<new>"})),
-        "adds '<new>'",
+        "with the id None",
+    ),
+    "an added token without place": (
+        lambda folder: (write_vocab(folder), (folder / "added_tokens.json").write_text('{"<new>": 7777}')),
+        f"gives '<new>' the id 7777, where the next free one is {len(SMALL)}",
+    ),
+    "an added token that is none": (lambda folder: write_vocab(folder, extra_special_tokens=[3]), "adds 3"),
+    "another [MASK]": (lambda folder: write_vocab(folder, mask_token="<mask>"), "mask_token is '<mask>'"),
+    "no special tokens in text": (
+        lambda folder: write_vocab(folder, split_special_tokens=True, extra_special_tokens=["<new>"]),
+        "split_special_tokens is true",
     ),
     "no vocabulary": (
         lambda folder: broken_tokenizer_json(folder, lambda data: data["model"].pop("vocab")), "holds no vocabulary",

@@ -1,0 +1,256 @@
+"""The files of a tokenizer, read and written: vocab.txt, tokenizer.json, tokenizer_config.json and their kin.
+
+Added tokens may stand in any of them. As in transformers, the class of the tokenizer decides which file's settings
+count: BertTokenizer's come from tokenizer_config.json, those of a TokenizersBackend from tokenizer.json.
+"""
+
+import dataclasses
+import json
+import re
+
+from minidistil.errors import UserError
+
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched in the text before WordPiece sees it; the flags are those of the crate `tokenizers`."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False  # this and the next: take white space along, which makes no tokens here
+    rstrip: bool = False
+    normalized: bool = False  # matched in normalised text
+    special: bool = True
+
+
+def _read(path):
+    """The text of a UTF-8 file, without the mark that some editors put at its beginning."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: name the vocabulary itself, or save it as UTF-8") from None
+
+
+def read_vocab(path):
+    """The entries of a vocabulary file."""
+    return [line.rstrip(" \t") for line in _read(path).removesuffix("\n").split("\n")]
+
+
+def _read_json(path):
+    """The object in a JSON file without its null values; {} where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object: fetch it again")
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def read_folder(folder):
+    """(path of the vocabulary, entries without added tokens, settings with them) of a model's folder."""
+    path, json_path, config_path = (folder / n for n in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"))
+    data, config, model = _read_json(json_path), _read_json(config_path), _read_json(folder / "config.json")
+    kind = config.get("tokenizer_class") or model.get("tokenizer_class") or ("model_type" in model and "BertTokenizer")
+    kind = str(kind or "TokenizersBackend")
+    if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", kind):
+        raise UserError(f"{config_path}: tokenizer_class is {kind}: use a model with BERT's or DistilBERT's tokenizer")
+    in_config = "BertTokenizer" in kind
+    ids, settings = _read_tokenizer_json(json_path, data) if json_path.exists() else (None, {})
+    settings_of_config = _read_tokenizer_config(config_path, config)
+    if in_config and (config_path.exists() or json_path.exists()):  # with transformers' default values
+        settings = {"lowercase": True} | settings_of_config
+    else:
+        settings = settings_of_config | settings
+    if path.exists():
+        vocab = read_vocab(path)
+        if ids is not None and _without_blanks(ids) != _without_blanks({token: i for i, token in enumerate(vocab)}):
+            raise UserError(f"{path} and tokenizer.json disagree: remove the one that is not the model's")
+    elif ids is not None:
+        path = json_path
+        vocab = sorted(ids, key=ids.get)
+        if [ids[token] for token in vocab] != list(range(len(vocab))):
+            raise UserError(f"{path}: its ids are not 0, 1, 2, ...: add the model's vocab.txt")
+    else:
+        raise UserError(f"{folder} holds neither vocab.txt nor tokenizer.json: add the model's vocabulary")
+    added = _read_added_tokens(folder, vocab, data, config, in_config)
+    return path, vocab, settings | {"added": added}
+
+
+def _without_blanks(ids):
+    """token -> id without an empty entry at the end, which a blank line makes."""
+    return {token: i for token, i in ids.items() if token or i + 1 < len(ids)}
+
+
+def _read_tokenizer_json(path, data):
+    """(token -> id, settings) of a tokenizer.json, if its tokenizer is BERT's in every way."""
+    for section, key, expected in (
+        ("model", "type", "WordPiece"),
+        ("model", "unk_token", SPECIAL_TOKENS["unk"]),
+        ("model", "continuing_subword_prefix", "##"),
+        ("model", "max_input_chars_per_word", LONGEST_WORD),
+        ("normalizer", "type", "BertNormalizer"),
+        ("normalizer", "clean_text", True),
+        ("pre_tokenizer", "type", "BertPreTokenizer"),
+    ):
+        found = (data.get(section) or {}).get(key)
+        if found is None and (section, key) == ("model", "type"):
+            continue  # early files omit it
+        if found != expected:
+            raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
+    ids = data["model"].get("vocab")
+    if not isinstance(ids, dict):
+        raise UserError(f"{path} holds no vocabulary: fetch it again")
+    normalizer = data["normalizer"]
+    names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
+    return ids, {ours: normalizer[theirs] for theirs, ours in names.items() if normalizer.get(theirs) is not None}
+
+
+def _read_tokenizer_config(path, config):
+    """The settings of a tokenizer_config.json."""
+    settings = {}
+    for theirs, ours in (
+        ("do_lower_case", "lowercase"),
+        ("strip_accents", "strip_accents"),
+        ("tokenize_chinese_chars", "chinese"),
+    ):
+        if theirs in config:
+            if config[theirs] not in (True, False):
+                raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
+            settings[ours] = config[theirs]
+    length = config.get("model_max_length", config.get("max_len", 512))
+    if not isinstance(length, (int, float)) or length < 1:
+        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
+    if length < 1e9:  # transformers writes 1e30 for "unknown"
+        settings["max_length"] = int(length)
+    return settings
+
+
+def _read_added_tokens(folder, vocab, data, config, in_config):
+    """The AddedTokens of all files of a folder, in the order in which transformers adds them to `vocab`.
+
+    Where tokenizer_config.json lists them (added_tokens_decoder), other lists do not count, but that of tokenizer.json
+    does for a tokenizer that is read from it. A blank line at the end of `vocab` goes where a file has given its id to
+    a token. Raises UserError where a token would have another id than its file says.
+    """
+    path, json_path, legacy = (folder / n for n in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"))
+    in_json = [(json_path, token.get("id"), token) for token in data.get("added_tokens") or []]
+    config_lists = config.get("added_tokens_decoder")
+    if config_lists is not None:
+        named = _named_tokens(path, config, {})
+        numbered = [(path, i, token) for i, token in config_lists.items()]
+        numbered = numbered if in_config else in_json + numbered
+    else:
+        special_map = _read_json(folder / "special_tokens_map.json")
+        named = _named_tokens(path, config, special_map)
+        special_map.pop("additional_special_tokens", None)  # do not make those of added_tokens.json special
+        contents = {token.content for token in _named_tokens(path, config, special_map)}
+        numbered = [
+            (legacy, i, {"content": content, "special": content in contents})
+            for content, i in _read_json(legacy).items()
+        ]
+        numbered += in_json
+    added, known = {}, set(vocab)
+    for i, (path, value) in sorted({_id(path, i): (path, token) for path, i, token in numbered}.items()):
+        token = _added_token(path, value)
+        if token.content not in known and token.content not in added:
+            if i < len(vocab) and not any(vocab[i:]):
+                del vocab[i:]
+            following = len(vocab) + sum(content not in known for content in added)
+            if i != following:
+                raise UserError(
+                    f"{path} gives {token.content!r} the id {i}, where the next free one is {following}: "
+                    "use the vocabulary that belongs to it"
+                )
+        added[token.content] = token
+    for token in named:
+        added.setdefault(token.content, token)
+    new = [token for content, token in added.items() if content and content not in SPECIAL_TOKENS.values()]
+    if config.get("split_special_tokens") and any(token.special for token in new):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: split_special_tokens is true: make it false")
+    return new
+
+
+def _id(path, i):
+    try:
+        return int(i)
+    except (TypeError, ValueError):
+        raise UserError(f"{path} adds a token with the id {i!r}, which is no number: fetch it again") from None
+
+
+def _named_tokens(path, config, special_map):
+    """The AddedTokens that the configuration names by their purpose; the five of BERT must be BERT's."""
+    named = []
+    for key, value in (config | special_map).items():
+        if key.endswith("_token") and isinstance(value, (str, dict)):
+            token = _added_token(path, value)
+            expected = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
+            if token.content != expected:
+                raise UserError(
+                    f"{path}: {key} is {token.content!r}, in BERT {expected!r}: use a BERT model's tokenizer"
+                )
+            named.append(token)
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    for value in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):
+        values = value.values() if isinstance(value, dict) else value or []
+        named += [_added_token(path, value) for value in values]
+    return named
+
+
+def _added_token(path, value):
+    """The AddedToken that a JSON file spells as a string or as an object."""
+    value = {"content": value} if isinstance(value, str) else value
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        raise UserError(f"{path} adds {value!r}, which is no token: fetch it again")
+    names = [field.name for field in dataclasses.fields(AddedToken)]
+    flags = {name: value[name] for name in names if value.get(name) is not None}
+    return AddedToken(**{"normalized": not flags.get("special", True)} | flags)
+
+
+def added_tokens_json(tokenizer):
+    """The special tokens and the added ones as tokenizer.json lists them, in the order of their ids."""
+    tokens = [*map(AddedToken, SPECIAL_TOKENS.values()), *tokenizer.added]
+    listed = [{"id": tokenizer.ids[token.content], **dataclasses.asdict(token)} for token in tokens]
+    return sorted(listed, key=lambda token: token["id"]) if tokenizer.added else listed
+
+
+def tokenizer_json(tokenizer, strip_accents):
+    """Returns the tokenizer.json with which the crate `tokenizers` gives the same ids."""
+    cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
+    start, end, end_of_pair = (
+        {"SpecialToken": {"id": token, "type_id": segment}} for token, segment in ((cls, 0), (sep, 0), (sep, 1))
+    )
+    text, second_text = ({"Sequence": {"id": name, "type_id": segment}} for name, segment in (("A", 0), ("B", 1)))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens_json(tokenizer),
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": tokenizer.chinese,
+            "strip_accents": strip_accents,
+            "lowercase": tokenizer.lowercase,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, text, end],
+            "pair": [start, text, end, second_text, end_of_pair],
+            "special_tokens": {t: {"id": t, "ids": [tokenizer.ids[t]], "tokens": [t]} for t in (cls, sep)},
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": SPECIAL_TOKENS["unk"],
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": LONGEST_WORD,
+            "vocab": {token: i for i, token in enumerate(tokenizer.base)},
+        },
+    }
