@@ -42,7 +42,7 @@ from minidistil.downstream.distil import (
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.models import adamw, build_model, export
-from minidistil.downstream.tasks import check_pairs, check_positions, digest, open_task, outline, task_names
+from minidistil.downstream.tasks import check_pairs, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
 from minidistil.memory import keep_freed_memory, peak_rss_mib
@@ -209,14 +209,6 @@ def require_same_for(task, state, what, contents, out):
     if state.setdefault(what, {}).setdefault(task, contents) != contents:
         flag = "--" + what.removesuffix("s")
         raise UserError(f"{out} was begun with other {what} for {task}: give the same {flag}, or a new --out")
-
-
-def describe(task, augment):
-    items = task.train[0]
-    mean_length = sum(len(ids) for ids, _ in items) / len(items)
-    copies = f" and {augment} augmented copies of each" if augment else ""
-    sizes = " + ".join(f"{len(split):,}" for split in task.dev)
-    return f"{task.name}: {len(items):,} items of {mean_length:.0f} tokens{copies}, dev {sizes}"
 
 
 def finetune(settings, argv=()):

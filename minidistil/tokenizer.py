@@ -208,15 +208,16 @@ class Tokenizer:
     def load(cls, path):
         """Reads a vocabulary file, or a model's folder: vocab.txt or tokenizer.json, and what stands beside them.
 
-        A file named vocab.txt stands for its folder. As in transformers, the tokenizer's class decides where settings
-        come from: tokenizer_config.json for BertTokenizer, else tokenizer.json. With a vocabulary alone, text is
-        lowercased unless a tenth of its words have capitals. Raises UserError where a file is missing, damaged,
-        contradicts another or is not BERT's.
+        A file named vocab.txt or tokenizer.json stands for its folder. As in transformers, the tokenizer's class
+        decides where settings come from: tokenizer_config.json for BertTokenizer, else tokenizer.json. With a
+        vocabulary alone, text is lowercased unless a tenth of its words have capitals. Raises UserError where a file is
+        missing, damaged, contradicts another or is not BERT's.
         """
         path = pathlib.Path(path)
         if not path.exists():
             raise UserError(f"there is no {path}: name a vocab.txt or a folder that holds one")
-        folder = path if path.is_dir() else path.parent if path.name == "vocab.txt" else None
+        named = path.name in ("vocab.txt", "tokenizer.json")  # which stand for their folder
+        folder = path if path.is_dir() else path.parent if named else None
         settings = {}
         if folder is None:
             vocab = read_vocab(path)

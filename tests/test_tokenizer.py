@@ -14,7 +14,8 @@ import pytest
 
 from minidistil import tokenizer as module
 from minidistil.errors import UserError
-from minidistil.tokenizer import SPECIAL_TOKENS, AddedToken, Tokenizer
+from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer_files import AddedToken
 
 SPECIAL = list(SPECIAL_TOKENS.values())
 CODE_POINTS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]

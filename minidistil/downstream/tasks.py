@@ -156,3 +156,12 @@ def task_names(text, data):
         if name not in (*glue.TASKS, "squad"):
             raise UserError(f"--task {name} is not known: choose from {', '.join(glue.TASKS)}, squad, all")
     return names
+
+
+def describe(task, augment):
+    """Returns one line about a task with its data."""
+    items = task.train[0]
+    mean_length = sum(len(ids) for ids, _ in items) / len(items)
+    copies = f" and {augment} augmented copies of each" if augment else ""
+    sizes = " + ".join(f"{len(split):,}" for split in task.dev)
+    return f"{task.name}: {len(items):,} items of {mean_length:.0f} tokens{copies}, dev {sizes}"
