@@ -46,6 +46,11 @@ class Config:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
 
+    @property
+    def reads_pairs(self):
+        """Whether the model may read two texts at once: with a single token type, the second has none."""
+        return self.token_types != 1
+
     def student(self, layers):
         """Returns the DistilBERT shape for this teacher: `layers` layers, no token types, all else equal.
 
