@@ -68,7 +68,7 @@ class Settings:
     seeds: int = option(1, "runs with different heads and data orders; the median is reported")
     # optimiser: AdamW with betas (0.9, 0.999), weight decay 0.01 on matrices
     lr: str = option(None, "peak learning rates to try, with commas (default: a grid of three)")
-    warmup: float = option(0.1, "share of the updates with a rising learning rate, which then decays to zero")
+    warmup: float = option(0.1, "share of the updates in which the learning rate rises; then it falls linearly")
     clip: float = option(1.0, "maximum norm of the gradient")
     # distillation from a teacher that was fine-tuned for the task
     teacher: str = option(None, "its folder, or an --out with one for each task; several with commas: an ensemble")

@@ -11,7 +11,7 @@ metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON o
     {"out", "steps", "tokens", "seconds", "tokens_per_second", "peak_rss_mib", "peak_gpu_mib",
      "teacher": {"parameters", "mlm_loss", "top1"}, "student": {"parameters", "mlm_loss", "top1", "kl", "agreement"}}
 
-Legend:  B sequences in a micro-batch   T tokens per sequence   C width   G sequences in an update (batch * accum)
+Legend:  B sequences in a micro-batch   T tokens per sequence   G sequences in an update (batch * accum * ranks)
 """
 
 import dataclasses
@@ -55,14 +55,14 @@ class Settings:
     # length
     steps: int = option(None, "updates; overrides --epochs")
     epochs: float = option(3.0, "passes over the corpus")
-    batch: int = option(5, "sequences in a micro-batch")
-    accum: int = option(50, "micro-batches in an update")
+    batch: int = option(5, "sequences; batch * accum of them are a process's share of an update")
+    accum: int = option(50, "factor of batch; the number of micro-batches unless --micro-batch changes it")
     micro_batch: str = option(None, "sequences per forward pass, a divisor of batch * accum; auto: as many as fit on a "
                                "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
     seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = option(5e-4, "peak learning rate")
-    warmup: float = option(0.05, "share of the updates with a rising learning rate, which then decays to zero")
+    warmup: float = option(0.05, "share of the updates in which the learning rate rises; then it falls linearly")
     clip: float = option(5.0, "maximum norm of the gradient")
     # objective
     temperature: float = option(2.0, "softens both distributions in the KL term")
@@ -235,6 +235,7 @@ def train(settings, argv=()):
     run = Run(out, identity_of(settings, total, G, corpus, teacher_folder), writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
+    # the teacher is evaluated in fp32 here, before Distiller casts it
     held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, device) if ranks.first else None
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
     distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
@@ -288,7 +289,7 @@ def train(settings, argv=()):
             if terms is None:
                 break  # the unfinished update does not count: the resumed run repeats it, with the same bits
             norm = distiller.clip(optimizer, settings.clip)
-            numbers = torch.cat([*terms, norm[None]]).cpu()  # the only place where the host waits for the device
+            numbers = torch.cat([*terms, norm[None]]).cpu()  # in one process, all that waits for the device
             terms, norm = numbers[:-1].view(-1, 5), numbers[-1]  # loss, kl, ce, cos, mse of each micro-batch
 
             # every rank gets the same losses, a signal to any rank, and rank 0's clock, so that all end together

@@ -1,6 +1,6 @@
 """Token file -> packed, masked sequences, in an order that is a pure function of seed and index.
 
-`data/prepare.py` writes tokens.bin as one stream: document [SEP] document [SEP] ... A sequence is
+`data/prepare.py` writes train.bin and val.bin as one stream: document [SEP] document [SEP] ... A sequence is
 [CLS] + T - 2 consecutive tokens of that stream + [SEP]: always full, so it needs no padding and no attention mask.
 
 The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...

@@ -46,7 +46,7 @@ class Distiller:
             h_t = None
             if self.objective.needs_teacher:
                 with torch.no_grad():
-                    h_t = self.run_teacher(ids)  # (B, T, C)
+                    h_t = self.run_teacher(ids)  # (B, T, C); only the loss makes logits, a chunk at a time
             h_s = self.run_student(ids)  # (B, T, C)
             loss, terms = distillation_loss(
                 self.objective, denominators, labels, self.student, h_s, self.teacher, h_t, self.teacher_decoder, masked

@@ -1,6 +1,7 @@
 """What differs between model families: keys of config.json, tensor names, and fine-tuning heads.
 
-Each family has one table. All other code identifies the family of a model by `Config.family` alone.
+Each family has one table, and `Config.family` names it. A new family also needs its tokenizer's files
+(tokenizer_files.py) and, where it computes something else, model.py.
 Source: transformers' BertConfig, DistilBertConfig and their models, arXiv 1810.04805 and 1910.01108.
 """
 

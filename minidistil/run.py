@@ -1,7 +1,7 @@
 """The output folder of a run: identity, metrics, checkpoint, resumption.
 
-Data order and random numbers are functions of (seed, update), so a checkpoint holds only weights, AdamW's two moments,
-the loss scale and the number of finished updates.
+Data order and random numbers are functions of (seed, update), so a checkpoint holds no state of the data or of random
+generators: only weights, AdamW's two moments, and a few numbers such as the finished updates and the loss scale.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ TASKS = {task.name: task for task in [
     Task("wnli", "WNLI", ("not_entailment", "entailment"), ("accuracy",), SENTENCES, codes=NUMBERS),
     Task("imdb", "aclImdb", ("neg", "pos"), ("accuracy",), ("text",), codes={"neg": 0, "pos": 1, **NUMBERS}),
 ]}  # fmt: skip
-GLUE = list(TASKS)[:9]
+GLUE = list(TASKS)[:9]  # without IMDb and whatever follows it
 
 # Microsoft's original MRPC files, accepted in place of GLUE's; their test set has labels
 MSR = {"train": "msr_paraphrase_train.txt", "dev": "msr_paraphrase_test.txt"}
