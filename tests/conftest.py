@@ -22,6 +22,11 @@ if WORKERS > 1:  # each worker, and each process that it starts, has its share o
     torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def assets():
     """Folder of real checkpoints and data; not part of a clone, so that tests which need it may skip."""
