@@ -215,11 +215,11 @@ def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
 
 def test_a_rank_that_is_killed(tiny, tmp_path):
     """The other says so in one line within 30 s; one rank, with the same update, goes on from the last checkpoint."""
-    few = dict(batch=4, steps=2000, save_every=0.001)
+    few = dict(batch=4, steps=20000, save_every=0.001)
     process = torchrun(tiny, tmp_path / "out", subprocess.Popen, accum=2, **few)
-    for line in process.stdout:
-        if line.startswith("update") and load_checkpoint(tmp_path / "out")[0]["update"] > 0:
-            break
+    saved = tmp_path / "out" / CHECKPOINT
+    while process.poll() is None and not (saved.exists() and load_checkpoint(tmp_path / "out")[0]["update"] > 0):
+        time.sleep(0.1)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     (rank_1,) = (w for w in workers if b"\0RANK=1\0" in pathlib.Path(f"/proc/{w}/environ").read_bytes())
     began = time.monotonic()
@@ -230,7 +230,7 @@ def test_a_rank_that_is_killed(tiny, tmp_path):
     assert len(ours) == 1 and "rank 0 has lost another rank" in ours[0], stderr
     assert re.search("resume from the last checkpoint with: torchrun .* --resume$", ours[0])
     saved = load_checkpoint(tmp_path / "out")[0]["update"]
-    train.main(flags(tiny, tmp_path / "out", accum=4, resume=True, **few | dict(steps=2000, time_limit=0.01)))
+    train.main(flags(tiny, tmp_path / "out", accum=4, resume=True, **few | dict(time_limit=0.01)))
     assert load_checkpoint(tmp_path / "out")[0]["update"] > saved
 
 

@@ -151,14 +151,13 @@ def interrupted(clone, updates, **environment):
         [sys.executable, *COMMAND.split()], cwd=clone, env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
+    while process.poll() is None:
         logs = [run / "metrics.jsonl" for run in set(clone.glob("runs/*")) - earlier]
         if any(log.exists() and log.read_text().count('"loss"') >= updates for log in logs):
             process.send_signal(signal.SIGINT)
             break
-    lines += process.stdout.readlines()
+        time.sleep(0.2)
+    lines = process.stdout.readlines()
     stderr = process.stderr.read()
     assert process.wait(60) == 130, (lines, stderr)
     return "".join(lines)
