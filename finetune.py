@@ -45,10 +45,11 @@ from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import check_pairs, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
+from minidistil.folder import CHECKPOINT, claimed, command, inheritable
 from minidistil.memory import keep_freed_memory, peak_rss_mib
 from minidistil.progress import Progress, lr_at
 from minidistil.rng import mix
-from minidistil.run import CHECKPOINT, SignalFlag, choose_folder, require_same, resume_command
+from minidistil.run import SignalFlag, require_same
 from minidistil.tokenizer import Tokenizer
 
 
@@ -88,7 +89,8 @@ class Settings:
 
 # Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
 # contents of the files that they name, which are compared.
-MAY_CHANGE_ON_RESUME = set("task out seeds lr dtype resume save_every data model words teacher".split())
+PATHS = ("data", "model", "words", "teacher")
+MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every".split()}
 
 
 # ---- settings
@@ -113,6 +115,8 @@ def check(settings):
         raise UserError("--words is for --model bilstm: leave it out")
     if settings.resume and settings.out is None:
         raise UserError("--resume needs to know which run: name its folder with --out")
+    if None in (settings.task, settings.model, settings.data):
+        raise UserError(f"{settings.out} holds no settings to resume with: repeat --task, --model and --data")
 
 
 # ---- one run: a new head, one learning rate, one seed
@@ -190,18 +194,12 @@ def source_folder(settings, names):
 def open_state(settings, out, identity, dtype):
     """Returns the contents of scores.json: a new state, or with --resume that of the same run in `out`."""
     if not settings.resume:
-        return {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
-    if not (out / "scores.json").is_file():
-        raise UserError(f"nothing to resume in {out} (no scores.json): start without --resume")
+        state = {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
+        return {"settings": inheritable(dataclasses.asdict(settings), PATHS), **state}
     state = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     wanted = identity if settings.dtype == "auto" else {**identity, "dtype": settings.dtype}
     require_same({**state["identity"], "dtype": state["dtype"]}, wanted, out)
     return state
-
-
-def digests(folder):
-    """What the weights in a folder are, wherever it lies."""
-    return [files.sha256(path) for path in weights.weight_files(folder)]
 
 
 def require_same_for(task, state, what, contents, out):
@@ -211,16 +209,20 @@ def require_same_for(task, state, what, contents, out):
         raise UserError(f"{out} was begun with other {what} for {task}: give the same {flag}, or a new --out")
 
 
-def finetune(settings, argv=()):
+def finetune(settings):
     """Fine-tunes on each task as `settings` describe; returns the summary that the last line prints.
 
-    `argv` is the command line, from which the resume command is made. Raises UserError, and SystemExit(128 + signal)
-    after an interrupted run is saved.
+    Raises UserError, and SystemExit(128 + signal) after an interrupted run is saved.
     """
     check(settings)
     names = task_names(settings.task, settings.data)
     stem = f"finetune-{settings.task.replace(',', '-')}"
-    out = choose_folder(settings.out, stem, settings.resume, "scores.json")
+    with claimed(settings.out, stem, settings.resume, "scores.json") as out:
+        return finetune_tasks(settings, names, out)
+
+
+def finetune_tasks(settings, names, out):
+    """Fine-tunes on the tasks `names` in the folder `out`; see `finetune`."""
     device, as_bilstm = choose_device(settings.device), settings.model == "bilstm"
     keep_freed_memory()
     folder = source_folder(settings, names)
@@ -232,7 +234,7 @@ def finetune(settings, argv=()):
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "model": "bilstm" if as_bilstm else "encoder",
-        "weights": digests(folder),
+        "weights": weights.digests(folder),
     }
     state = open_state(settings, out, identity, choose_dtype(settings.dtype, device))
     for name in names:  # before hours go into the first
@@ -242,7 +244,7 @@ def finetune(settings, argv=()):
                 check_pairs(folder, config, task)
             for teacher in folders:
                 check_teacher(teacher, task, tokenizer)
-        require_same_for(name, state, "teachers", [digests(teacher) for teacher in folders], out)
+        require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
     began = time.monotonic()
     with SignalFlag() as stop:
         for name in names:
@@ -264,7 +266,7 @@ def finetune(settings, argv=()):
                 model = build_model(folder, task, trial.seed, as_bilstm).to(device)
                 record = fine_tune(settings, trial, model, task, tokenizer.pad_id, device, state["dtype"], stop)
                 if record is None:
-                    how_to_resume = resume_command(["python"], "finetune.py", argv, out)
+                    how_to_resume = command("finetune.py", "--out", out, "--resume")
                     print(f"saved within {trial.key}; resume with: {how_to_resume}", flush=True)
                     raise SystemExit(128 + stop.signal)
                 if all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs):
@@ -281,7 +283,7 @@ def finetune(settings, argv=()):
     macro = round(statistics.mean(in_glue), 2) if in_glue else None
     summary = {"out": str(out), "tasks": summaries, "macro": macro}
     summary |= {"seconds": round(time.monotonic() - began, 1), "peak_rss_mib": peak_rss_mib()}
-    state |= {"settings": dataclasses.asdict(settings), "versions": versions(), "summary": summary}
+    state |= {"versions": versions(), "summary": summary}
     files.write_json(out / "scores.json", state)
     return summary
 
@@ -289,9 +291,11 @@ def finetune(settings, argv=()):
 def main(argv):
     values = parse_args(Settings, argv, __doc__)
     for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse", "augment"):
-        if name in values and "teacher" not in values:
+        if name in values and not values.keys() & {"teacher", "resume"}:
             raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
-    summary = finetune(Settings(**values), argv)
+    if values.keys() >= {"out", "resume"} and (state := pathlib.Path(values["out"]) / "scores.json").is_file():
+        values = json.loads(state.read_text(encoding="utf-8")).get("settings", {}) | values
+    summary = finetune(Settings(**values))
     print(json.dumps(summary, separators=(",", ":")))
 
 

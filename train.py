@@ -14,6 +14,7 @@ metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON o
 Legend:  B sequences in a micro-batch   T tokens per sequence   G sequences in an update (batch * accum * ranks)
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,7 +24,7 @@ import signal
 import numpy as np
 import torch
 
-from minidistil import files, hub, weights
+from minidistil import hub, weights
 from minidistil.checks import check_fit, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
@@ -32,13 +33,14 @@ from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
 from minidistil.evaluate import HeldOut
+from minidistil.folder import CHECKPOINT, check_room, claimed, command, one_at_a_time
 from minidistil.losses import Denominators, Objective
 from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
 from minidistil.progress import Progress, lr_at
-from minidistil.report import RunReport
+from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
-from minidistil.run import CHECKPOINT, Run, SignalFlag, State, choose_folder, resume_command
+from minidistil.run import Run, SignalFlag, State, inherited
 from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
@@ -126,7 +128,8 @@ def load_models(settings, ranks):
     tokenizer = Tokenizer.load(folder)
     if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
-    student = build_student(settings, teacher, init)
+    shape = settings.student_layers, settings.student_config, settings.seed, settings.dropout
+    student = build_student(teacher, init or settings.student_init, *shape)
     for role, model in (("teacher", teacher), ("student", student)):
         if model:
             score_words(role, model, tokenizer, ranks.print0)
@@ -146,10 +149,11 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
                 f"--vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
                 flush=True,
             )
-        if not (folder / "meta.json").exists():
-            from data.prepare import prepare
+        with one_at_a_time(folder):
+            if not (folder / "meta.json").exists():
+                from data.prepare import prepare
 
-            prepare(["docs"], tokenizer_folder, folder, val_share=0.02)
+                prepare(["docs"], tokenizer_folder, folder, val_share=0.02)
         corpus = Corpus(folder)
     corpus.check_tokenizer(tokenizer, tokenizer_folder)
     return corpus
@@ -170,11 +174,6 @@ def open_held_out(settings, eval_corpus, tokenizer, teacher, device):
     return HeldOut(*val.batch(0, n), teacher, device)
 
 
-def digests(folder):
-    """What the weights in a folder are, wherever it lies."""
-    return [files.sha256(path) for path in weights.weight_files(folder)]
-
-
 def identity_of(settings, total, G, corpus, teacher_folder):
     """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
     named = settings.student_init not in (None, "teacher", "random")
@@ -184,8 +183,8 @@ def identity_of(settings, total, G, corpus, teacher_folder):
         "steps": total,
         "sequences in an update": G,
         "data": corpus.meta["sha256"]["train.bin"],
-        "teacher": teacher_folder and digests(teacher_folder),
-        "student_init": digests(init) if init else settings.student_init,
+        "teacher": teacher_folder and weights.digests(teacher_folder),
+        "student_init": weights.digests(init) if init else settings.student_init,
         "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
     }
 
@@ -198,18 +197,24 @@ def dropout_seed(seed, update, rank):
 # ---- the run
 
 
-def train(settings, argv=()):
+def train(settings):
     """Runs the distillation that `settings` describe; returns the summary that the last line prints.
 
-    `argv` is the command line, from which the resume command is made. Raises UserError, and SystemExit(128 + signal)
-    after an interrupted run is saved.
+    Raises UserError, and SystemExit(128 + signal) after an interrupted run is saved.
     """
     check_settings(settings)
     ranks = Distributed()
     device = choose_device(ranks.device(settings.device))
     ranks.join(device)
     stem = "scratch" if settings.teacher == "none" else pathlib.Path(settings.teacher).name or "student"
-    out = ranks.broadcast(lambda: choose_folder(settings.out, stem, settings.resume, CHECKPOINT))
+    with contextlib.ExitStack() as stack:
+        folder = claimed(settings.out, stem, settings.resume, CHECKPOINT)
+        out = ranks.broadcast(lambda: stack.enter_context(folder))
+        return distil(settings, out, device, ranks)
+
+
+def distil(settings, out, device, ranks):
+    """Runs `settings` in the folder `out`; see `train`."""
     ranks.print0(f"loading models and text; output folder {out}")
     keep_freed_memory()
 
@@ -224,35 +229,44 @@ def train(settings, argv=()):
     )
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
-    objective = Objective.of(settings)
-    check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequences, G)
+    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
+    objective = Objective(*alphas, settings.temperature, settings.kd_rows)
+    objective = objective if teacher else objective.without_teacher()
+    check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G)
 
     # ---- optimiser (AdamW without weight decay, as published) and state of an earlier run
     student.to(device)
     if teacher:
         teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
-    run = Run(out, identity_of(settings, total, G, corpus, teacher_folder), writes=ranks.first)
+    identity = identity_of(settings, total, G, corpus, teacher_folder)
+    run = Run(out, dataclasses.asdict(settings), identity, writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
+    how_to_resume = command("train.py", "--out", out, "--resume", launcher=ranks.launcher)
+    if state.update == total and (summary := run.finished_summary(total)):
+        ranks.print0(already_finished(summary))
+        return summary if ranks.first else None
+    if ranks.first:
+        check_room(out, run.size(student))
     state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
     # the teacher is evaluated in fp32 here, before Distiller casts it
     held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, device) if ranks.first else None
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
     distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
-    B = choose_micro_batch(settings, state, distiller, optimizer, batches)
+    wanted = settings.micro_batch, settings.batch
+    B = choose_micro_batch(*wanted, share, T, state, distiller, optimizer, batches, settings.compile)
     distiller.distribute()
 
-    progress = Progress(total, G * T, state.update, state.seconds)
-    report = RunReport(settings, run, progress, distiller, state.dtype, ranks)
+    progress, stop = Progress(total, G * T, state.update, state.seconds), SignalFlag()
+    report = RunReport(run, progress, distiller, state.dtype, T, settings.price_per_hour, ranks)
     run.open(state.update if settings.resume else None)
-    report.begin(corpus, share // B, B, T, held_out)
+    report.begin(corpus, share // B, B, held_out)
 
     def evaluate():
         if ranks.first:
             with progress.paused():
                 metrics = held_out.evaluate(student)
             report.evaluated(metrics)
-            return metrics
 
     def save():
         with progress.paused():
@@ -267,13 +281,12 @@ def train(settings, argv=()):
 
     if not settings.resume:
         save()
-    metrics = run.history[-1].get("held_out") if run.history else evaluate()
-    how_to_resume = resume_command(ranks.launcher, "train.py", argv, out)
-    lost_rank_hint = f"resume from the last checkpoint with: {how_to_resume}"
+    if not run.evaluation:
+        evaluate()
     eval_every = settings.eval_every or max(1, total // 10)
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     progress.restart(progress.seconds)
-    with SignalFlag() as stop, run.metrics, ranks.report_lost_rank(lost_rank_hint):
+    with stop, run.metrics, ranks.report_lost_rank(f"resume from the last checkpoint with: {how_to_resume}"):
         signals = timed_out = False
         while not (progress.done or signals or timed_out):
             update = progress.update
@@ -300,42 +313,31 @@ def train(settings, argv=()):
             distiller.step(optimizer)
             progress.update += 1
 
-            report.updated({"loss": loss, "kl": kl, "ce": ce, "cos": cos, "mse": mse, "lr": lr}, norm.item())
+            report.updated(loss, {"kl": kl, "ce": ce, "cos": cos, "mse": mse}, lr, norm.item())
             if progress.update % eval_every == 0 or progress.done:
-                metrics = evaluate()
+                evaluate()
             if progress.due("save", settings.save_every * 60):
                 save()
 
-        if progress.update > progress.first or stop.signal is not None:
+        interrupted = stop.signal or signals
+        if progress.update > progress.first or interrupted:
             save()
-        if stop.signal is not None or signals:
-            ranks.print0(f"saved after update {progress.update} of {total}; resume with: {how_to_resume}")
-            raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-        if ranks.first and "held_out" not in run.history[-1]:  # the time limit came between evaluations
-            metrics = evaluate()
+        if ranks.first and not interrupted and "held_out" not in run.history[-1]:  # timed out between evaluations
+            evaluate()
+        ended_by = "signal" if interrupted else "completion" if progress.done else "time limit"
+        teacher_metrics = held_out.teacher_metrics if ranks.first else None
+        summary = report.finish(corpus, tokenizer, teacher_metrics, ended_by, how_to_resume) if ranks.first else None
+    if interrupted:
+        raise SystemExit(128 + (stop.signal or signal.SIGTERM))
     ranks.leave()
-    return report.finish(corpus, tokenizer, held_out, metrics) if ranks.first else None
-
-
-def not_finite(update, losses, norm, B, share, ranks, out):
-    """Returns the error for a loss or gradient that is not finite: which update and sequences, and what is safe."""
-    G, bad = share * ranks.size, (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        first = update * G + ranks.rank * share + bad[0] * B
-        last = first + B - 1
-        what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {last})"
-    else:
-        what = f"the gradient's norm is {norm.item()} (sequences {update * G} to {(update + 1) * G - 1})"
-    return (
-        f"update {update + 1}: {what}: lower --lr or --clip, or look at these sequences; "
-        f"the last good checkpoint is untouched in {out / CHECKPOINT}"
-    )
+    return summary
 
 
 def main(argv):
     values = parse_args(Settings, argv, __doc__)
-    demo = DEMO if values.get("teacher", "demo") == "demo" else {}
-    summary = train(Settings(**{**demo, **values}), argv)
+    begun = inherited(values["out"]) if values.keys() >= {"out", "resume"} else {}
+    demo = DEMO if not begun and values.get("teacher", "demo") == "demo" else {}
+    summary = train(Settings(**{**demo, **begun, **values}))
     if summary:  # on rank 0 only
         print(json.dumps(summary, separators=(",", ":")))
 

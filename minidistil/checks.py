@@ -3,7 +3,6 @@
 import math
 
 from minidistil.errors import UserError
-from minidistil.losses import Objective
 
 
 def check_settings(settings):
@@ -42,7 +41,8 @@ def check_settings(settings):
             raise UserError("--student-init teacher needs a teacher: name one with --teacher")
         if settings.student_layers:
             raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
-    if not (settings.alpha_mlm or Objective.of(settings).needs_teacher):
+    of_teacher = settings.teacher != "none" and (settings.alpha_ce or settings.alpha_cos or settings.alpha_mse)
+    if not (settings.alpha_mlm or of_teacher):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
 
 
@@ -67,11 +67,12 @@ def score_words(role, model, tokenizer, say=print):
     model.words = len(tokenizer.vocab)
 
 
-def check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequences, G):
+def check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G):
     """Raises UserError for combinations that would fail or mislead later. G: sequences in an update."""
+    T = sequences.T
     shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
     for role, config in shapes:
-        if config.positions < settings.seq_len:
+        if config.positions < T:
             raise UserError(f"the {role} has {config.positions} positions: use --seq-len {config.positions} or less")
     if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
         raise UserError(
@@ -80,11 +81,11 @@ def check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequen
         )
     if sequences.per_epoch < G:
         raise UserError(
-            f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {settings.seq_len}, "
+            f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {T}, "
             f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
         )
-    if len(eval_corpus.val) < settings.seq_len - 2:
+    if len(eval_corpus.val) < T - 2:
         raise UserError(
-            f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {settings.seq_len}: "
+            f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {T}: "
             "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"
         )

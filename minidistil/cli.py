@@ -47,6 +47,8 @@ def parse_args(settings_class, argv=None, description=None):
             options["action"] = "store_true"
             parser.add_argument(*short, flag, dest=field.name, default=argparse.SUPPRESS, **options)
         else:
+            if "--resume" in (sys.argv[1:] if argv is None else argv):
+                options.pop("required", None)  # a resumed run inherits it
             options.setdefault("metavar", None if "choices" in options else field.type.__name__.upper())
             parser.add_argument(*short, flag, dest=field.name, type=field.type, default=argparse.SUPPRESS, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -59,6 +61,7 @@ def parse_args(settings_class, argv=None, description=None):
 _REMEDIES = {
     errno.ENOSPC: "free some space or write elsewhere",
     errno.EDQUOT: "free some space or write elsewhere",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or write elsewhere",
     errno.EACCES: "choose a path that you may write and read",
     errno.EPERM: "choose a path that you may write and read",
     errno.EROFS: "choose a path that you may write and read",

@@ -1,17 +1,21 @@
 """Atomic file writes: a temporary file is written, synced and renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import pathlib
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, size=None):
     """Yields a temporary path in the same folder, which replaces `path` on success and is removed on failure.
 
-    The data reach the disk before the name does, so a power cut leaves the old file or the new one.
+    The data reach the disk before the name does, so a power cut leaves the old file or the new one. The error for a
+    full disk names `path` and `size`, the bytes to be written.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +29,11 @@ def replacing(path):
             os.close(descriptor)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in FULL:
+            wanted = f" for {size:,} bytes" if size else ""
+            raise OSError(error.errno, f"{os.strerror(error.errno)}{wanted}", str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -33,13 +33,9 @@ class Objective:
     temperature: float = 2.0
     kd_rows: str = "all"
 
-    @classmethod
-    def of(cls, settings):
-        """Returns the objective of train.py's settings; without a teacher, only the masked-LM term."""
-        values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
-        if settings.teacher == "none":
-            values |= {"alpha_ce": 0.0, "alpha_cos": 0.0, "alpha_mse": 0.0}
-        return cls(**values)
+    def without_teacher(self):
+        """Returns the objective of a run without a teacher: the masked-LM term alone."""
+        return dataclasses.replace(self, alpha_ce=0.0, alpha_cos=0.0, alpha_mse=0.0)
 
     @property
     def on_logits(self):
@@ -49,6 +45,12 @@ class Objective:
     @property
     def needs_teacher(self):
         return self.on_logits or bool(self.alpha_cos)
+
+    @property
+    def computed(self):
+        """Names of the terms that `distillation_loss` computes; the others are 0."""
+        given = {"kl": self.on_logits, "ce": self.alpha_mlm, "cos": self.alpha_cos, "mse": self.alpha_mse}
+        return [name for name, whether in given.items() if whether]
 
 
 @dataclasses.dataclass(frozen=True)

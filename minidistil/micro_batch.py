@@ -52,15 +52,15 @@ def probe_memory(student, optimizer, forward_backward, micro_batch, device):
             torch.cuda.reset_peak_memory_stats(device)  # training reports its own peak
 
 
-def choose_micro_batch(settings, state, distiller, optimizer, batches):
-    """Returns B, the sequences in a micro-batch: a divisor of a rank's share of an update. Compiles with --compile.
+def choose_micro_batch(wanted, batch, share, T, state, distiller, optimizer, batches, compile=False):
+    """Returns B, the sequences in a micro-batch: a divisor of `share`, a rank's sequences in an update.
 
-    A number in --micro-batch is used as it is. Otherwise, on a GPU, B is the largest that fits, because a small
-    micro-batch leaves the GPU waiting for the host; on a CPU it is --batch, or with `auto` a number that is fast. The
+    A number in `wanted` is used as it is. Otherwise, on a GPU, B is the largest that fits, because a small micro-batch
+    leaves the GPU waiting for the host; on a CPU it is `batch`, or where `wanted` is "auto" a number that is fast. The
     result of a search goes into `state`: a resumed run starts its search there and finds the same, unless its GPU is
-    smaller.
+    smaller. With `compile` the models are compiled for this B.
     """
-    T, share, device, ranks = settings.seq_len, settings.batch * settings.accum, distiller.device, distiller.ranks
+    device, ranks = distiller.device, distiller.ranks
 
     def attempt(size):
         ids, labels = (tensor[:size] for tensor in batches(state.update))
@@ -68,13 +68,13 @@ def choose_micro_batch(settings, state, distiller, optimizer, batches):
         inputs = ids, labels, masked, Denominators(size * T, max(masked, 1))
         probe_memory(distiller.student, optimizer, distiller.backward, inputs, device)
 
-    if settings.micro_batch not in (None, "auto"):
-        B = int(settings.micro_batch)
+    if wanted not in (None, "auto"):
+        B = int(wanted)
     elif can_search(device):
         B = state.searched = ranks.min(largest_that_fits(share, state.searched or MAX_TOKENS // T, attempt))
     else:
-        B = next(divisors(share, CPU_TOKENS // T)) if settings.micro_batch else settings.batch
-    if settings.compile:
+        B = next(divisors(share, CPU_TOKENS // T)) if wanted else batch
+    if compile:
         distiller.compile()
         ranks.print0("compiling: this takes a minute")
         attempt(B)  # compiles, before the clock starts

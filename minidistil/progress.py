@@ -73,6 +73,9 @@ class Progress:
 
     @property
     def updates_per_second(self):
+        """Of this process, or of the run before it where it has done no update yet."""
+        if self.update == self.first:
+            return self.update / self.before if self.before else 0.0
         return (self.update - self.first) / max(self.elapsed - self.paused_seconds, 1e-9)
 
     @property
@@ -81,7 +84,8 @@ class Progress:
 
     @property
     def left(self):
-        return duration((self.total - self.update) / max(self.updates_per_second, 1e-9))
+        speed = self.updates_per_second
+        return duration((self.total - self.update) / speed) if speed else "unknown time"
 
     @property
     def done(self):
@@ -134,12 +138,13 @@ def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price
     """Returns the estimated cost of a run of `tokens` tokens at this speed (of all ranks together).
 
     {"tflops_per_second" per rank, "utilisation" of `peak` TFLOP/s (None: unknown), "device_hours", "cost", and
-    "published_device_hours", "published_cost" for the tokens of the published recipe}; without a price, costs are None.
+    "published_device_hours", "published_cost" for the tokens of the published recipe}; without a price, costs are None,
+    and so are hours without a speed.
     """
     tflops = tokens_per_second * flops_per_token / 1e12 / ranks
     estimate = {"tflops_per_second": round(tflops, 3), "utilisation": peak and round(tflops / peak, 4)}
     for name, n in (("", tokens), ("published_", PUBLISHED_TOKENS)):
-        hours = n / max(tokens_per_second, 1e-9) * ranks / 3600
-        estimate[f"{name}device_hours"] = round(hours, 4)
-        estimate[f"{name}cost"] = None if price_per_hour is None else round(hours * price_per_hour, 2)
+        hours = n / tokens_per_second * ranks / 3600 if tokens_per_second else None
+        estimate[f"{name}device_hours"] = hours and round(hours, 4)
+        estimate[f"{name}cost"] = hours and (None if price_per_hour is None else round(hours * price_per_hour, 2))
     return estimate

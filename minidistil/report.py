@@ -1,66 +1,72 @@
 """The output of a run: progress lines, metrics, model, curve and run.json."""
 
-import dataclasses
-
 from minidistil import files, weights
 from minidistil.device import peak_mib, versions
+from minidistil.folder import CHECKPOINT, command
 from minidistil.memory import peak_rss_mib
 from minidistil.model import num_params
-from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
+from minidistil.progress import duration, estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import draw_curve
 
 
 class RunReport:
     """Prints and logs the progress of a run, and writes its result."""
 
-    def __init__(self, settings, run, progress, distiller, dtype, ranks):
-        self.settings, self.run, self.progress, self.ranks = settings, run, progress, ranks
-        self.dtype, self.device = dtype, distiller.device
-        self.student, self.teacher = distiller.student, distiller.teacher
+    def __init__(self, run, progress, distiller, dtype, T, price_per_hour, ranks):
+        self.run, self.progress, self.dtype, self.price, self.ranks = run, progress, dtype, price_per_hour, ranks
+        self.device, self.student, self.teacher = distiller.device, distiller.student, distiller.teacher
+        self.objective, self.T, self.peak = distiller.objective, T, peak_tflops(self.device, dtype)
         shapes = self.teacher and self.teacher.config, self.student.config
-        self.flops = training_flops_per_token(distiller.objective, *shapes, settings.seq_len)  # per token
-        self.peak = peak_tflops(self.device, dtype)
+        self.flops = training_flops_per_token(self.objective, *shapes, T)  # per token
 
-    def begin(self, corpus, A, B, T, held_out):
-        ranks, total = self.ranks, self.progress.total
-        teacher = f"teacher {num_params(self.teacher.config):,} parameters, " if self.teacher else ""
+    def begin(self, corpus, A, B, held_out):
+        """Prints what will run: A micro-batches of B sequences in an update of each rank."""
+        ranks, size = self.ranks, f"{num_params(self.student.config):,} parameters"
+        teacher = self.teacher and f"teacher {num_params(self.teacher.config):,} parameters, student {size}"
+        ranks.print0(teacher or f"model {size}, no teacher")
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
         ranks.print0(
-            f"{teacher}student {num_params(self.student.config):,} parameters; {len(corpus.train):,} tokens of text; "
-            f"{total} updates of {several}{A} x {B} x {T} = {self.progress.tokens:,} tokens; {self.dtype} on "
-            f"{self.device}; {self.run.out}"
+            f"{len(corpus.train):,} tokens of text; {self.progress.total} updates of {several}{A} x {B} x {self.T} = "
+            f"{self.progress.tokens:,} tokens; {self.dtype} on {self.device}"
         )
         if ranks.first and held_out.teacher_metrics:
             ranks.print0(f"held-out, teacher: {format_metrics(held_out.teacher_metrics)}")
 
     def cost(self):
         """Returns the estimated cost, at this speed, of the whole run and of the published one."""
-        progress, price = self.progress, self.settings.price_per_hour
-        tokens = progress.total * progress.tokens
-        return estimate_cost(tokens, progress.tokens_per_second, self.flops, self.peak, self.ranks.size, price)
-
-    def updated(self, terms, norm):
         progress = self.progress
+        tokens = progress.total * progress.tokens
+        return estimate_cost(tokens, progress.tokens_per_second, self.flops, self.peak, self.ranks.size, self.price)
+
+    def updated(self, loss, terms, lr, norm):
+        """Logs an update and prints a line where one is due; terms that the objective lacks are left out."""
+        progress = self.progress
+        terms = {"loss": loss, **{name: terms[name] for name in self.objective.computed}}
         cost = {name: value for name, value in self.cost().items() if not name.startswith("published")}
         speed, memory = round(progress.tokens_per_second, 1), round(peak_mib(self.device), 1)
         self.run.log({
-            "step": progress.update, **terms, "grad_norm": norm, **cost, "tokens_per_second": speed, "peak_mib": memory,
+            "step": progress.update, **terms, "lr": lr, "grad_norm": norm, **cost, "tokens_per_second": speed,
+            "peak_mib": memory,
         })  # fmt: skip
         if not progress.line_due():
             return
-        share = f" ({cost['utilisation']:.0%} of peak)" if self.peak else ""
+        share = f"  {cost['utilisation']:.0%} of peak" if self.peak else ""
         price = "" if cost["cost"] is None else f"  {cost['cost']:,.2f} in all"
+        width = len(str(progress.total))
         self.ranks.print0(
-            f"update {progress.update:>6}/{progress.total}  {format_metrics(terms)}  {speed:,.0f} tokens/s  "
-            f"{cost['tflops_per_second']:.2f} TFLOP/s{share}{price}  {progress.left} left  {memory:,.0f} MiB"
+            f"{progress.update:>{width}}/{progress.total}  {format_metrics(terms, 3)}  {speed:,.0f} tokens/s{share}"
+            f"{price}  {progress.left} left"
         )
 
     def evaluated(self, metrics):
         self.run.log({"step": self.progress.update, "held_out": metrics})
-        self.ranks.print0(f"held-out, student after {self.progress.update}: {format_metrics(metrics)}")
+        self.ranks.print0(f"held-out, after {self.progress.update}: {format_metrics(metrics)}")
 
-    def finish(self, corpus, tokenizer, held_out, metrics):
-        """Writes the student, its tokenizer, run.json and the curve; returns the summary."""
+    def finish(self, corpus, tokenizer, teacher_metrics, ended_by, resume):
+        """Writes the student, its tokenizer, run.json and the curve; returns the summary.
+
+        `ended_by` is "completion", "time limit" or "signal"; `resume` is the command line that continues the run.
+        """
         run, progress, student, teacher = self.run, self.progress, self.student, self.teacher
         cost, tokens_per_second = self.cost(), round(progress.tokens_per_second, 1)
         summary = {
@@ -71,26 +77,77 @@ class RunReport:
             "tokens_per_second": tokens_per_second,
             "peak_rss_mib": peak_rss_mib(),
             "peak_gpu_mib": round(peak_mib(self.device), 1) if self.device.type == "cuda" else 0.0,
-            "teacher": {"parameters": num_params(teacher.config), **held_out.teacher_metrics} if teacher else None,
-            "student": {"parameters": num_params(student.config), **metrics},
+            "teacher": {"parameters": num_params(teacher.config), **teacher_metrics} if teacher else None,
+            "student": {"parameters": num_params(student.config), **run.evaluation["held_out"]},
         }
-        self.ranks.print0(
-            f"{self.flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {progress.total} updates "
-            f"take {cost['device_hours']:,.2f} device-hours, the published recipe's 12.6 billion tokens "
-            f"{cost['published_device_hours']:,.0f}"
-        )
         student.cpu().eval()
         weights.save_model(run.out, student)
         tokenizer.max_length = student.config.positions
         tokenizer.save(run.out, student.config.family)
+        ending = {"planned_steps": progress.total, "ended_by": ended_by, "evaluated_after": run.evaluation["step"]}
         files.write_json(run.out / "run.json", {
-            "settings": dataclasses.asdict(self.settings), "dtype": self.dtype, "identity": run.identity,
-            "versions": versions(), "data": corpus.meta, "summary": summary, "accounting": cost,
+            "settings": run.settings, "dtype": self.dtype, "identity": run.identity, "versions": versions(),
+            "data": corpus.meta, "summary": summary, **ending, "accounting": cost,
         })  # fmt: skip
-        draw_curve(run.out / "curve.svg", run.history, held_out.teacher_metrics)
+        draw_curve(run.out / "curve.svg", run.history, teacher_metrics)
+        if ended_by == "completion":
+            self.ranks.print0(
+                f"{self.flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {progress.total} "
+                f"updates take\n{cost['device_hours']:,.3g} device-hours, the published recipe's 12.6 billion tokens "
+                f"{cost['published_device_hours']:,.0f}\n" + conclusion(summary)
+            )
+        else:
+            reason, done = "--time-limit" if ended_by == "time limit" else "a signal", progress.update
+            self.ranks.print0(
+                f"{reason} ended the run after {done} of {progress.total} updates; {progress.left} were left\n"
+                f"{run.out} holds the student of this moment\nresume with: {resume}"
+            )
         return summary
 
 
-def format_metrics(metrics):
-    """Returns metrics as text for a progress line, without terms that are 0 because the objective lacks them."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value)
+def format_metrics(metrics, digits=4):
+    """Returns metrics as text for a progress line."""
+    return "  ".join(f"{name} {value:.{digits}g}" for name, value in metrics.items())
+
+
+def conclusion(summary):
+    """Returns what a finished run has achieved, where it is, and what to run next, as text."""
+    student, teacher, out = summary["student"], summary["teacher"], summary["out"]
+    what = f"the model predicts {student['top1']:.1%} of the masked words of held-out text"
+    if teacher:
+        size = student["parameters"] / teacher["parameters"]
+        what = (
+            f"the student has {size:.0%} of its teacher's parameters and predicts\n{student['top1']:.1%} of the masked "
+            f"words of held-out text, the teacher {teacher['top1']:.1%}"
+        )
+    return (
+        f"finished after {duration(summary['seconds'])}: {what}\n"
+        f"{out} holds the model, run.json, metrics.jsonl and curve.svg; try it:\n"
+        f"  {command('sample.py', '--model', out)}\n"
+        f"  {command('finetune.py', '--task', 'sst2', '--model', out, '--data', 'GLUE')}"
+    )
+
+
+def already_finished(summary):
+    """Returns what --resume says of a finished run, and how to train its student further, as text."""
+    out = summary["out"]
+    return (
+        f"{out} is finished: all {summary['steps']} updates are done, and nothing is changed\n"
+        f"to train its student further, with a learning rate that rises and falls anew:\n"
+        f"  {command('train.py', '--student-init', out)} ... (and the settings of that run)"
+    )
+
+
+def not_finite(update, losses, norm, B, share, ranks, out):
+    """Returns the error for a loss or gradient that is not finite: which update and sequences, and what is safe."""
+    G, bad = share * ranks.size, (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        first = update * G + ranks.rank * share + bad[0] * B
+        last = first + B - 1
+        what = f"the loss is {losses[bad[0]].item()} in micro-batch {bad[0] + 1} (sequences {first} to {last})"
+    else:
+        what = f"the gradient's norm is {norm.item()} (sequences {update * G} to {(update + 1) * G - 1})"
+    return (
+        f"update {update + 1}: {what}: lower --lr or --clip, or look at these sequences; "
+        f"the last good checkpoint is untouched in {out / CHECKPOINT}"
+    )

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shlex
 import signal
 import time
 
@@ -16,32 +15,11 @@ import torch
 
 from minidistil import files, plot
 from minidistil.errors import UserError
+from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
 
-CHECKPOINT = pathlib.Path("checkpoint") / "state.safetensors"  # in the folder of a run
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def choose_folder(out, stem, resume, resume_marker):
-    """Returns the folder `out`, or the first free one of runs/`stem`, runs/`stem`-2 ...; never overwrites a run.
-
-    A folder that contains the file `resume_marker` can be resumed. Raises UserError for any other non-empty folder.
-    """
-    if out is None:
-        numbers = (("" if n == 1 else f"-{n}") for n in range(1, 10**6))
-        return next(p for p in (pathlib.Path("runs") / f"{stem}{n}" for n in numbers) if not p.exists())
-    out = pathlib.Path(out)
-    if out.is_dir() and any(out.iterdir()) and not resume:
-        how = "add --resume to continue, or choose" if (out / resume_marker).exists() else "choose"
-        raise UserError(f"--out {out} is not empty: {how} another --out")
-    return out
-
-
-def resume_command(launcher, script, argv, out):
-    """Returns the command line that resumes the run in `out`, from the one that started it."""
-    words = [*launcher, script, *(a for a in argv if a != "--resume"), "--resume"]
-    named = any(a == "--out" or a.startswith("--out=") for a in argv)
-    return shlex.join(words + ([] if named else ["--out", str(out)]))
+PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # settings of train.py that may be paths
 
 
 def require_same(before, now, out):
@@ -69,12 +47,14 @@ def save_checkpoint(out, model, optimizer, info):
 
 
 def load_checkpoint(out):
-    """Returns (info, tensors) of the checkpoint in `out`; UserError where it is missing or damaged."""
-    path = pathlib.Path(out) / CHECKPOINT
-    if not path.is_file():
-        raise UserError(f"nothing to resume in {out} (no {path}): start without --resume")
-    tensors, metadata = read_safetensors(path, checksum=True)
+    """Returns (info, tensors) of the checkpoint in `out`; UserError where it is damaged."""
+    tensors, metadata = read_safetensors(pathlib.Path(out) / CHECKPOINT, checksum=True)
     return json.loads(metadata["info"]), tensors
+
+
+def inherited(out):
+    """Returns the settings of the run whose checkpoint is in `out`; {} without a checkpoint that holds them."""
+    return load_checkpoint(out)[0].get("settings", {}) if (pathlib.Path(out) / CHECKPOINT).is_file() else {}
 
 
 @torch.no_grad()
@@ -90,7 +70,6 @@ def restore(tensors, model, optimizer, adam_steps):
 
 # ---- the run of train.py
 
-
 @dataclasses.dataclass
 class State:
     """The state of a run besides its tensors; the defaults are those of a new run."""
@@ -105,11 +84,12 @@ class State:
 class Run:
     """metrics.jsonl and checkpoint/ in the folder `out`; only the first rank `writes`.
 
-    `identity` (a JSON-able dict) is everything that affects the arithmetic of an update.
+    `settings` and `identity` are JSON-able dicts: the former are what a resumed run inherits, the latter is everything
+    that affects the arithmetic of an update.
     """
 
-    def __init__(self, out, identity, writes):
-        self.out, self.identity, self.writes, self.history = out, identity, writes, []
+    def __init__(self, out, settings, identity, writes):
+        self.out, self.settings, self.identity, self.writes, self.history = out, settings, identity, writes, []
 
     def resume(self, student, optimizer, dtype):
         """Restores student and optimiser; returns the State. Raises UserError for another run."""
@@ -119,9 +99,16 @@ class Run:
         restore(tensors, student, optimizer, saved["adam_steps"])
         return State(**{field.name: saved[field.name] for field in dataclasses.fields(State)})
 
+    @staticmethod
+    def size(student):
+        """Bytes that a run writes: its model and two checkpoints, the old one and the one that replaces it."""
+        return sum(parameter.nbytes for parameter in student.parameters()) * (1 + 2 * (1 + len(MOMENTS)))
+
     def save(self, student, optimizer, state):
         if self.writes:
-            save_checkpoint(self.out, student, optimizer, {**dataclasses.asdict(state), "identity": self.identity})
+            settings = inheritable(self.settings, PATHS)
+            info = {**dataclasses.asdict(state), "identity": self.identity, "settings": settings}
+            save_checkpoint(self.out, student, optimizer, info)
 
     def open(self, update):
         """Opens metrics.jsonl for `log`; drops records after `update`, because these updates will be repeated."""
@@ -131,6 +118,17 @@ class Run:
             self.history = [m for m in read_metrics(path) if m["step"] <= update] if update is not None else []
             files.write_text(path, "".join(json.dumps(m) + "\n" for m in self.history))
         self.metrics = open(path, "a", encoding="utf-8", buffering=1)
+
+    def finished_summary(self, total):
+        """Returns the summary of a run whose `total` updates and evaluation are done, else None."""
+        path = self.out / "run.json"
+        summary = json.loads(path.read_text(encoding="utf-8"))["summary"] if path.is_file() else {}
+        return summary if summary.get("steps") == total else None
+
+    @property
+    def evaluation(self):
+        """The newest record with held-out metrics, or None."""
+        return next((record for record in reversed(self.history) if "held_out" in record), None)
 
     def log(self, record):
         self.history.append(record)
@@ -155,8 +153,8 @@ def draw_curve(path, history, teacher_metrics):
     """Draws the training loss and the held-out metrics of a run; the former as a running mean over 2 % of it."""
     updates = [m for m in history if "loss" in m]
     held_out = [m for m in history if "held_out" in m]
-    training = {name: [(m["step"], m[name]) for m in updates] for name in ("loss", "kl", "ce")}
-    training = {name: line for name, line in training.items() if any(y for _, y in line)}
+    training = {name: [(m["step"], m[name]) for m in updates if name in m] for name in ("loss", "kl", "ce")}
+    training = {name: line for name, line in training.items() if line}
     window = max(1, len(updates) // 50)
     unit = f"nats, mean of {window} updates" if window > 1 else "nats"
 

@@ -157,7 +157,7 @@ def write_safetensors(path, tensors, metadata=None, checksum=False):
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path, len(start) + position) as temporary, open(temporary, "wb") as file:
         hasher = hashlib.sha256(start)
         file.write(start)
         for name in names:

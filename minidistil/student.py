@@ -56,29 +56,30 @@ def parse_layers(text, teacher_layers):
     return student_layers(teacher_layers, k)
 
 
-def build_student(settings, teacher, init):
-    """Returns the student in fp32 on the CPU that train.py's settings describe.
+def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout=None):
+    """Returns the student, in fp32 on the CPU, in training mode.
 
-    `teacher` is a MaskedLM or None, `init` the folder of --student-init or None. Raises UserError where the settings
-    contradict each other or the teacher.
+    `teacher` is a MaskedLM or None; `source` of the weights is "teacher", "random", the folder of a model, or None: the
+    teacher if there is one and no `shape`. `layers` is the text of --student-layers, `shape` the path of a config.json,
+    `dropout` None for the config's. Raises UserError where these contradict each other or the teacher.
     """
-    source = settings.student_init or ("teacher" if teacher and not settings.student_config else "random")
-    if init:
-        if settings.student_layers:
-            raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
-        student = weights.load_model(init, fresh_head=True)
-    elif source == "teacher":
-        student = student_from_teacher(teacher, parse_layers(settings.student_layers, teacher.config.layers))
-    else:
-        if settings.student_config:
-            config = weights.read_config(settings.student_config)
+    source = source or ("teacher" if teacher and not shape else "random")
+    if source == "teacher":
+        student = student_from_teacher(teacher, parse_layers(layers, teacher.config.layers))
+    elif source == "random":
+        if shape:
+            config = weights.read_config(shape)
         elif teacher:
-            config = teacher.config.student(len(parse_layers(settings.student_layers, teacher.config.layers)))
+            config = teacher.config.student(len(parse_layers(layers, teacher.config.layers)))
         else:
             raise UserError("a student without a teacher needs a shape: add --student-config or --student-init")
-        student = MaskedLM(config, seed=settings.seed)
-    if settings.dropout is not None:
-        set_dropout(student, settings.dropout)
+        student = MaskedLM(config, seed=seed)
+    else:
+        if layers:
+            raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
+        student = weights.load_model(source, fresh_head=True)
+    if dropout is not None:
+        set_dropout(student, dropout)
     return student.train()
 
 

@@ -13,7 +13,7 @@ import torch
 
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES, IGNORED, SUPPORTED, WRAPPERS
-from minidistil.files import write_json
+from minidistil.files import sha256, write_json
 from minidistil.model import Config, MaskedLM
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
@@ -44,6 +44,11 @@ def weight_files(folder):
     if missing:
         raise UserError(f"{folder} lacks {_some(missing)}, named in {found.name}: copy or download it again")
     return [folder / name for name in shards]
+
+
+def digests(folder):
+    """Returns the SHA-256 of each file of weights in a folder: what the model is, wherever it lies."""
+    return [sha256(path) for path in weight_files(folder)]
 
 
 def read_weights(folder):

@@ -187,7 +187,8 @@ def test_two_ranks_are_one(tiny, two, tmp_path):
 def test_rank_0_alone_speaks_and_writes(two):
     done, out = two
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("update") for line in lines) == len({x for x in lines if x.startswith("update")})
+    updates = [line for line in lines if re.match(r"\d+/5  loss", line)]
+    assert 0 < len(updates) == len(set(updates))
     assert sum(line.startswith("{") for line in lines) == 1
     summary = json.loads(lines[-1])
     assert summary["tokens"] == STEPS * 2 * 2 * 4 * 32 and summary["out"] == str(out)
@@ -200,12 +201,13 @@ def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
     assert torchrun(tiny, tmp_path / "a", **few).returncode == 0
     process = torchrun(tiny, tmp_path / "b", subprocess.Popen, **few)
     for line in process.stdout:
-        if line.startswith("update"):
+        if re.match(r" *\d+/60  loss", line):
             process.send_signal(signal.SIGTERM)
             break
     said = process.stdout.read()
     process.wait(60)
-    assert re.search(r"saved after update \d+ of 60; resume with: torchrun --nproc-per-node 2 train.py", said)
+    assert re.search(r"signal ended the run after \d+ of 60 updates", said)
+    assert re.search(r"resume with: torchrun --nproc-per-node 2 \S*train.py --out \S*b --resume", said)
     _, info = parameters(tmp_path / "b")
     assert 0 < info["update"] < 60
     assert torchrun(tiny, tmp_path / "b", resume=True, **few).returncode == 0

@@ -32,7 +32,7 @@ FAST = dict(batch=8, lr="3e-3", device="cpu", dtype="fp32")
 def tuned(tiny, glue, out, task="sst2", **settings):
     values = {"task": task, "model": str(tiny / "teacher"), "data": str(glue), "out": out and str(out)}
     values |= {**FAST, **settings}
-    return finetune.finetune(Settings(**values), ["--task", task])
+    return finetune.finetune(Settings(**values))
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +245,10 @@ def test_resumed_is_uninterrupted(n, tiny, glue, tmp_path, monkeypatch, capsys):
         interrupted_at(n, patch)
         tuned(tiny, glue, tmp_path / "b", **few)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert re.search(r"resume with: python finetune.py --task sst2 --resume", capsys.readouterr().out)
-    found = tuned(tiny, glue, tmp_path / "b", **few, resume=True)
+    assert re.search(rf"resume with: \S+ finetune.py --out {tmp_path / 'b'} --resume", capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    finetune.main(["--out", "b", "--resume"])  # the settings are in scores.json
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["tasks"] == expected["tasks"]
     a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
     assert a == b

@@ -93,6 +93,7 @@ def test_training_after_a_rehearsal_is_the_same_training(tiny, tmp_path, monkeyp
     assert sizes == [(8, micro_batch.MAX_TOKENS // 32), (4, micro_batch.MAX_TOKENS // 32)]
     assert same_bits(tmp_path / "given", tmp_path / "found")
     # a resumed run looks for no more than the first found: on the same device, the same bits
+    (tmp_path / "found" / "run.json").unlink()  # it would say that the run is finished
     again = settings(tiny, tmp_path / "found", batch=1, accum=8, micro_batch="auto", resume=True)
     train.train(again)
     assert sizes[2:] == [(8, 4), (4, 4)]

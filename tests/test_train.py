@@ -5,11 +5,14 @@ import json
 import math
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -22,10 +25,11 @@ from minidistil import distiller, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.device import cast_products
 from minidistil.errors import UserError
+from minidistil.folder import CHECKPOINT
 from minidistil.losses import Denominators, Objective, distillation_loss
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, MaskedLM, num_params
 from minidistil.progress import lr_at
-from minidistil.run import CHECKPOINT, load_checkpoint
+from minidistil.run import load_checkpoint, read_metrics
 from minidistil.safetensors import read_safetensors
 from minidistil.student import set_dropout, student_layers
 from minidistil.tokenizer import Tokenizer
@@ -332,7 +336,7 @@ def test_killed_20_times_and_resumed_is_bitwise_the_same(tiny, uninterrupted, tm
 
 
 KILLER = """
-import json, os, pathlib, random, shutil, signal, sys, time
+import json, os, pathlib, random, signal, sys, time
 
 sys.path.insert(0, sys.argv[1])
 import train  # PyTorch has started no threads yet, so that a fork is safe
@@ -348,8 +352,6 @@ rng, kills, run, resume = random.Random(20), 0, 0, False
 while kills < wanted or resume:
     folder = pathlib.Path(f"{out}{run}")
     resume = (folder / "checkpoint" / "state.safetensors").exists()
-    if not resume:  # killed before its first checkpoint: there was nothing to lose
-        shutil.rmtree(folder, ignore_errors=True)
     argv = [str(folder) if a == out else a for a in arguments] + ["--resume"] * resume
     child = os.fork()
     if child == 0:
@@ -389,11 +391,14 @@ def test_signal_saves_and_says_how_to_go_on(tiny, uninterrupted, tmp_path, numbe
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number and stderr == ""
-    last = stdout.splitlines()[-1]
-    assert "resume with: python train.py" in last and last.endswith("--resume")
-    again = last.split("resume with: python ")[1].split()
-    assert again[0] == "train.py"
-    done = call([sys.executable, str(ROOT / "train.py"), *again[1:]])
+    record = json.loads((out / "run.json").read_text())
+    assert record["ended_by"] == "signal" and 3 <= record["summary"]["steps"] < 12 == record["planned_steps"]
+    assert record["evaluated_after"] in (0, 5, 10) and svg_texts(out / "curve.svg")
+    halfway = weights.load_model(out).state_dict()  # the student of that moment
+    checkpoint = load_checkpoint(out)[1]
+    assert all(torch.equal(value, checkpoint[f"student.{name}"]) for name, value in halfway.items())
+    *_, last = stdout.splitlines()
+    done = call(shlex.split(last.removeprefix("resume with: ")))
     assert done.returncode == 0, done.stderr
     assert same_bits(whole, out) and comparable(out) == comparable(whole)
 
@@ -412,10 +417,15 @@ def test_last_line_is_the_promised_object(uninterrupted):
     accounts = run["accounting"]
     assert accounts["device_hours"] == pytest.approx(summary["tokens"] / summary["tokens_per_second"] / 3600, abs=1e-4)
     assert f"MFLOP a token; at {summary['tokens_per_second']:,.0f} tokens/s the 12 updates take" in stdout
+    # a sentence for people: what came out, where it is, what to run next
+    assert re.search(r"the student has 6\d% of its teacher's parameters and predicts\n0.0% of the masked", stdout)
+    commands = [shlex.split(line) for line in stdout.splitlines() if line.startswith("  ")]
+    assert [pathlib.Path(words[1]).name for words in commands] == ["sample.py", "finetune.py"]
+    assert all(pathlib.Path(words[1]).is_file() and str(whole) in words for words in commands)
     assert accounts["tflops_per_second"] > 0 and accounts["cost"] is None
     expected = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
                 "tokenizer.json", "run.json", "metrics.jsonl", "curve.svg", "checkpoint"}  # fmt: skip
-    assert {p.name for p in whole.iterdir()} == expected
+    assert {p.name for p in whole.iterdir()} == expected and run["ended_by"] == "completion"
     assert {"training loss", "loss", "held-out accuracy", "student", "teacher"} <= set(svg_texts(whole / "curve.svg"))
 
 
@@ -439,17 +449,62 @@ def test_costs_while_it_runs(tiny, tmp_path, capsys):
         hours = 3 * 8 * 32 / r["tokens_per_second"] / 3600  # 3 updates of 8 sequences of 32 tokens
         assert r["device_hours"] == pytest.approx(hours, abs=1e-4) and r["cost"] == pytest.approx(1e6 * hours, rel=1e-2)
         assert r["tflops_per_second"] >= 0 and r["utilisation"] is None and r["peak_mib"] > 100
-    assert f"TFLOP/s  {r['cost']:,.2f} in all  0m00s left" in capsys.readouterr().out
+    assert f"tokens/s  {r['cost']:,.2f} in all  0m00s left" in capsys.readouterr().out
 
 
 def test_resume_of_a_finished_run_changes_nothing(tiny, uninterrupted, tmp_path):
     whole, stdout = uninterrupted
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     again = call(command(tiny, copy, "--resume"))
     assert again.returncode == 0, again.stderr
-    assert same_bits(whole, copy) and comparable(copy) == comparable(whole)
-    assert json.loads(again.stdout.splitlines()[-1])["student"] == json.loads(stdout.splitlines()[-1])["student"]
+    assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    assert json.loads(again.stdout.splitlines()[-1]) == json.loads(stdout.splitlines()[-1])
+    assert "is finished: all 12 updates are done" in again.stdout and "--student-init" in again.stdout
+
+
+def test_a_run_that_ended_before_its_result_gets_it(tiny, uninterrupted, tmp_path):
+    """All updates are done but run.json is not written: --resume writes it, with the speed of the run before."""
+    whole, _ = uninterrupted
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "run.json").unlink()
+    again = call([sys.executable, str(ROOT / "train.py"), "--out", str(copy), "--resume"])
+    assert again.returncode == 0, again.stderr
+    then, now = (json.loads((folder / "run.json").read_text()) for folder in (whole, copy))
+    assert now["summary"]["student"] == then["summary"]["student"] and same_bits(whole, copy)
+    speed = load_checkpoint(whole)[0]["seconds"] / (12 * 4 * 3 * 32)
+    assert now["summary"]["tokens_per_second"] == pytest.approx(1 / speed, rel=0.1)
+
+
+@pytest.mark.parametrize("more", [[], ["--eval-every", "4"]])
+def test_out_and_resume_are_enough(tiny, uninterrupted, tmp_path, monkeypatch, more):
+    """The settings are in the checkpoint, with absolute paths; what is given again counts."""
+    whole, _ = uninterrupted
+    monkeypatch.chdir(tiny)
+    first = command(pathlib.Path("."), tmp_path / "out", "--time-limit", "0.0001")
+    done = call(first)
+    assert done.returncode == 0 and "--time-limit ended the run after 1 of 12 updates" in done.stdout, done.stderr
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["ended_by"], record["planned_steps"], record["evaluated_after"]) == ("time limit", 12, 1)
+    monkeypatch.chdir(tmp_path)
+    done = call([sys.executable, str(ROOT / "train.py"), "--out", "out", "--resume", *more])
+    assert done.returncode == 0, done.stderr
+    assert same_bits(whole, tmp_path / "out")
+    evaluated = [m["step"] for m in read_metrics(tmp_path / "out" / "metrics.jsonl") if "held_out" in m]
+    assert evaluated == ([0, 1, 4, 8, 12] if more else [0, 1, 5, 10, 12])
+    with pytest.raises(UserError, match="other settings.*lr 0.0005 -> 0.1"):
+        train.main(["--out", "out", "--resume", "--lr", "0.1"])
+
+
+def test_two_runs_at_once_have_two_folders(tiny, tmp_path):
+    """Runs that start together without --out."""
+    words = [word for word in command(tiny, "unnamed") if word not in ("--out", "unnamed")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path)
+    runs = [subprocess.Popen(words, **pipes) for _ in range(3)]
+    outs = {json.loads(run.communicate(timeout=300)[0].splitlines()[-1])["out"] for run in runs}
+    assert outs == {os.path.join("runs", name) for name in ("teacher", "teacher-2", "teacher-3")}
 
 
 def test_time_limit_ends_cleanly_and_resumes(tiny, uninterrupted, tmp_path):
@@ -581,6 +636,19 @@ def test_an_existing_run_is_never_written_over(tiny, uninterrupted):
 def test_resume_without_a_checkpoint(tiny, tmp_path):
     with pytest.raises(UserError, match="without --resume"):
         train.train(settings(tiny, tmp_path / "out", resume=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_is_checked_before_the_work(tiny, tmp_path, monkeypatch):
+    """A model and two checkpoints: seven fp32 numbers a parameter."""
+    size = 4 * 7 * num_params(weights.load_model(tiny / "teacher").config.student(2))
+    for free in (size - 1, size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        if free < size:
+            with pytest.raises(UserError, match="MiB free, and this run writes .* MiB"):
+                train.train(settings(tiny, tmp_path / "out", steps=1))
+            assert not (tmp_path / "out").exists()
+    assert train.train(settings(tiny, tmp_path / "out", steps=1))["steps"] == 1
 
 
 def test_another_vocabulary_is_refused(tiny, tmp_path):
@@ -665,6 +733,7 @@ def test_disk_full_loses_nothing(tiny, uninterrupted, tmp_path):
     limited += "import train; train.run_script(train.main)"
     full = call([sys.executable, "-c", limited, *command(tiny, out, "--resume")[2:]])
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "train.py: error: " in full.stderr, full.stderr
+    assert f"for {len(before):,} bytes ({out / CHECKPOINT})" in full.stderr  # what was wanted, and where
     assert (out / CHECKPOINT).read_bytes() == before
     assert not list(out.rglob("*.tmp"))
     done = call(command(tiny, out, "--resume"))
