@@ -39,7 +39,7 @@ from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport
 from minidistil.rng import mix
 from minidistil.run import CHECKPOINT, Run, SignalFlag, State, choose_folder, resume_command
-from minidistil.student import build_student
+from minidistil.student import build_student, drops
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -175,7 +175,7 @@ def digests(folder):
     return [files.sha256(path) for path in weights.weight_files(folder)]
 
 
-def identity_of(settings, total, G, corpus, teacher_folder):
+def identity_of(settings, total, G, corpus, teacher_folder, student):
     """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
     named = settings.student_init not in (None, "teacher", "random")
     init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
@@ -183,6 +183,7 @@ def identity_of(settings, total, G, corpus, teacher_folder):
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "steps": total,
         "sequences in an update": G,
+        "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch
         "data": corpus.meta["sha256"]["train.bin"],
         "teacher": teacher_folder and digests(teacher_folder),
         "student_init": digests(init) if init else settings.student_init,
@@ -190,9 +191,9 @@ def identity_of(settings, total, G, corpus, teacher_folder):
     }
 
 
-def dropout_seed(seed, update, rank):
-    """Seed of an update's dropout, different on each rank; rank 0 has the seed of a single-process run."""
-    return int(mix(seed, 6, update + (rank << 40))[0] >> np.uint64(1))
+def dropout_seed(seed, update):
+    """Seed of an update's dropout, the same on all ranks and in all micro-batches."""
+    return int(mix(seed, 6, update)[0] >> np.uint64(2))
 
 
 # ---- the run
@@ -232,7 +233,7 @@ def train(settings, argv=()):
     if teacher:
         teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
-    run = Run(out, identity_of(settings, total, G, corpus, teacher_folder), writes=ranks.first)
+    run = Run(out, identity_of(settings, total, G, corpus, teacher_folder, student), writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
     # the teacher is evaluated in fp32 here, before Distiller casts it
@@ -277,7 +278,6 @@ def train(settings, argv=()):
         signals = timed_out = False
         while not (progress.done or signals or timed_out):
             update = progress.update
-            torch.manual_seed(dropout_seed(settings.seed, update, ranks.rank))
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -285,7 +285,8 @@ def train(settings, argv=()):
             # gradient of the update, summed over micro-batches and ranks; each loss is a share of one mean
             ids, labels = batches(update)  # (share, T)
             (masked,) = ranks.sum((labels != IGNORE).sum().item())
-            terms = distiller.accumulate(ids, labels, B, Denominators(G * T, int(masked)), after_micro_batch)
+            denominators, seed = Denominators(G * T, int(masked)), dropout_seed(settings.seed, update)
+            terms = distiller.accumulate(ids, labels, B, denominators, seed, after_micro_batch)
             if terms is None:
                 break  # the unfinished update does not count: the resumed run repeats it, with the same bits
             norm = distiller.clip(optimizer, settings.clip)
