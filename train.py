@@ -58,7 +58,8 @@ class Settings:
     batch: int = option(5, "sequences; batch * accum of them are a process's share of an update")
     accum: int = option(50, "factor of batch; the number of micro-batches unless --micro-batch changes it")
     micro_batch: str = option(None, "sequences per forward pass, a divisor of batch * accum; auto: as many as fit on a "
-                               "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
+                               "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU); it changes an "
+                               "update only by rounding, but see --dropout")  # fmt: skip
     seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = option(5e-4, "peak learning rate")
@@ -76,7 +77,8 @@ class Settings:
     student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
     student_init: str = option(None, "initial weights: teacher, random, or a model (default: teacher if there is one)")
     student_config: str = option(None, "config.json of a student of another shape, with random weights")
-    dropout: float = option(None, "dropout of the student, attention included (default: its config's)")
+    dropout: float = option(None, "dropout of the student, attention included (default: its config's); the same in any "
+                            "micro-batch and on any number of ranks, on a GPU with exceptions: see README")  # fmt: skip
     # hardware
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")

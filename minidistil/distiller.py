@@ -62,8 +62,9 @@ class Distiller:
     def accumulate(self, ids, labels, B, denominators, seed, proceed):
         """Accumulates the gradient of a rank's share of an update in micro-batches of B; nothing waits for the device.
 
-        `seed` is that of the update's dropout, the same on all ranks. proceed(done, A) is called after each micro-batch and returns whether to continue. Returns the terms of the
-        micro-batches, a list of A tensors (5,), or None where it returned False.
+        `seed` is that of the update's dropout, the same on all ranks. proceed(done, A) is called after each micro-batch
+        and returns whether to continue. Returns the terms of the micro-batches, a list of A tensors (5,), or None where
+        it returned False.
         """
         micro_batches, terms = list(zip(ids.split(B), labels.split(B), strict=True)), []
         for x, y in micro_batches:

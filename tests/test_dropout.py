@@ -6,16 +6,15 @@ import types
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import dropout as module
 from kernels.dropout import Key, dropout, flash_dropout
 from kernels.layer_norm import dropout_add_layer_norm
-from minidistil.model import Config, MaskedLM, attention
+from minidistil.model import GPU_ATTENTION, attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_the_device = pytest.mark.gpu if DEVICE.type == "cuda" else []
-needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
 
 
 def on_cpu(x, p, key, site=0):
@@ -165,6 +164,40 @@ def test_registered_as_an_operator(way):
 
 
 # ---- attention on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or not torch.version.cuda, reason="no NVIDIA GPU")
+@pytest.mark.parametrize("T", [512, 200])
+def test_flash_attention_drops_by_sequence_on_a_gpu(T):
+    """Parts of an update: the values of the whole, to the bit, and its gradient; the generator as it was."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("flash attention needs Ampere")
+    B, H, D, p = 6, 12, 64, 0.3
+    qkv = torch.randn(B, T, 3, H, D, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(B, H, T, D, device="cuda", dtype=torch.bfloat16)
+
+    def both(qkv, dy, first, site):
+        x = qkv.clone().requires_grad_()
+        q, k, v = (z.transpose(1, 2) for z in x.unbind(2))
+        assert torch._fused_sdp_choice(q, k, v, None, p, False) == SDPBackend.FLASH_ATTENTION.value
+        y = attention(q, k, v, None, p, Key.of(5, first, DEVICE), site)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0].float()
+
+    def distance(a, b):
+        return ((a - b).norm() / a.norm()).item()
+
+    before = torch.cuda.get_rng_state()
+    with sdpa_kernel(GPU_ATTENTION):
+        y, gradient = both(qkv, dy, 16, 4)
+        for size in (1, 2, 4):
+            parts = zip(qkv.split(size), dy.split(size), range(16, 22, size), strict=True)
+            y_, gradient_ = (torch.cat(each) for each in zip(*(both(*part, 4) for part in parts), strict=True))
+            assert torch.equal(y, y_) and distance(gradient, gradient_) < 1e-2  # queries' is summed in any order
+        for other in ((16, 7), (0, 4)):
+            y_, gradient_ = both(qkv, dy, *other)
+            assert distance(y.float(), y_.float()) > 0.1 and distance(gradient, gradient_) > 0.1
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 class Generator:

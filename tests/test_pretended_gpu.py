@@ -50,7 +50,8 @@ def python(library, kernels, *arguments):
     return done.stdout
 
 
-KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py tests/test_cosine.py"
+KERNELS = "tests/test_distill_kl.py tests/test_linear_distill_kl.py tests/test_layer_norm.py tests/test_cosine.py "
+KERNELS += "tests/test_dropout.py tests/test_distiller.py"
 TRAINING = "tests/test_train.py tests/test_micro_batch.py tests/test_finetune.py tests/test_pretended_gpu.py"
 
 
