@@ -41,7 +41,7 @@ from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
 from minidistil.run import Run, SignalFlag, State, inherited
-from minidistil.student import build_student
+from minidistil.student import build_student, drops
 from minidistil.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -60,7 +60,8 @@ class Settings:
     batch: int = option(5, "sequences; batch * accum of them are a process's share of an update")
     accum: int = option(50, "factor of batch; the number of micro-batches unless --micro-batch changes it")
     micro_batch: str = option(None, "sequences per forward pass, a divisor of batch * accum; auto: as many as fit on a "
-                               "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU)")  # fmt: skip
+                               "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU); it changes an "
+                               "update only by rounding, but see --dropout")  # fmt: skip
     seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = option(5e-4, "peak learning rate")
@@ -78,7 +79,8 @@ class Settings:
     student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
     student_init: str = option(None, "initial weights: teacher, random, or a model (default: teacher if there is one)")
     student_config: str = option(None, "config.json of a student of another shape, with random weights")
-    dropout: float = option(None, "dropout of the student, attention included (default: its config's)")
+    dropout: float = option(None, "dropout of the student, attention included (default: its config's); the same in any "
+                            "micro-batch and on any number of ranks, on a GPU with exceptions: see README")  # fmt: skip
     # hardware
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -174,7 +176,7 @@ def open_held_out(settings, eval_corpus, tokenizer, teacher, device):
     return HeldOut(*val.batch(0, n), teacher, device)
 
 
-def identity_of(settings, total, G, corpus, teacher_folder):
+def identity_of(settings, total, G, corpus, teacher_folder, student):
     """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
     named = settings.student_init not in (None, "teacher", "random")
     init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
@@ -182,6 +184,7 @@ def identity_of(settings, total, G, corpus, teacher_folder):
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "steps": total,
         "sequences in an update": G,
+        "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch
         "data": corpus.meta["sha256"]["train.bin"],
         "teacher": teacher_folder and weights.digests(teacher_folder),
         "student_init": weights.digests(init) if init else settings.student_init,
@@ -189,9 +192,9 @@ def identity_of(settings, total, G, corpus, teacher_folder):
     }
 
 
-def dropout_seed(seed, update, rank):
-    """Seed of an update's dropout, different on each rank; rank 0 has the seed of a single-process run."""
-    return int(mix(seed, 6, update + (rank << 40))[0] >> np.uint64(1))
+def dropout_seed(seed, update):
+    """Seed of an update's dropout, the same on all ranks and in all micro-batches."""
+    return int(mix(seed, 6, update)[0] >> np.uint64(2))
 
 
 # ---- the run
@@ -239,7 +242,7 @@ def distil(settings, out, device, ranks):
     if teacher:
         teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
-    identity = identity_of(settings, total, G, corpus, teacher_folder)
+    identity = identity_of(settings, total, G, corpus, teacher_folder, student)
     run = Run(out, dataclasses.asdict(settings), identity, writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     how_to_resume = command("train.py", "--out", out, "--resume", launcher=ranks.launcher)
@@ -290,7 +293,6 @@ def distil(settings, out, device, ranks):
         signals = timed_out = False
         while not (progress.done or signals or timed_out):
             update = progress.update
-            torch.manual_seed(dropout_seed(settings.seed, update, ranks.rank))
             lr = lr_at(update, total, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -298,7 +300,8 @@ def distil(settings, out, device, ranks):
             # gradient of the update, summed over micro-batches and ranks; each loss is a share of one mean
             ids, labels = batches(update)  # (share, T)
             (masked,) = ranks.sum((labels != IGNORE).sum().item())
-            terms = distiller.accumulate(ids, labels, B, Denominators(G * T, int(masked)), after_micro_batch)
+            denominators, seed = Denominators(G * T, int(masked)), dropout_seed(settings.seed, update)
+            terms = distiller.accumulate(ids, labels, B, denominators, seed, after_micro_batch)
             if terms is None:
                 break  # the unfinished update does not count: the resumed run repeats it, with the same bits
             norm = distiller.clip(optimizer, settings.clip)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from benches import ROOT, Common, last_line
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
-from kernels import cosine, layer_norm, linear_distill_kl
+from kernels import cosine, dropout, layer_norm, linear_distill_kl
 from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
@@ -96,7 +96,7 @@ def train_here(folder, shape, device, flags, out):
 @contextlib.contextmanager
 def without_kernels():
     """A context in which PyTorch replaces our kernels."""
-    modules = cosine, layer_norm, linear_distill_kl
+    modules = cosine, dropout, layer_norm, linear_distill_kl
     before = [module.on_triton for module in modules]
     try:
         for module in modules:

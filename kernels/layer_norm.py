@@ -5,9 +5,7 @@
     dz = rstd * (gamma dy - mean(gamma dy) - xhat * mean(gamma dy * xhat))
     d residual = dz     dx = dz * keep / (1 - p)     dgamma = sum over rows of dy * xhat     dbeta = sum over rows of dy
 
-The mask is not stored: Philox draws 16 bits per element from (seed, element), and the backward pass draws the same bits
-again. One call serves 8 elements, because ten rounds per element would cost more than everything else. p is therefore
-rounded to a multiple of 2^-16.
+The mask is not stored: the backward pass draws it again (dropout.py).
 
 One warp processes a row, so its sums need no barrier. A width that is not a power of two is split into two powers: 768
 = 512 + 256, where a single block of 1,024 would leave a quarter of the lanes idle. Sums over rows: a fixed number of
@@ -17,27 +15,15 @@ Arithmetic and statistics are fp32 for every dtype of x. Bytes per element, bf16
 z and y; 6 without a gradient, since only the backward pass needs z; 4 without dropout and residual, where z is x),
 backward 6 (read z, dy, write dz; 8 with dropout).
 
-Legend:  N rows   C width   p probability of dropping
+Legend:  N rows   C width   T rows of a sequence   p probability of dropping
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu
 from kernels.backend import on_triton, tl, triton
-from kernels.cpu import BITS
+from kernels.dropout import Key, dropout, dropped, rows_per_sequence, threshold_and_scale
 from kernels.operator import differentiable, opaque
-
-
-def dropout(x, p, training=True):
-    """x / (1 - p) with probability 1 - p, else 0; differentiable.
-
-    On a CPU it uses 16 random bits per element, three times as fast as PyTorch: p < 1 is rounded to a multiple of
-    2^-16.
-    """
-    if not training or p == 0.0 or x.device.type != "cpu":
-        return F.dropout(x, p, training)
-    return cpu.Dropout.apply(x, p)
 
 
 def dropout_add_layer_norm_ref(x, residual, weight, bias, eps, p=0.0):
@@ -50,22 +36,13 @@ def dropout_add_layer_norm_ref(x, residual, weight, bias, eps, p=0.0):
 
 
 @triton.jit
-def _dropout(x, seed, row, group, C, threshold, scale):
-    """Applies dropout to x (G, 8) of a row; `group` (G,) numbers its groups of 8, which share one call of Philox."""
-    a, b, c, d = tl.randint4x(seed, row * ((C + 7) // 8) + group, 7)
-    j = tl.arange(0, 8)[None, :]
-    word = tl.where(j < 2, a[:, None], tl.where(j < 4, b[:, None], tl.where(j < 6, c[:, None], d[:, None])))
-    return tl.where(((word >> (16 * (j % 2))) & 0xFFFF) >= threshold, x * scale, 0.0)
-
-
-@triton.jit
 def _sum(x):
     return tl.sum(tl.sum(x, 1), 0)
 
 
 @triton.jit
 def _load_z(
-    x_ptr, r_ptr, z_ptr, seed, row, group, C, threshold, scale,
+    x_ptr, r_ptr, z_ptr, seed, site, row, group, C, threshold, scale,
     HAS_RESIDUAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, KEEP_Z: tl.constexpr,
 ):  # fmt: skip
     """Returns one piece of a row of z = dropout(x) + residual: (G, 8) fp32, zero beyond column C."""
@@ -73,7 +50,7 @@ def _load_z(
     inside = cols < C
     z = tl.load(x_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_DROPOUT:
-        z = _dropout(z, seed, row, group, C, threshold, scale)
+        z = dropped(z, seed, site, row, group, threshold, scale)
     if HAS_RESIDUAL:
         z += tl.load(r_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL or HAS_DROPOUT:
@@ -103,7 +80,9 @@ def _forward_kernel(
     y_ptr,  # (N, C)
     z_ptr,  # (N, C): dropout(x) + residual, for the backward pass; without KEEP_Z only its dtype is used
     stats_ptr,  # (N, 2) fp32: mean, rstd
-    seed_ptr,  # () int64, on the device, so that a replayed CUDA graph draws new masks
+    key_ptr,  # (2,) int64: seed, first sequence; on the device, so that a replayed CUDA graph draws new masks
+    site,
+    T,
     C,
     eps,
     threshold,  # p * 2^16
@@ -121,16 +100,17 @@ def _forward_kernel(
     z_ptr += offset
     if HAS_RESIDUAL:
         r_ptr += offset
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    seed = tl.load(key_ptr) if HAS_DROPOUT else 0
+    counted = (tl.load(key_ptr + 1) if HAS_DROPOUT else 0) * T + row  # in the update
     groups_a = tl.arange(0, A // 8)
     a = _load_z(
-        x_ptr, r_ptr, z_ptr, seed, row, groups_a, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT, KEEP_Z
+        x_ptr, r_ptr, z_ptr, seed, site, counted, groups_a, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT, KEEP_Z
     )  # fmt: skip
     total = _sum(a)
     if B:
         groups_b = A // 8 + tl.arange(0, B // 8)
         b = _load_z(
-            x_ptr, r_ptr, z_ptr, seed, row, groups_b, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT, KEEP_Z
+            x_ptr, r_ptr, z_ptr, seed, site, counted, groups_b, C, threshold, scale, HAS_RESIDUAL, HAS_DROPOUT, KEEP_Z
         )  # fmt: skip
         total += _sum(b)
     mean = total / C
@@ -160,14 +140,14 @@ def _load_gradient(z_ptr, dy_ptr, w, mean, rstd, group, C):
 
 @triton.jit
 def _store_dz(
-    dz_ptr, dx_ptr, xhat, wdy, mean_wdy, mean_wdy_xhat, rstd, seed, row, group, C, threshold, scale,
+    dz_ptr, dx_ptr, xhat, wdy, mean_wdy, mean_wdy_xhat, rstd, seed, site, row, group, C, threshold, scale,
     HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     dz = rstd * (wdy - mean_wdy - xhat * mean_wdy_xhat)
     tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < C)
     if HAS_DROPOUT:
-        dx = _dropout(dz, seed, row, group, C, threshold, scale)
+        dx = dropped(dz, seed, site, row, group, threshold, scale)
         tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=cols < C)
 
 
@@ -189,7 +169,9 @@ def _backward_kernel(
     z_ptr,  # (N, C)
     w_ptr,  # (C,)
     stats_ptr,  # (N, 2) fp32: mean, rstd
-    seed_ptr,  # () int64
+    key_ptr,  # (2,) int64: seed, first sequence
+    site,
+    T,
     dz_ptr,  # (N, C), the gradient of the residual
     dx_ptr,  # (N, C), the gradient of x, with dropout only
     dwb_ptr,  # (programs, 2, C) fp32: partial sums of dgamma and dbeta
@@ -211,7 +193,8 @@ def _backward_kernel(
         w_b = _load_columns(w_ptr, groups_b, C)
         dw_b = tl.zeros((B // 8, 8), tl.float32)
         db_b = tl.zeros((B // 8, 8), tl.float32)
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    seed = tl.load(key_ptr) if HAS_DROPOUT else 0
+    first = (tl.load(key_ptr + 1) if HAS_DROPOUT else 0) * T  # row, counted in the update
     for row in tl.range(program, N, tl.num_programs(0), num_stages=2):  # prefetches the next row
         offset = (tl.zeros((), tl.int64) + row) * C
         mean = tl.load(stats_ptr + row * 2 + 0)
@@ -226,15 +209,15 @@ def _backward_kernel(
         mean_wdy /= C
         mean_wdy_xhat /= C
         _store_dz(
-            dz_ptr + offset, dx_ptr + offset, xhat_a, wdy_a, mean_wdy, mean_wdy_xhat, rstd, seed, row, groups_a, C,
-            threshold, scale, HAS_DROPOUT,
+            dz_ptr + offset, dx_ptr + offset, xhat_a, wdy_a, mean_wdy, mean_wdy_xhat, rstd, seed, site, first + row,
+            groups_a, C, threshold, scale, HAS_DROPOUT,
         )  # fmt: skip
         dw_a += dy_a * xhat_a
         db_a += dy_a
         if B:
             _store_dz(
-                dz_ptr + offset, dx_ptr + offset, xhat_b, wdy_b, mean_wdy, mean_wdy_xhat, rstd, seed, row, groups_b, C,
-                threshold, scale, HAS_DROPOUT,
+                dz_ptr + offset, dx_ptr + offset, xhat_b, wdy_b, mean_wdy, mean_wdy_xhat, rstd, seed, site, first + row,
+                groups_b, C, threshold, scale, HAS_DROPOUT,
             )  # fmt: skip
             dw_b += dy_b * xhat_b
             db_b += dy_b
@@ -263,66 +246,65 @@ def _programs(N, device):
 
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, p: float,
-    seed: torch.Tensor | None, dtype: torch.dtype, keep_z: bool,
+    key: torch.Tensor | None, site: int, T: int, dtype: torch.dtype, keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Returns (y, z, stats) of x (N, C); z is empty where it equals x and, without `keep_z`, where it is not needed."""
     N, C = x.shape
     A, B, warps = split_width(C)
-    y, z, stats = _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z)
-    threshold = round(p * 2**BITS)
+    y, z, stats = _empty_results(x, residual, weight, bias, eps, p, key, site, T, dtype, keep_z)
     if N:
         _forward_kernel[(N,)](
-            x, residual, weight, bias, y, z, stats, seed, C, eps, threshold, 2**BITS / (2**BITS - threshold),
-            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=seed is not None, KEEP_Z=keep_z, A=A, B=B, num_warps=warps,
+            x, residual, weight, bias, y, z, stats, key, site, T, C, eps, *threshold_and_scale(p),
+            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=key is not None, KEEP_Z=keep_z, A=A, B=B, num_warps=warps,
         )  # fmt: skip
     return y, z, stats
 
 
-def _empty_results(x, residual, weight, bias, eps, p, seed, dtype, keep_z):
-    new = keep_z and (residual is not None or seed is not None)
+def _empty_results(x, residual, weight, bias, eps, p, key, site, T, dtype, keep_z):
+    new = keep_z and (residual is not None or key is not None)
     y = torch.empty_like(x, dtype=dtype)
     return y, torch.empty_like(y) if new else y.new_empty(0), x.new_empty(len(x), 2, dtype=torch.float32)
 
 
 def _backward(
-    dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float, seed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float, key: torch.Tensor | None,
+    site: int, T: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Returns (dz, dx, dweight and dbias (2, C)); without dropout dx is dz and is returned empty."""
     N, C = z.shape
     A, B, warps = split_width(C)
     programs = _programs(N, z.device)
-    dz, dx, _ = _empty_gradients(dy, z, weight, stats, p, seed)
+    dz, dx, _ = _empty_gradients(dy, z, weight, stats, p, key, site, T)
     dwb = z.new_empty(programs, 2, C, dtype=torch.float32)
-    threshold = round(p * 2**BITS)
     if N:
         _backward_kernel[(programs,)](
-            dy, z, weight, stats, seed, dz, dx, dwb, N, C, threshold, 2**BITS / (2**BITS - threshold),
-            HAS_DROPOUT=seed is not None, A=A, B=B, num_warps=warps,
+            dy, z, weight, stats, key, site, T, dz, dx, dwb, N, C, *threshold_and_scale(p),
+            HAS_DROPOUT=key is not None, A=A, B=B, num_warps=warps,
         )  # fmt: skip
     return dz, dx, dwb.sum(0).to(weight.dtype)
 
 
-def _empty_gradients(dy, z, weight, stats, p, seed):
+def _empty_gradients(dy, z, weight, stats, p, key, site, T):
     dz = torch.empty_like(z)
-    return dz, z.new_empty(0) if seed is None else torch.empty_like(z), weight.new_empty(2, len(weight))
+    return dz, z.new_empty(0) if key is None else torch.empty_like(z), weight.new_empty(2, len(weight))
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, _, _, ctx.p, seed, _, _ = inputs
+    x, residual, weight, _, _, ctx.p, key, ctx.site, ctx.T, _, _ = inputs
     _, z, stats = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x if residual is None and seed is None else z, weight, stats, seed)
+    ctx.save_for_backward(x if residual is None and key is None else z, weight, stats, key)
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
 
 
 def _backward_of_forward(ctx, dy, *_):
     if dy is None:
-        return (None,) * 9
-    z, weight, stats, seed = ctx.saved_tensors
-    dz, dx, dwb = _backward_operator(dy.contiguous(), z, weight, stats, ctx.p, seed)
+        return (None,) * 11
+    z, weight, stats, key = ctx.saved_tensors
+    dz, dx, dwb = _backward_operator(dy.contiguous(), z, weight, stats, ctx.p, key, ctx.site, ctx.T)
     of_x, of_residual = ctx.dtypes
-    dx = (dz if seed is None else dx).to(of_x)
-    return dx, None if of_residual is None else dz.to(of_residual), *dwb, *(None,) * 5
+    dx = (dz if key is None else dx).to(of_x)
+    return dx, None if of_residual is None else dz.to(of_residual), *dwb, *(None,) * 7
 
 
 _backward_operator = opaque("dropout_add_layer_norm_backward", _backward, _empty_gradients)
@@ -331,23 +313,23 @@ _operator = differentiable(
 )
 
 
-def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True):
+def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0):
     """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
 
     x, residual (..., C) any float; weight, bias (C,). On a GPU one kernel each way, with fp32 arithmetic and
-    statistics; the result has autocast's dtype, or that of x without autocast. Elsewhere PyTorch's LayerNorm. p: see
-    `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
+    statistics; the result has autocast's dtype, or that of x without autocast. Elsewhere PyTorch's LayerNorm. p, key,
+    site: see `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
     """
     p = p if training else 0.0
     if not on_triton(x) or x.dtype == torch.float64:
-        z = dropout(x, p)
+        z = dropout(x, p, True, key, site)
         return F.layer_norm(z if residual is None else z + residual, weight.shape, weight, bias, eps)
     device, C = x.device.type, x.shape[-1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    seed = torch.randint(2**62, (), device=x.device) if p else None
+    data = (key or Key.drawn(x.device)).data if p else None
     rows = [None if t is None else t.reshape(-1, C).contiguous() for t in (x, residual)]
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    return _operator(*rows, weight, bias, eps, p, seed, dtype, keep_z)[0].view(x.shape)
+    return _operator(*rows, weight, bias, eps, p, data, site, rows_per_sequence(x), dtype, keep_z)[0].view(x.shape)
 
 
 def bytes_moved(N, C, itemsize, p):

@@ -5,6 +5,7 @@ Legend:  B sequences in a micro-batch   T tokens per sequence   C width   A micr
 
 import torch
 
+from kernels.dropout import Key
 from kernels.linear_distill_kl import decoder_for
 from minidistil.data import IGNORE
 from minidistil.device import DTYPES, cast_products, precision
@@ -36,18 +37,21 @@ class Distiller:
         """Makes the backward pass average gradients over all ranks."""
         self.run_student = self.ranks.wrap(self.run_student, self.device)
 
-    def backward(self, ids, labels, masked, denominators):
+    def backward(self, ids, labels, masked, denominators, seed, first):
         """Adds the gradient of a micro-batch (B, T) to the gradients; `masked` of its labels are not IGNORE.
 
-        Returns its share of the update's (loss, kl, ce, cos, mse): fp32 (5,) on the device.
+        Dropout follows from `seed` and from the numbers of the sequences in the update, `first` and on. Returns the
+        micro-batch's share of the update's (loss, kl, ce, cos, mse): fp32 (5,) on the device.
         """
+        key = Key.of(seed, first, self.device)
+        torch.manual_seed(seed + first)  # of dropout that PyTorch draws: see kernels/dropout.py
         ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in (ids, labels))
         with self.autocast():
             h_t = None
             if self.objective.needs_teacher:
                 with torch.no_grad():
                     h_t = self.run_teacher(ids)  # (B, T, C); only the loss makes logits, a chunk at a time
-            h_s = self.run_student(ids)  # (B, T, C)
+            h_s = self.run_student(ids, key=key)  # (B, T, C)
             loss, terms = distillation_loss(
                 self.objective, denominators, labels, self.student, h_s, self.teacher, h_t, self.teacher_decoder, masked
             )
@@ -55,17 +59,19 @@ class Distiller:
         self.scaler.scale(loss * self.ranks.size).backward()
         return torch.cat([loss.detach().float()[None], terms])
 
-    def accumulate(self, ids, labels, B, denominators, proceed):
+    def accumulate(self, ids, labels, B, denominators, seed, proceed):
         """Accumulates the gradient of a rank's share of an update in micro-batches of B; nothing waits for the device.
 
-        proceed(done, A) is called after each micro-batch and returns whether to continue. Returns the terms of the
-        micro-batches, a list of A tensors (5,), or None where it returned False.
+        `seed` is that of the update's dropout, the same on all ranks. proceed(done, A) is called after each micro-batch
+        and returns whether to continue. Returns the terms of the micro-batches, a list of A tensors (5,), or None where
+        it returned False.
         """
         micro_batches, terms = list(zip(ids.split(B), labels.split(B), strict=True)), []
         for x, y in micro_batches:
             last = len(terms) == len(micro_batches) - 1
+            first = self.ranks.rank * len(ids) + len(terms) * B
             with self.ranks.no_sync(self.run_student, last):  # ranks exchange gradients in the last backward pass
-                terms.append(self.backward(x, y, int((y != IGNORE).sum()), denominators))
+                terms.append(self.backward(x, y, int((y != IGNORE).sum()), denominators, seed, first))
             if not proceed(len(terms), len(micro_batches)):
                 return None
         return terms

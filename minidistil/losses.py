@@ -7,7 +7,7 @@
 
 for student logits s, teacher logits t and last hidden states h. R is all tokens (the published recipe) or the masked
 ones (`kd_rows`: all | masked). The denominator of every mean is that of the *whole update*, so the gradient does not
-depend on the split into micro-batches, dropout apart. The factor tau^2 undoes the 1 / tau^2 by which the softened
+depend on the split into micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened
 gradient shrinks: d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)).
 
 Legend:  B batch   T tokens per sequence   N rows   C width   s, t student and teacher   tau temperature

@@ -65,7 +65,7 @@ def choose_micro_batch(wanted, batch, share, T, state, distiller, optimizer, bat
     def attempt(size):
         ids, labels = (tensor[:size] for tensor in batches(state.update))
         masked = int((labels != IGNORE).sum())
-        inputs = ids, labels, masked, Denominators(size * T, max(masked, 1))
+        inputs = ids, labels, masked, Denominators(size * T, max(masked, 1)), 0, 0  # seed and first sequence
         probe_memory(distiller.student, optimizer, distiller.backward, inputs, device)
 
     if wanted not in (None, "auto"):

@@ -6,6 +6,9 @@
 Both have one `Config`, which names the family. There is no pooler and no next-sentence head, because masked-LM
 distillation uses neither.
 
+Every dropout has a number, its `site`: 0 after the embeddings, then three in each layer. What it drops follows from the
+`key` of the forward pass, which says the seed and which sequences of the update these are (kernels/dropout.py).
+
 Legend:  B batch   T tokens per sequence   N gathered rows   C width   H heads   D = C/H head width
          F MLP width   L layers   V vocabulary
 """
@@ -18,7 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.layer_norm import dropout, dropout_add_layer_norm
+from kernels.dropout import Key, dropout, flash_dropout
+from kernels.layer_norm import dropout_add_layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Embeddings(nn.Module):
         self.dropout = config.dropout
         self.tied = False  # whether a decoder shares the word vectors
 
-    def forward(self, ids, types=None):
+    def forward(self, ids, types=None, key=None):
         T = ids.shape[1]
         if T > self.positions.num_embeddings:
             raise ValueError(f"sequence of {T} tokens, but the model has {self.positions.num_embeddings} positions")
@@ -91,10 +95,10 @@ class Embeddings(nn.Module):
             x = x + (self.types.weight[0] if types is None else self.types(types))
         x = x + self.positions.weight[:T]
         x = dropout_add_layer_norm(x, None, self.norm.weight, self.norm.bias, self.norm.eps)
-        return dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training, key, site=0)
 
 
-def attention_ref(q, k, v, mask=None, p=0.0):
+def attention_ref(q, k, v, mask=None, p=0.0, key=None, site=0):
     """softmax(q k^T / sqrt(D)) v for q, k, v of shape (B, H, T, D); mask (B, 1, 1, T) is True where a key may be seen.
 
     The definition of `scaled_dot_product_attention`, which does not store (B, H, T, T); `p` drops probabilities.
@@ -103,7 +107,7 @@ def attention_ref(q, k, v, mask=None, p=0.0):
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, H, T, T)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return dropout(torch.softmax(scores, dim=-1), p) @ v  # (B, H, T, D)
+    return dropout(torch.softmax(scores, dim=-1), p, True, key, site) @ v  # (B, H, T, D)
 
 
 # All of PyTorch's GPU backends except cuDNN, which PyTorch prefers on an H100: cuDNN may round a dropout probability to
@@ -111,33 +115,33 @@ def attention_ref(q, k, v, mask=None, p=0.0):
 GPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def attention(q, k, v, mask=None, p=0.0):
+def attention(q, k, v, mask=None, p=0.0, key=None, site=0):
     """`attention_ref` by the fastest backend: on a GPU flash attention, or memory-efficient attention with a mask."""
     if q.is_cuda:
-        with sdpa_kernel(GPU_ATTENTION):
+        with sdpa_kernel(GPU_ATTENTION), flash_dropout(q, k, v, mask, p, key, site):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     if p:  # on a CPU PyTorch computes the same with a slower dropout
-        return attention_ref(q, k, v, mask, p)
+        return attention_ref(q, k, v, mask, p, key, site)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention; one matrix product computes q, k and v."""
 
-    def __init__(self, config):
+    def __init__(self, config, site):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
-        self.dropout = config.attention_dropout
+        self.dropout, self.site = config.attention_dropout, site
 
-    def forward(self, x, mask=None, first=None):
+    def forward(self, x, mask=None, first=None, key=None):
         """(B, T, C) -> (B, T, C), or (B, first, C): the rows of the first tokens only."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
         # the gradient of unbind is one stack; that of a permutation would copy q, k and v once more
         q, k, v = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (B, H, T, D)
-        y = attention(q[:, :, :first], k, v, mask, self.dropout if self.training else 0.0)
+        y = attention(q[:, :, :first], k, v, mask, self.dropout if self.training else 0.0, key, self.site)
         return self.out(y.transpose(1, 2).reshape(B, -1, C))
 
 
@@ -156,20 +160,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Post-norm: LayerNorm follows the residual sum, as in BERT (GPT-2 and later models normalise before it)."""
 
-    def __init__(self, config):
+    def __init__(self, config, site):
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, site)
         self.attention_norm = nn.LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
         self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
-        self.dropout = config.dropout
+        self.dropout, self.site = config.dropout, site
 
-    def forward(self, x, mask=None, first=None):
-        x = self.dropout_add_norm(self.attention(x, mask, first), x[:, :first], self.attention_norm)
-        return self.dropout_add_norm(self.mlp(x), x, self.mlp_norm)
+    def forward(self, x, mask=None, first=None, key=None):
+        x = self.dropout_add_norm(self.attention(x, mask, first, key), x[:, :first], self.attention_norm, key, 1)
+        return self.dropout_add_norm(self.mlp(x), x, self.mlp_norm, key, 2)
 
-    def dropout_add_norm(self, x, residual, norm):
-        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, self.dropout, self.training)
+    def dropout_add_norm(self, x, residual, norm, key, place):
+        affine, dropping = (norm.weight, norm.bias, norm.eps), (self.dropout, self.training, key, self.site + place)
+        return dropout_add_layer_norm(x, residual, *affine, *dropping)
 
 
 class Encoder(nn.Module):
@@ -179,20 +184,23 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, site=1 + 3 * i) for i in range(config.layers))
 
-    def forward(self, ids, mask=None, types=None, first=None):
+    def forward(self, ids, mask=None, types=None, first=None, key=None):
         """mask (B, T) bool is True at real tokens; None: no padding, as in packed training.
 
         With `first` 1 the result is that of [CLS] only, (B, 1, C): the last block does not compute the other rows.
+        Without a `key` the seed of dropout comes from PyTorch's generator, and the batch is an update of its own.
         """
+        if key is None and self.training:
+            key = Key.drawn(ids.device)
         if mask is not None:
             mask = mask[:, None, None, :]  # (B, 1, 1, T), broadcast over heads and queries
-        x = self.embeddings(ids, types)
+        x = self.embeddings(ids, types, key)
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x, mask)
-        return last(x, mask, first)
+            x = block(x, mask, key=key)
+        return last(x, mask, first, key)
 
 
 class Head(nn.Module):
@@ -226,8 +234,8 @@ class MaskedLM(nn.Module):
         self.encoder.embeddings.tied = True
         initialise(self, config.init_range, seed)
 
-    def forward(self, ids, mask=None, types=None):
-        return self.encoder(ids, mask, types)
+    def forward(self, ids, mask=None, types=None, key=None):
+        return self.encoder(ids, mask, types, key=key)
 
     @property
     def decoder(self):

@@ -88,3 +88,8 @@ def set_dropout(model, p):
     for module in model.modules():
         if hasattr(module, "dropout"):
             module.dropout = p
+
+
+def drops(model):
+    """Whether any dropout of a model acts in training."""
+    return any(getattr(module, "dropout", 0.0) for module in model.modules())

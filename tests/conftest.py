@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():  # Triton decides once, when it is imported, whether its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
     import kernels.cosine
+    import kernels.dropout
     import kernels.layer_norm
     import kernels.linear_distill_kl  # noqa: F401
 

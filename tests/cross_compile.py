@@ -22,7 +22,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import cosine, distill_kl, layer_norm, linear_distill_kl  # noqa: E402
+from kernels import cosine, distill_kl, dropout, layer_norm, linear_distill_kl  # noqa: E402
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -56,10 +56,12 @@ def shipped():
                dict(common, losses_ptr="*fp32", stride="i32", kl_weight="fp32", ce_weight="fp32", mse_weight="fp32"),
                dict(HAS_MSE=False, TAU=2, BLOCK_V=block), warps, block)  # fmt: skip
         A, B, warps = layer_norm.split_width(768)
-        norm = dict(w_ptr="*fp32", stats_ptr="*fp32", seed_ptr="*i64", C="i32", threshold="i32:any", scale="fp32")
-        for dropout in (False, True):
-            name = f"{'with' if dropout else 'without'} dropout, {half}"
-            flags = dict(HAS_DROPOUT=dropout, A=A, B=B)
+        drop = dict(key_ptr="*i64", site="i32:any", T="i32", C="i32", threshold="i32:any", scale="fp32")
+        yield (f"dropout, {half}", dropout._kernel, dict(drop, x_ptr=logits, y_ptr=logits), dict(BLOCK=1024), 1, 1024)
+        norm = dict(drop, w_ptr="*fp32", stats_ptr="*fp32")
+        for drops in (False, True):
+            name = f"{'with' if drops else 'without'} dropout, {half}"
+            flags = dict(HAS_DROPOUT=drops, A=A, B=B)
             yield (f"layer_norm forward {name}", layer_norm._forward_kernel,
                    dict(norm, x_ptr=logits, r_ptr=logits, b_ptr="*fp32", y_ptr=logits, z_ptr=logits, eps="fp32"),
                    dict(flags, HAS_RESIDUAL=True, KEEP_Z=True), warps, A + B)  # fmt: skip

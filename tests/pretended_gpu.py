@@ -77,9 +77,9 @@ def load(path):
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.runtime.interpreter
 
-    from kernels import cosine, distill_kl, layer_norm, linear_distill_kl
+    from kernels import cosine, distill_kl, dropout, layer_norm, linear_distill_kl
 
-    for module in (cosine, distill_kl, layer_norm, linear_distill_kl):
+    for module in (cosine, distill_kl, dropout, layer_norm, linear_distill_kl):
         module.on_triton = lambda x: x.is_cuda and how != "off"
     if how == "idle":
         triton.runtime.interpreter.GridExecutor.__call__ = lambda self, *args, **options: None

@@ -17,7 +17,7 @@ from benches import RESULTS, ROOT, kernels, prepare, step
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt
 from data import docstrings
-from kernels import cosine, layer_norm, linear_distill_kl
+from kernels import cosine, dropout, layer_norm, linear_distill_kl
 from minidistil import distiller, weights
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.errors import UserError
@@ -86,7 +86,8 @@ def test_kernels_can_be_left_out(tmp_path, monkeypatch):
         step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"))
     assert step.ours(tmp_path, shape, "cpu", dict(kd_rows="masked"), kernels=False)["tokens_per_second"] > 0
     assert step.original(tmp_path, shape, "cpu")["tokens_per_second"] > 0
-    assert all(m.on_triton(torch.zeros(1)) for m in (cosine, layer_norm, linear_distill_kl))  # they serve again
+    modules = cosine, dropout, layer_norm, linear_distill_kl
+    assert all(module.on_triton(torch.zeros(1)) for module in modules)  # they serve again
 
 
 def test_prepare(tmp_path, capsys, monkeypatch):

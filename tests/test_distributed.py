@@ -163,16 +163,16 @@ def test_a_place_that_is_taken_is_said(tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def two(tiny, tmp_path_factory):
-    """Two ranks, 2 x 4 sequences each, dropout off: (finished process, its folder)."""
+    """Two ranks, 2 x 4 sequences each, dropout on: (finished process, its folder)."""
     out = tmp_path_factory.mktemp("ranks") / "two"
-    done = torchrun(tiny, out, batch=4, accum=2, dropout=0.0)
+    done = torchrun(tiny, out, batch=4, accum=2)
     assert done.returncode == 0, done.stderr
     return done, out
 
 
 def test_two_ranks_are_one(tiny, two, tmp_path):
     """The bound is that of the split into micro-batches."""
-    train.main(flags(tiny, tmp_path / "one", batch=4, accum=4, dropout=0.0))
+    train.main(flags(tiny, tmp_path / "one", batch=8, accum=2))
     one, info = parameters(tmp_path / "one")
     found, _ = parameters(two[1])
     assert info["update"] == STEPS

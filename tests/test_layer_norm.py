@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels import layer_norm as module
-from kernels.layer_norm import dropout, dropout_add_layer_norm, dropout_add_layer_norm_ref
+from kernels.dropout import Key
+from kernels.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -73,11 +74,14 @@ def test_a_large_common_offset(kernel):
     check_against_fp64((x + 1000, r, weight, bias, dy), FLOOR[torch.float32])
 
 
+def key_of(seed, first=0):
+    return Key.of(seed, first, torch.device(DEVICE)).data
+
+
 def kept(x, p, seed):
     """The mask that the kernel draws, read off z = dropout(1) without a residual."""
     one, zero = torch.ones_like(x), torch.zeros(x.shape[1], device=x.device)
-    _, z, _ = module._forward(one, None, zero, zero, EPS, p, torch.tensor(seed, device=x.device), torch.float32, True)
-    return z
+    return module._forward(one, None, zero, zero, EPS, p, key_of(seed), 1, 1, torch.float32, True)[1]
 
 
 @pytest.mark.parametrize("C", [768, 100, 8])
@@ -92,8 +96,7 @@ def test_dropout_in_the_kernel(C, kernel):
         return F.layer_norm(x * mask.to(x.dtype) + residual, weight.shape, weight, bias, eps)
 
     def with_seed(x, residual, weight, bias, eps):
-        seed_ = torch.tensor(seed, device=x.device)
-        return module._operator(x, residual, weight, bias, eps, p, seed_, torch.float32, True)[0]
+        return module._operator(x, residual, weight, bias, eps, p, key_of(seed), 1, 1, torch.float32, True)[0]
 
     truth = run(with_mask, *(t.double() for t in (x, r, weight, bias, dy)))
     for want, got in zip(truth, run(with_seed, x, r, weight, bias, dy), strict=True):
@@ -155,17 +158,17 @@ def test_more_dimensions_strides_and_autocast(kernel):
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_z_is_written_only_for_a_backward_pass(p, kernel):
     x, r, weight, bias, _ = problem(5, 100)
-    seed = torch.tensor(3, device=DEVICE) if p else None
-    y, z, _ = module._forward(x, r, weight, bias, EPS, p, seed, torch.bfloat16, True)
-    without, empty, _ = module._forward(x, r, weight, bias, EPS, p, seed, torch.bfloat16, False)
+    key = key_of(3) if p else None
+    y, z, _ = module._forward(x, r, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, True)
+    without, empty, _ = module._forward(x, r, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, False)
     assert z.shape == y.shape and empty.numel() == 0 and torch.equal(y, without)
 
 
 def test_registered_as_an_operator(kernel):
     x, r, weight, bias, _ = problem(3, 16)
     x, weight = x.requires_grad_(), weight.requires_grad_()
-    for residual, p, seed in ((r, 0.0, None), (None, 0.0, None), (r, 0.5, torch.tensor(3, device=DEVICE))):
-        arguments = (x, residual, weight, bias, EPS, p, seed, torch.float32, True)
+    for residual, p, key in ((r, 0.0, None), (None, 0.0, None), (r, 0.5, key_of(3))):
+        arguments = (x, residual, weight, bias, EPS, p, key, 1, 1, torch.float32, True)
         torch.library.opcheck(torch.ops.minidistil.dropout_add_layer_norm.default, arguments)
 
 
@@ -185,27 +188,3 @@ def test_without_a_kernel_it_is_pytorch():
     for got, want in zip(run(dropout_add_layer_norm, *arguments), run(dropout_add_layer_norm_ref, *arguments),
                          strict=True):  # fmt: skip
         assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(1000, 100), (7,), (3, 5, 11), (0, 4)])
-def test_dropout_on_a_cpu(shape, dtype):
-    """Kept with probability 1 - p and scaled exactly for it; the same mask in the backward pass."""
-    torch.manual_seed(0)
-    p, x = 0.1, torch.randn(shape).to(dtype).abs().add_(1).requires_grad_()
-    y = dropout(x, p)
-    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    kept = y != 0
-    scale = 2**16 / (2**16 - round(p * 2**16))
-    assert y.dtype == gradient.dtype == dtype
-    close = dict(rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
-    torch.testing.assert_close(y[kept].double(), x[kept].double() * scale, **close)
-    torch.testing.assert_close(gradient.double(), kept.double() * scale, **close)
-    if x.numel() == 100_000:
-        assert abs(kept.float().mean().item() - 0.9) < 4 * (0.09 / 100_000) ** 0.5
-        columns = (~kept).float().mean(0)  # no column of a draw is special
-        assert (columns - p).abs().max() < 5 * (0.09 / 1000) ** 0.5
-    torch.manual_seed(0)
-    torch.randn(shape)
-    assert torch.equal(dropout(x, p), y)
-    assert dropout(x, p, training=False) is x and dropout(x, 0.0) is x

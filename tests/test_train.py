@@ -80,11 +80,13 @@ def test_defaults_are_the_published_recipe():
 # ---- one update, however it is split
 
 
-def test_accumulation_does_not_change_the_update(tiny, tmp_path):
-    """64 x 1 and 1 x 64: every layer equal to 1e-6 of its norm after 5 updates, fp32, without dropout."""
+@pytest.mark.parametrize("dropout", [0.0, None, 0.3], ids=["without", "default", "more"])
+def test_accumulation_does_not_change_the_update(tiny, tmp_path, dropout):
+    """64 x 1 and 1 x 64: every layer equal to 1e-6 of its norm after 5 updates, fp32, with and without dropout."""
     splits = {"wide": (64, 1, None), "long": (1, 64, None), "both": (16, 4, None), "anew": (1, 64, "32")}
     for name, (batch, accum, at_once) in splits.items():
-        train.train(settings(tiny, tmp_path / name, batch=batch, accum=accum, micro_batch=at_once, dropout=0.0))
+        shape = dict(batch=batch, accum=accum, micro_batch=at_once, dropout=dropout)
+        train.train(settings(tiny, tmp_path / name, **shape))
     wide = weights_of(tmp_path / "wide")
     assert weights.read_config(tmp_path / "wide").dropout == 0.1  # of the run, not of the model
     start = weights_of(tiny / "teacher")["bert.embeddings.word_embeddings.weight"]
@@ -436,9 +438,24 @@ def test_a_run_without_matplotlib_lacks_its_curve_alone(tiny, tmp_path, monkeypa
     assert (tmp_path / "out" / "run.json").exists() and (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_every_rank_and_update_drops_others():
-    seeds = [train.dropout_seed(seed, update, rank) for seed in (0, 1) for update in range(50) for rank in range(8)]
-    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
+def test_every_update_drops_others():
+    """Seeds far apart, since a layer's or a sequence's number is added to them, and below 2^62, so that they fit."""
+    seeds = sorted(train.dropout_seed(seed, update) for seed in (0, 1) for update in range(500))
+    assert min(b - a for a, b in zip(seeds, seeds[1:], strict=False)) > 2**32 and 0 <= seeds[0] <= seeds[-1] < 2**62
+
+
+def test_a_run_begun_with_other_masks_goes_on_without_dropout_only(tiny, tmp_path, monkeypatch):
+    """Before, masks followed the micro-batch, and the identity said nothing of them."""
+    identity, name = train.identity_of, "dropout's masks"
+    with monkeypatch.context() as before:
+        before.setattr(train, "identity_of", lambda *given: {k: v for k, v in identity(*given).items() if k != name})
+        for dropout in (None, 0.0):
+            train.train(settings(tiny, tmp_path / str(dropout), dropout=dropout, steps=60, time_limit=0.0001))
+    with pytest.raises(UserError, match="dropout's masks None -> by sequence") as error:
+        train.train(settings(tiny, tmp_path / "None", steps=60, resume=True))
+    assert "\n" not in str(error.value)
+    went_on = settings(tiny, tmp_path / "0.0", dropout=0.0, steps=60, resume=True)
+    assert train.train(went_on)["steps"] == 60
 
 
 def test_costs_while_it_runs(tiny, tmp_path, capsys):

@@ -3,6 +3,7 @@
 Only this file must follow when a constant or a loop of a kernel is renamed; tests/test_gpu_day.py fails then.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -12,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from kernels import distill_kl, layer_norm, linear_distill_kl
+from kernels import distill_kl, dropout, layer_norm, linear_distill_kl
 
 FOLDER = pathlib.Path(distill_kl.__file__).parent
 
@@ -50,9 +51,12 @@ def norm_warps(module, warps, programs=None):
     return mock.patch.multiple(module, **changed)
 
 
+@contextlib.contextmanager
 def plain_norm():
-    """PyTorch's LayerNorm and dropout in place of our kernel."""
-    return mock.patch.multiple(layer_norm, on_triton=lambda x: False)
+    """PyTorch's LayerNorm and dropout in place of our kernels."""
+    with mock.patch.object(dropout, "on_triton", lambda x: False):
+        with mock.patch.object(layer_norm, "on_triton", lambda x: False):
+            yield
 
 
 def launch_linear(module, s, t, labels, losses, V, block, warps):

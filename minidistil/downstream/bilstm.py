@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from kernels.layer_norm import dropout
+from kernels.dropout import dropout
 from minidistil.errors import UserError
 from minidistil.files import write_json
 from minidistil.safetensors import read_safetensors, write_safetensors

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.layer_norm import dropout
+from kernels.dropout import dropout
 from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
