@@ -51,9 +51,6 @@ class Settings(Common):
     rounds: int = option(3, "measurements of each provider, interleaved")
 
 
-# ---- models
-
-
 def open_models(settings, work):
     """Returns (folders, models) of "teacher" and "student"; a missing one is made in `work`, with random weights.
 
@@ -117,9 +114,6 @@ def original(provider):
     return "teacher" if "teacher" in provider else "student"
 
 
-# ---- examples
-
-
 def pairs_of(settings):
     """Returns (name, pairs of texts): STS-B's dev set, or without --data as many pairs of docstrings."""
     n = 40 if settings.tiny else 1500
@@ -141,9 +135,6 @@ def accuracies(settings, models, T):
     task = open_task("sst2", settings.data, tokenizer, T, limit=1)  # the training set is not used
     logits = {name: predict(model, task.dev[0], tokenizer.pad_id, CPU) for name, model in models.items()}
     return {name: task.evaluate([rows])["accuracy"] for name, rows in logits.items()}
-
-
-# ---- measuring
 
 
 @torch.inference_mode()
@@ -219,9 +210,6 @@ def bench(settings):
         if name in accuracy:
             rows[name]["accuracy"] = round(accuracy[name], 2)
         yield rows[name]
-
-
-# ---- output
 
 
 def table(results):

@@ -40,9 +40,6 @@ def cosine_distance_ref(a, b):
     return (1 - F.cosine_similarity(a, b, dim=-1)).sum()
 
 
-# ---- Triton
-
-
 @triton.jit
 def _load(ptr, group, C):
     """Loads a row's groups of 8 columns with numbers `group` (G,): (G, 8) fp32, zero beyond column C."""
@@ -128,9 +125,6 @@ def _backward_kernel(
     if BLOCK_2:
         group = BLOCK_1 // 8 + tl.arange(0, BLOCK_2 // 8)
         _store_gradient(a_ptr, b_ptr, da_ptr, group, cos_a, inv_b, scale, C)
-
-
-# ---- operator: one node for torch.compile, a direct call in eager mode
 
 
 def _launch_forward(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -107,9 +107,6 @@ def launch(itemsize):
     return (4096, 8) if itemsize == 2 else (2048, 8)
 
 
-# ---- helpers
-
-
 def _chunk(N, V, dtype, on_cpu):
     """Returns the rows of a chunk; all chunks have about the same size, so that the last is not small."""
     most = max(1, CPU_CHUNK_BYTES // (V * dtype.itemsize)) if on_cpu else GPU_CHUNK_ROWS

@@ -27,9 +27,6 @@ from minidistil.rng import mix, permuted, uniform
 MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
 
 
-# ---- the token file
-
-
 def meta_digest(meta):
     """SHA-256 of meta.json's contents without its own digest, which detects any change."""
     rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
@@ -99,9 +96,6 @@ class Corpus:
             )
 
 
-# ---- sequences
-
-
 class Sequences:
     """Masked sequences of T tokens from a stream of ids; `batch(first, n)` is a pure function of its arguments.
 
@@ -155,9 +149,6 @@ class Sequences:
         ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
         replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
         return np.where(replace, random_ids, ids), labels
-
-
-# ---- batches
 
 
 class Prefetcher:

@@ -60,15 +60,9 @@ def cast_products(model, dtype):
             module.to(DTYPES[dtype])
 
 
-# ---- memory
-
-
 def peak_mib(device):
     """Returns the peak memory of a device, in MiB: allocated on a GPU, resident on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
-
-
-# ---- versions
 
 
 def output_of(*command):

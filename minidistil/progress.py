@@ -107,9 +107,6 @@ class Progress:
         self.last[what] = time.monotonic()
 
 
-# ---- FLOPs and cost
-
-
 def training_flops_per_token(objective, teacher, student, T):
     """FLOPs per training token: forward and backward pass of the student (3 forward passes), forward of the teacher.
 

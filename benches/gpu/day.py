@@ -196,8 +196,6 @@ class Day:
             found["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         return found | ({"TRITON_INTERPRET": "1"} if self.settings.cpu else {})
 
-    # ---- processes
-
     def left(self):
         return self.settings.budget - (time.monotonic() - self.began)
 
@@ -261,8 +259,6 @@ class Day:
                 return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.DEVNULL)
         except OSError:
             return None
-
-    # ---- what it leaves
 
     def say(self, text):
         line = f"{time.monotonic() - self.began:6.1f} s  {text}"

@@ -50,8 +50,6 @@ class Run:
         self.failed, self.begun = 0, pathlib.Path(os.environ.get("GPU_DAY_BEGUN", os.devnull))
         self.before = self.begun.read_text().splitlines() if self.begun.is_file() else []
 
-    # ---- tensors, the same in each run
-
     @functools.cached_property
     def generator(self):
         return torch.Generator(self.device).manual_seed(0)
@@ -63,8 +61,6 @@ class Run:
         """A word for about `share` of N rows, -100 for the others."""
         labels = torch.randint(0, self.V, (N,), device=self.device, generator=self.generator)
         return labels.where(torch.rand(N, device=self.device, generator=self.generator) < share, -100)
-
-    # ---- units
 
     def emit(self, **row):
         """Writes a line of results.jsonl, at once, since other stages write there too."""

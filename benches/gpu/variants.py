@@ -16,8 +16,6 @@ from kernels import distill_kl, layer_norm, linear_distill_kl
 
 FOLDER = pathlib.Path(distill_kl.__file__).parent
 
-# ---- constants
-
 
 def defaults():
     """Today's constants, by the names of the sweeps."""
@@ -62,10 +60,8 @@ def launch_linear(module, s, t, labels, losses, V, block, warps):
     )  # fmt: skip
 
 
-# ---- edited sources: {variant: {module: [(regular expression, replacement), ...]}}; the last module is used
-
 LOOK = r"(tl\.load\([st]_ptr \+ v \+ cols)\)"  # a load in the loop over a row
-SOURCES = {
+SOURCES = {  # variant: {module: [(regular expression, replacement), ...]}; the last module is used
     # asks the L2 cache to keep a row after the first pass over it, and to drop it after the second
     "evict": {
         "rows": [(LOOK, r'\1, eviction_policy="evict_last")')],

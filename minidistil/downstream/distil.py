@@ -56,9 +56,6 @@ def with_copies(task, copies, tokenizer):
     return items, torch.cat([targets, none])
 
 
-# ---- teachers
-
-
 def find_teachers(folders, task):
     """Returns the folders of a task's teachers: `folders`, or their subfolders named after the task."""
     pairs = [(pathlib.Path(folder) / task.name, pathlib.Path(folder)) for folder in folders]
@@ -141,9 +138,6 @@ def pad_logits(arrays, shape, device):
     for row, array in enumerate(arrays):
         stack[row, ..., : array.shape[-1]] = array
     return torch.from_numpy(stack).to(device)
-
-
-# ---- loss
 
 
 @dataclasses.dataclass(frozen=True)

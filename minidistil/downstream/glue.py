@@ -99,9 +99,6 @@ def score(task, metrics):
     return 100 * statistics.fmean(shares[name] for shares in metrics.values() for name in task.metrics)
 
 
-# ---- IMDb
-
-
 def _load_imdb(task, path):
     """`load` for IMDb; without a test set one review in ten is held out."""
     if (path / "train" / "pos").is_dir():
@@ -136,9 +133,6 @@ def _without_breaks(examples):
 def _is_held_out(text):
     """Whether a review is in the held-out 10 %, by its hash: copies of a text are on the same side."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") % 10 == 0
-
-
-# ---- files
 
 
 def _exists(folder, name):

@@ -63,9 +63,6 @@ class SpanReader(nn.Module):
         return logits if mask is None else logits.masked_fill(~mask[:, None], MASKED_LOGIT)
 
 
-# ---- folders
-
-
 def load_pretrained(folder, kind, outputs, seed=0):
     """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
 

@@ -46,9 +46,6 @@ class Window:
     span: tuple  # (start, end) of the first answer in ids, end included; (0, 0), [CLS], where it is not in this window
 
 
-# ---- the files
-
-
 def read(path):
     """Returns the Questions of a JSON file in SQuAD v1.1's format; raises UserError for anything else."""
     path = pathlib.Path(path)
@@ -114,9 +111,6 @@ def load(data):
     if not train or not dev:
         raise UserError(f"{data} has too few articles to hold some out: add some, or name a folder with both files")
     return train, dev
-
-
-# ---- question -> windows, logits -> answer
 
 
 def windows(question, tokenizer, length=384, stride=128, longest_question=64):
@@ -192,9 +186,6 @@ def answer(question, windows, start_logits, end_logits, n_best=20, longest=30):
 def _highest(logits, n):
     """Returns the indices of the n highest logits, highest first."""
     return np.argsort(-logits, kind="stable")[:n].tolist()
-
-
-# ---- the official score
 
 
 def normalise(text):
