@@ -30,15 +30,8 @@ from minidistil import files, hub, weights
 from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, choose_dtype, precision, versions
+from minidistil.downstream import distil
 from minidistil.downstream.batches import batches, padded, predict
-from minidistil.downstream.distil import (
-    TaskObjective,
-    check_teacher,
-    find_teachers,
-    pad_logits,
-    teacher_logits,
-    with_copies,
-)
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.models import adamw, build_model, export
@@ -123,7 +116,7 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
     items, targets = task.train
     lengths = np.array([len(ids) for ids, _ in items])
     per_epoch = -(-len(items) // settings.batch)
-    objective = TaskObjective(
+    objective = distil.TaskObjective(
         task.regression, settings.alpha_task, settings.alpha_ce, settings.alpha_mse, settings.temperature
     )
     optimizer, (autocast, scaler) = adamw(model), precision(dtype, device)
@@ -141,7 +134,9 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
         inputs = padded(items, chosen, pad_id, device)
         with autocast():
             logits = model(*inputs)
-        teacher_targets = [pad_logits([arrays[i] for i in chosen], logits.shape, device) for arrays in task.teacher]
+        teacher_targets = [
+            distil.pad_logits([arrays[i] for i in chosen], logits.shape, device) for arrays in task.teacher
+        ]
         loss = objective.loss(logits, targets[chosen].to(device), *teacher_targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -236,12 +231,12 @@ def finetune(settings, argv=()):
     }
     state = open_state(settings, out, identity, choose_dtype(settings.dtype, device))
     for name in names:  # before hours go into the first
-        task, folders = outline(name), find_teachers(teachers, outline(name))
+        task, folders = outline(name), distil.find_teachers(teachers, outline(name))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
             if not as_bilstm:
                 check_pairs(folder, config, task)
             for teacher in folders:
-                check_teacher(teacher, task, tokenizer)
+                distil.check_teacher(teacher, task, tokenizer)
         require_same_for(name, state, "teachers", [digests(teacher) for teacher in folders], out)
     began = time.monotonic()
     with SignalFlag() as stop:
@@ -255,9 +250,9 @@ def finetune(settings, argv=()):
                 continue  # finished before the resumption: its teachers need not predict again
             print(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}", flush=True)
             if settings.augment:
-                task.train = with_copies(task, settings.augment, tokenizer)
+                task.train = distil.with_copies(task, settings.augment, tokenizer)
             if teachers:
-                task.teacher = teacher_logits(teachers, task, tokenizer, settings.temperature, device)
+                task.teacher = distil.teacher_logits(teachers, task, tokenizer, settings.temperature, device)
             files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})
