@@ -197,9 +197,7 @@ class Tokenizer:
         self._located = _Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 
     def __reduce__(self):  # a worker process starts with an empty cache
-        return Tokenizer, (
-            self.base, self.lowercase, self.strip_accents, self.chinese, self.max_length, self.added,
-        )  # fmt: skip
+        return Tokenizer, (self.base, self.lowercase, self.strip_accents, self.chinese, self.max_length, self.added)
 
     def _matched(self, normalized):
         return [token for token in self.added if token.normalized == normalized]

@@ -114,11 +114,8 @@ def _read_tokenizer_json(path, data):
 def _read_tokenizer_config(path, config):
     """The settings of a tokenizer_config.json."""
     settings = {}
-    for theirs, ours in (
-        ("do_lower_case", "lowercase"),
-        ("strip_accents", "strip_accents"),
-        ("tokenize_chinese_chars", "chinese"),
-    ):
+    names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "chinese"}
+    for theirs, ours in names.items():
         if theirs in config:
             if config[theirs] not in (True, False):
                 raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
@@ -227,16 +224,11 @@ def tokenizer_json(tokenizer, strip_accents):
     )
     text, second_text = ({"Sequence": {"id": name, "type_id": segment}} for name, segment in (("A", 0), ("B", 1)))
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": added_tokens_json(tokenizer),
         "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": tokenizer.chinese,
-            "strip_accents": strip_accents,
-            "lowercase": tokenizer.lowercase,
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": tokenizer.chinese,
+            "strip_accents": strip_accents, "lowercase": tokenizer.lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {
@@ -247,10 +239,8 @@ def tokenizer_json(tokenizer, strip_accents):
         },
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
-            "type": "WordPiece",
-            "unk_token": SPECIAL_TOKENS["unk"],
-            "continuing_subword_prefix": "##",
+            "type": "WordPiece", "unk_token": SPECIAL_TOKENS["unk"], "continuing_subword_prefix": "##",
             "max_input_chars_per_word": LONGEST_WORD,
             "vocab": {token: i for i, token in enumerate(tokenizer.base)},
         },
-    }
+    }  # fmt: skip
