@@ -263,7 +263,9 @@ def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places` without tied and ignored ones; UserError names an unknown tensor."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_canonical(name): name for name in places + [copy for copy, _ in tied]}
-    found, unknown, wrapper = {}, [], _common_prefix(tensors)
+    # what all names begin with, up to a dot: where a module of its user's held the model
+    wrapper = re.match(r"(.*\.)?", os.path.commonprefix(list(tensors)))[0]
+    found, unknown = {}, []
     for name, tensor in tensors.items():
         plain = _canonical(name.removeprefix(wrapper))
         if plain not in known:
@@ -282,11 +284,6 @@ def _by_their_names(folder, tensors, places):
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
     return found
-
-
-def _common_prefix(names):
-    """Returns what all names begin with, up to a dot: where a module of its user's held the model."""
-    return re.match(r"(.*\.)?", os.path.commonprefix(list(names)))[0]
 
 
 def _some(names):

@@ -79,10 +79,7 @@ def save(folder, model, labels):
 
 
 def load(folder):
-    """Returns (BiLSTM in eval mode on the CPU, tuple of labels) from a folder that `save` wrote.
-
-    Raises UserError where it is missing or damaged.
-    """
+    """Returns (BiLSTM in eval mode, tuple of labels) of a folder that `save` wrote; UserError for a damaged one."""
     config, weights = pathlib.Path(folder) / "config.json", pathlib.Path(folder) / "model.safetensors"
     if not (config.is_file() and weights.is_file()):
         raise UserError(f"{folder} lacks {config.name} or {weights.name}: give the folder of a trained BiLSTM")
