@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,8 @@ from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, precision
+from minidistil.device import choose_device, peak_mib, precision
 from minidistil.losses import Objective
-from minidistil.memory import peak_rss_mib
 from minidistil.model import Config, MaskedLM
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
@@ -96,15 +96,10 @@ def train_here(folder, shape, device, flags, out):
 @contextlib.contextmanager
 def without_kernels():
     """A context in which PyTorch replaces our kernels."""
-    modules = cosine, layer_norm, linear_distill_kl
-    before = [module.on_triton for module in modules]
-    try:
-        for module in modules:
-            module.on_triton = lambda x: False
+    with contextlib.ExitStack() as stack:
+        for module in (cosine, layer_norm, linear_distill_kl):
+            stack.enter_context(mock.patch.object(module, "on_triton", lambda x: False))
         yield
-    finally:
-        for module, on_triton in zip(modules, before, strict=True):
-            module.on_triton = on_triton
 
 
 def ours(folder, shape, device, flags, kernels=True):
@@ -174,8 +169,7 @@ def original(folder, shape, device):
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
-    return {"tokens_per_second": n / seconds, "peak_mib": round(peak, 1), "loss": logged[0]}
+    return {"tokens_per_second": n / seconds, "peak_mib": round(peak_mib(device), 1), "loss": logged[0]}
 
 
 # ---- phases of an update of ours
@@ -216,7 +210,6 @@ class Stopwatch:
 
 def phases(folder, shape, device, flags):
     """Runs train.py's `train` in this process; returns milliseconds an update of each phase."""
-
     watch = Stopwatch(shape["updates"] + 1)
     watch.watch(Prefetcher, "__call__", "data")
     watch.watch(MaskedLM, "forward", lambda model: "student forward" if model.training else "teacher")
