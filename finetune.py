@@ -84,9 +84,6 @@ class Settings:
 MAY_CHANGE_ON_RESUME = set("task out seeds lr dtype resume save_every data model words teacher".split())
 
 
-# ---- settings
-
-
 def check(settings):
     """Raises UserError for values that cannot work, before anything is read or written."""
     for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature"):
@@ -134,9 +131,7 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
         inputs = padded(items, chosen, pad_id, device)
         with autocast():
             logits = model(*inputs)
-        teacher_targets = [
-            distil.pad_logits([arrays[i] for i in chosen], logits.shape, device) for arrays in task.teacher
-        ]
+        teacher_targets = [distil.pad_logits([each[i] for i in chosen], logits.shape, device) for each in task.teacher]
         loss = objective.loss(logits, targets[chosen].to(device), *teacher_targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -268,7 +263,6 @@ def finetune(settings, argv=()):
                 files.write_json(out / "scores.json", state)
                 (out / CHECKPOINT).unlink(missing_ok=True)
 
-    # ---- summary
     summaries = {name: summarise(state["runs"][name]) for name in names}
     for name, s in summaries.items():
         print(f"{name:>6} {s['score']:6.2f}  [{s['lowest']:.2f}, {s['highest']:.2f}]  lr {s['lr']:g}")

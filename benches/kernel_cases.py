@@ -97,9 +97,7 @@ class Linear(Case):
     sizes = {
         "tiny": [dict(N=8, V=1000, C=64, labelled=1.0, dtype="float32")],
         "cpu": [dict(N=N, V=30522, C=768, labelled=1.0, dtype="float32") for N in (512, 2048)],
-        "cuda": [
-            dict(N=N, V=30522, C=768, labelled=share, dtype="bfloat16") for N, share in ((4915, 1), (32768, 0.15))
-        ],
+        "cuda": [dict(N=N, V=30522, C=768, labelled=part, dtype="bfloat16") for N, part in ((4915, 1), (32768, 0.15))],
     }
 
     def inputs(self, shape, device):

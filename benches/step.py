@@ -154,9 +154,8 @@ def original(folder, shape, device):
                     t = teacher.logits(h_t)
                 rows = mask[..., None].expand_as(s)
                 s_rows, t_rows = (torch.masked_select(z, rows).view(-1, s.size(-1)) for z in (s, t))  # (N, V)
-                kl = torch.nn.KLDivLoss(reduction="batchmean")(
-                    F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)
-                ) * tau**2
+                divergence = torch.nn.KLDivLoss(reduction="batchmean")
+                kl = divergence(F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)) * tau**2
                 ce = torch.nn.CrossEntropyLoss(ignore_index=IGNORE)(s.view(-1, s.size(-1)), y.flatten())
                 wide = mask[..., None].expand_as(h_s)
                 c_s, c_t = (torch.masked_select(h, wide).view(-1, h.size(-1)) for h in (h_s, h_t))
@@ -243,9 +242,6 @@ def draw(path, results):
     phases = {r["provider"].replace(", ", ",\n", 1): r["phases"] for r in rows if "phases" in r}
     speed = plot.bars("speed, median, p20 to p80", "tokens/s", speeds)
     plot.draw(path, speed, plot.stacks("phases of an update", "ms", phases), widths=(2, 3))
-
-
-# ---- the case
 
 
 @dataclasses.dataclass

@@ -133,9 +133,7 @@ def _launch_forward(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, tor
     distance, stats = a.new_empty(N, dtype=torch.float32), a.new_empty(N, 3, dtype=torch.float32)
     if N:
         block_1, block_2, warps = split_width(C)
-        _forward_kernel[(N,)](
-            a, b, distance, stats, a.stride(0), b.stride(0), C, BLOCK_1=block_1, BLOCK_2=block_2, num_warps=warps
-        )  # fmt: skip
+        _forward_kernel[(N,)](a, b, distance, stats, a.stride(0), b.stride(0), C, block_1, block_2, num_warps=warps)
     return distance.sum(), stats
 
 
@@ -149,14 +147,8 @@ def _launch_backward(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, stats: t
     da = a.new_empty(N, C)
     if N:
         block_1, block_2, warps = split_width(C)
-        _backward_kernel[(N,)](
-            g, a, b, stats, da, a.stride(0), b.stride(0), C, BLOCK_1=block_1, BLOCK_2=block_2, num_warps=warps
-        )  # fmt: skip
+        _backward_kernel[(N,)](g, a, b, stats, da, a.stride(0), b.stride(0), C, block_1, block_2, num_warps=warps)
     return da
-
-
-def _fake_backward(g, a, b, stats):
-    return a.new_empty(a.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -168,7 +160,7 @@ def _backward_of_forward(ctx, g, _):
     return None if g is None else _backward(g, *ctx.saved_tensors), None
 
 
-_backward = opaque("cosine_distance_backward", _launch_backward, _fake_backward)
+_backward = opaque("cosine_distance_backward", _launch_backward, lambda g, a, b, stats: a.new_empty(a.shape))
 _forward = differentiable("cosine_distance", _launch_forward, _fake_forward, _setup_context, _backward_of_forward)
 
 

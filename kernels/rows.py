@@ -136,10 +136,7 @@ def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
 
 
 @triton.jit
-def block_gradient(
-    s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
-    HAS_LABELS: tl.constexpr, TAU: tl.constexpr,
-):  # fmt: skip
+def block_gradient(s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
     """Returns the gradient of g_kl kl / tau + g_ce ce at positions `at`; y_at: that of the label; l_*: log2 of Z_*."""
     d = s - m_s
     q = tl.exp2(d * k - l_s)

@@ -85,9 +85,6 @@ def versions():
     }
     if torch.cuda.is_available():
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        result |= {
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "driver": driver and driver.splitlines()[0],
-        }
+        result |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        result["driver"] = driver and driver.splitlines()[0]
     return result

@@ -186,11 +186,9 @@ def _named_tokens(path, config, special_map):
     for key, value in (config | special_map).items():
         if key.endswith("_token") and isinstance(value, (str, dict)):
             token = _added_token(path, value)
-            expected = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
-            if token.content != expected:
-                raise UserError(
-                    f"{path}: {key} is {token.content!r}, in BERT {expected!r}: use a BERT model's tokenizer"
-                )
+            wanted = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
+            if token.content != wanted:
+                raise UserError(f"{path}: {key} is {token.content!r}, in BERT {wanted!r}: use a BERT model's tokenizer")
             named.append(token)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     for value in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):

@@ -20,12 +20,7 @@ from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safet
 # ---- weight files
 
 # the first one present counts
-WEIGHT_FILES = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-]
+WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def weight_files(folder):
@@ -92,9 +87,7 @@ def _read_bin(path):
     except Exception as error:  # damaged pickles raise all kinds of exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or holds more than tensors ({reason}): use a safetensors file") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and _is_plain(tensor) for name, tensor in tensors.items()
-    ):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(x) for name, x in tensors.items()):
         raise UserError(f"{path} is not a plain dict of names to tensors: use a safetensors file")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
