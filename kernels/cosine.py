@@ -7,14 +7,12 @@ For rows a and b, with eps = 1e-8 and |x| the Euclidean norm:
     d loss / da = (cos a / |a| - b / m_b) / m_a   where |a| = 0, the first term is 0
 
 b comes from the frozen teacher and has no gradient. The clamps are those of F.cosine_similarity: a zero row has
-distance 1 and a finite gradient. PyTorch clamps the value of |a| but differentiates |a| as if it were not clamped; the
-formula above and the kernels do the same.
+distance 1 and a finite gradient. As in PyTorch, the value of |a| is clamped, but differentiated as if it were not.
 
 One warp reads a whole row, so the sums over columns need no barrier. `split_width` of layer_norm.py splits the width
 into two powers of two (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both
-rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The
-forward kernel writes one distance per row; `sum` adds the distances in a fixed order, so repeated runs give the same
-bits.
+rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows.
+`sum` adds the rows' distances in a fixed order, so repeated runs give the same bits.
 
 Arithmetic, statistics and the result are fp32 for every dtype of a and b; the gradient has the dtype of a. As in
 PyTorch's fp32 expression, norms must stay below 1.8e19, where their squares overflow.

@@ -79,8 +79,7 @@ def describe_os_error(error):
 def run_script(main, argv=None, in_ranks=False):
     """Calls `main(argv)` and exits with its code; an error that the user can fix becomes one line on stderr.
 
-    With `in_ranks` the script may be one of several processes, of which only rank 0 prints; other scripts ignore a
-    launcher's variables.
+    With `in_ranks` the script may be one of several processes, of which only rank 0 prints; others ignore a launcher.
     """
     if not in_ranks:
         launcher.forget()

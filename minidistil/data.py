@@ -7,8 +7,7 @@ The block and the masks of the g-th sequence of a run are pure functions of (see
 (u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
 
 Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens per sequence, never a special token,
-drawn without replacement with weight count^-smoothing, which prefers rare words. Of these, 80 % become [MASK], 10 % a
-random token, and 10 % stay.
+drawn without replacement with weight count^-smoothing, which prefers rare words. 80 % become [MASK], 10 % any token.
 """
 
 import concurrent.futures
@@ -60,8 +59,7 @@ class TokenFile:
 class Corpus:
     """A folder that `data/prepare.py` wrote: `train` and `val` TokenFiles, `counts` (V,) int64, `meta`.
 
-    Opening it checks every byte against the hashes in meta.json (about a second per 2 GB), so a damaged file raises
-    UserError instead of giving a bad model.
+    Opening it checks every byte against the hashes in meta.json (a second per 2 GB): a damaged file raises UserError.
     """
 
     def __init__(self, folder):

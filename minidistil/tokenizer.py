@@ -7,8 +7,7 @@
 
 Implementations differ in rare Unicode characters. The reference is the Rust crate `tokenizers` (here 0.23.3), because
 most of today's checkpoints were trained with it. Its Unicode tables are older than Python's in three respects and newer
-in one. The exceptions below come from a comparison of all code points; they hold from Unicode 13 (Python 3.10) to
-Unicode 18.
+in one. The exceptions below come from a comparison of all code points, for Unicode 13 (Python 3.10) to 18.
 
 A cache makes it fast: most chunks of a text occurred before and cost one look-up and one copy.
 """

@@ -1,8 +1,7 @@
 """Loads and saves models as Hugging Face folders, by the tables of families.py.
 
 A folder's weights are model.safetensors or pytorch_model.bin, whole or in shards. Every tensor of the files is used, or
-ignored with a reason, and every parameter of the model is filled. Files are not trusted: any sequence of bytes either
-loads or raises UserError.
+ignored with a reason, and every parameter of the model is filled. Files are not trusted: any bytes load or are refused.
 """
 
 import os
@@ -309,8 +308,7 @@ def save_model(folder, model, **extra):
     """Writes config.json and model.safetensors of an fp32 model as transformers does; `load_model` inverts it.
 
     A MaskedLM becomes a BertForMaskedLM or DistilBertForMaskedLM, by its family; the tied decoder is left out. A
-    Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering. `extra` goes into
-    config.json.
+    Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering, `extra` more keys.
     """
     state = model.state_dict()
     tensors = {}

@@ -1,7 +1,6 @@
 """What a stage does: a sequence of units of work. A unit that fails leaves its traceback, and the next one begins.
 
-An error that destroys the CUDA context ends the process with code 3; day.py restarts it, and units that had begun are
-left out.
+An error that destroys the CUDA context ends the process with code 3; day.py restarts it behind the unit that failed.
 """
 
 import functools

@@ -2,8 +2,7 @@
 
 A few thousand examples are a small sample of the teacher's behaviour. Learning the teacher's probabilities needs no
 true labels, so the teacher alone labels augmented copies of the examples, in which words are masked or replaced.
-Source: Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation", without part-of-speech tagger and
-n-grams.
+Source: Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation", without its tagger and n-grams.
 """
 
 import dataclasses

@@ -98,8 +98,7 @@ def _get(record, key, kind, where):
 def load(data):
     """Returns (train, dev), lists of Questions, from the folder of the official files or from one file in their format.
 
-    A single file is split by article, so that dev has unseen texts: about one article in five, chosen by the SHA-256 of
-    its title, is dev. Raises UserError.
+    Of a single file about one article in five, by the SHA-256 of its title, is dev, so that its texts are unseen.
     """
     data = pathlib.Path(data)
     if data.is_dir():
