@@ -11,7 +11,6 @@ import dataclasses
 import json
 import pathlib
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benches import ROOT, Common, last_line
+from benches import Common, script
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
 from kernels import cosine, layer_norm, linear_distill_kl
@@ -254,8 +253,7 @@ def alone(function, *arguments):
     """Calls a function of this module in a new process, so that its peak memory can be measured."""
     call = f"step.{function}(*map(json.loads, sys.argv[1:]))"
     program = f"import json, sys; from benches import step; print(json.dumps({call}))"
-    command = [sys.executable, "-c", program, *map(json.dumps, arguments)]
-    return last_line(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
+    return script("-c", program, *map(json.dumps, arguments))
 
 
 def summarise(row, runs, kd_rows, shape, peak):

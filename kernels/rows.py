@@ -1,9 +1,6 @@
 """Triton functions of both loss kernels, for a row of logits: statistics in one pass, losses, gradient.
 
-The formulas are in distill_kl.py; README.md derives them.
-
-Legend:  V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
-         E logits of a 16-byte load   G such loads in a block   P parts of a row
+The formulas and the legend are in distill_kl.py; README.md derives them.
 """
 
 from kernels import FLOOR

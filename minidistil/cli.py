@@ -57,11 +57,8 @@ def parse_args(settings_class, argv=None, description=None):
 
 # errno -> what the user can do
 _REMEDIES = {
-    errno.ENOSPC: "free some space or write elsewhere",
-    errno.EDQUOT: "free some space or write elsewhere",
-    errno.EACCES: "choose a path that you may write and read",
-    errno.EPERM: "choose a path that you may write and read",
-    errno.EROFS: "choose a path that you may write and read",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or write elsewhere"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a path that you may write and read"),
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",

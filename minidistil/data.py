@@ -6,8 +6,8 @@
 The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...
 (u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
 
-Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens per sequence, never a special token,
-drawn without replacement with weight count^-smoothing, which prefers rare words. 80 % become [MASK], 10 % any token.
+Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence, never special ones, drawn
+without replacement with weight count^-smoothing, which prefers rare words: 80 % become [MASK], 10 % random, 10 % stay.
 """
 
 import concurrent.futures

@@ -232,7 +232,8 @@ class Day:
         how = "hung" if hung else "out of time" if code is None else f"died with {code}"
         if lost or code is None:
             self.row(stage=stage.name, unit=process.unit(), status=how)
-            self.fail(f"{stage.name} | {process.unit()}: {how}\n{tail(process.log, 4000)}")
+            with open(self.out / "failures.txt", "a") as file:
+                file.write(f"\n======== {stage.name} | {process.unit()}: {how}\n{tail(process.log, 4000)}\n")
         if lost and not late and process.starts <= stage.restarts and took < process.limit - 5:
             process.start()
             return False
@@ -269,10 +270,6 @@ class Day:
     def row(self, **row):
         with open(self.out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-
-    def fail(self, text):
-        with open(self.out / "failures.txt", "a") as file:
-            file.write(f"\n======== {text}\n")
 
     def summarise(self):
         try:

@@ -81,18 +81,15 @@ class Run:
             try:
                 self.__dict__.pop("generator", None)
                 return function(*arguments, **options)
-            except torch.OutOfMemoryError as error:
-                failure, text = error, traceback.format_exc()
-            except BaseException as error:
-                failure, text = error, traceback.format_exc()
-                break
-            if tries < ATTEMPTS:
-                del failure  # it refers to the tensors that did fit
-                print(f"{unit}: out of memory", flush=True)
-                torch.cuda.empty_cache()
-                time.sleep(5)
+            except BaseException as error:  # only its text is kept: it refers to the tensors that did fit
+                failure, text = first_line(error), traceback.format_exc()
+                if tries == ATTEMPTS or not isinstance(error, torch.OutOfMemoryError):
+                    break
+            print(f"{unit}: out of memory", flush=True)
+            torch.cuda.empty_cache()
+            time.sleep(5)
         self.failed += 1
-        self.emit(unit=unit, status="failed", error=first_line(failure))
+        self.emit(unit=unit, status="failed", error=failure)
         given = [argument for argument in arguments if argument is not self]
         self.record(unit, f"arguments: {given} {options} (seed 0)\n{text}", began)
 

@@ -27,15 +27,6 @@ SPEEDS = {  # tokens/s of an update, T = 512
 }
 
 
-def compared(rows):
-    """{(case, rows of the shape): {provider: row}} of the kernels' comparison; of LayerNorm that with dropout."""
-    found = {}
-    for row in rows:
-        if "provider" in row and row["case"] != "step" and row["shape"].get("p") != 0:
-            found.setdefault((row["case"], row["shape"]["N"]), {})[row["provider"]] = row
-    return found
-
-
 def ratio(a, b):
     """a / b of two measurements; None where one of them was not made."""
     return a / b if isinstance(a, int | float) and isinstance(b, int | float) and b else None
@@ -43,10 +34,13 @@ def ratio(a, b):
 
 def targets(rows):
     """Yields (target, the value measured or None, the value wanted, whether less is better)."""
-    kernels = compared(rows)
+    kernels = {}  # (case, rows of the shape, provider): row of the comparison; of LayerNorm that with dropout
+    for row in rows:
+        if "provider" in row and row["case"] != "step" and row["shape"].get("p") != 0:
+            kernels[row["case"], row["shape"]["N"], row["provider"]] = row
 
     def found(case, N, provider, name):
-        return kernels.get((case, N), {}).get(provider, {}).get(name)
+        return kernels.get((case, N, provider), {}).get(name)
 
     def speed_up(case, N, *others):
         ours, *times = (found(case, N, provider, "ms") for provider in (OURS, *others))

@@ -8,12 +8,10 @@ from minidistil.run import CHECKPOINT, load_checkpoint, restore, save_checkpoint
 
 @dataclasses.dataclass
 class Trial:
-    """One run of a task, with its checkpoint in `out`."""
-
     task: str
     lr: float
     seed: int
-    out: pathlib.Path
+    out: pathlib.Path  # folder of the checkpoint
     identity: dict  # of the whole run of finetune.py
     epochs: list = dataclasses.field(default_factory=list)  # metrics after each epoch
 
