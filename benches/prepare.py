@@ -1,5 +1,6 @@
 """Text to tokens at full size: throughput by number of workers, memory, equal bytes, and a kill halfway."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -57,10 +58,8 @@ def prepared(text, out, workers, kill_after=None):
     reader = threading.Thread(target=lambda: said.extend(process.communicate()))
     reader.start()
     while reader.is_alive():
-        try:
+        with contextlib.suppress(OSError):  # a process ended in the meantime
             peak = max(peak, family_mib(process.pid))
-        except (OSError, ProcessLookupError):  # a process ended in the meantime
-            pass
         if writing is None and any(out.parent.glob(f".{out.name}.*.tmp")):
             writing = time.monotonic()
         if None not in (kill_after, writing) and time.monotonic() - writing > kill_after:

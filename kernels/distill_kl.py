@@ -56,9 +56,6 @@ def padded(N, V, dtype, device):
     return torch.empty(N, row_width(V), dtype=dtype, device=device)[:, :V]
 
 
-# ---- Triton
-
-
 @triton.jit
 def _store_row(
     s_ptr, labels_ptr, kl_ptr, ce_ptr, stats_ptr, row, m_s, m_t, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
@@ -234,9 +231,6 @@ def _peel(*tensors):
         and all((stride - strides[0]) % E == 0 for stride in strides)
         and all(x.dtype == tensors[0].dtype and x.data_ptr() % 16 == 0 for x in tensors)
     )
-
-
-# ---- operator
 
 
 def _forward_losses(

@@ -42,9 +42,6 @@ def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, 
     return kl_weight * kl + ce_weight * ce + mse_weight * mse, kl, ce, mse
 
 
-# ---- Triton
-
-
 @triton.jit
 def _loss_and_gradient_kernel(
     s_ptr,  # (R, >= V), any float: in: student logits; out: their gradient, zero from column V on
@@ -154,9 +151,6 @@ def _multiply(A, B, unit, out, add=False):
 def _dtype_of_dh(h_s, dtype):
     """bf16 where h_s is; fp32 where h_s is fp16, in which unit G W may vanish before the loss scale multiplies it."""
     return torch.bfloat16 if h_s.dtype == dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
-
-
-# ---- the operator
 
 
 def _loss_and_gradients(

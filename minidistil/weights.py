@@ -157,17 +157,13 @@ def _family(path, values):
 
 def _number(path, ours, theirs, value):
     """Returns one number of config.json; raises UserError where its type or range is wrong."""
+    kind, what, least, most = float, "a number", 0, 1
     if isinstance(getattr(Config, ours), int):
-        least = 0 if ours == "pad_id" else 1
+        kind, what, least = int, "a whole number", 0 if ours == "pad_id" else 1
         most = LAYER_LIMIT if ours == "layers" else SIZE_LIMIT
-        wanted = f"a whole number from {least} to {most}"
-        fits = type(value) is int and least <= value <= most
-    else:
-        wanted = "a number from 0 to 1"
-        fits = type(value) in (int, float) and 0 <= value <= 1
-    if not fits:
-        raise UserError(f"{path}: {theirs} is {value!r}: it must be {wanted}")
-    return type(getattr(Config, ours))(value)
+    if type(value) not in (int, kind) or not least <= value <= most:
+        raise UserError(f"{path}: {theirs} is {value!r}: it must be {what} from {least} to {most}")
+    return kind(value)
 
 
 def write_config(folder, config, head="MaskedLM", **extra):
@@ -239,11 +235,10 @@ def fill(folder, model, source, names, fresh=()):
     missing = [name for ours in wanted for name in names[ours] if name not in source]
     if missing:
         raise UserError(f"{folder} lacks {_some(missing)}: take weights and config.json from the same model")
-    for ours, tensor in model.state_dict().items():
-        if ours in state:
-            continue
+    empty = model.state_dict()
+    for ours in wanted:
         parts = [source[name] for name in names[ours]]
-        shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
+        shape = (empty[ours].shape[0] // len(parts), *empty[ours].shape[1:])
         for name, part in zip(names[ours], parts, strict=True):
             _check(f"{folder}: {name}", part, shape)
         state[ours] = torch.cat(parts).float()

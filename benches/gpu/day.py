@@ -1,5 +1,6 @@
 """The plan of a GPU day, and the processes that run it. Needs no PyTorch."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -111,16 +112,11 @@ class Process:
         first = time.time() + START  # its imports write nothing
         os.utime(self.log, (first, first))
 
-    def silent(self):
-        """Seconds since its last output."""
-        return time.time() - self.log.stat().st_mtime
-
     def kill(self):
-        try:
+        # the GPU's driver may not let go of it: the day goes on without waiting
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(5)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # the GPU's driver may not let go of it: the day goes on without waiting
 
     def unit(self):
         """The unit that it began last."""
@@ -223,7 +219,7 @@ class Day:
         """Whether a process has ended for good. Kills it if it is late or silent; restarts it if it crashed or hung."""
         stage, code, took = process.stage, process.process.poll(), time.monotonic() - process.began
         late = took > process.limit or self.left() < LAST
-        hung = code is None and not late and process.silent() > process.silence
+        hung = code is None and not late and time.time() - process.log.stat().st_mtime > process.silence
         if code is None and not (late or hung):
             return False
         if code is None:
