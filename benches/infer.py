@@ -52,10 +52,7 @@ class Settings(Common):
 
 
 def open_models(settings, work):
-    """Returns (folders, models) of "teacher" and "student"; a missing one is made in `work`, with random weights.
-
-    Raises UserError for a model that is not a sentence classifier.
-    """
+    """Returns (folders, models) of "teacher" and "student", missing ones random in `work`; UserError for readers."""
     folders, models = {}, {}
     config = TINY if settings.tiny else BERT_BASE
     for seed, name in enumerate(("teacher", "student")):
@@ -159,10 +156,7 @@ def timed(functions, inputs, rounds, turn):
 
 
 def bench(settings):
-    """Yields a row per provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] per example.
-
-    An fp32 provider with wrong logits is not timed.
-    """
+    """Yields a row per provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] per example."""
     what, pairs = pairs_of(settings)
     tokenizer = Tokenizer.load(settings.teacher or settings.student or DEMO)
     with tempfile.TemporaryDirectory() as work:

@@ -50,10 +50,7 @@ def both_passes(function, inputs, leaves, dtype):
 
 
 def check(case, function, provider, shape, device):
-    """Returns the largest error of the gradients against the definition in fp64, on a few rows without dropout.
-
-    Raises UserError where it is too large.
-    """
+    """Returns the largest error of gradients against fp64, on a few rows, without dropout; UserError if too large."""
     inputs = case.inputs({**shape, "N": min(shape["N"], 48), "p": 0.0}, device)
     wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
     truth = both_passes(case.eager, wide, case.leaves, "float64")()

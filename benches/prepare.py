@@ -85,10 +85,7 @@ def kill_and_restart(text, folder, workers, seconds):
 
 
 def bench(settings):
-    """Yields a row for 1, 2 ... workers; the last number also runs with a kill halfway and a restart.
-
-    A result that differs from one worker's is an error without a speed.
-    """
+    """Yields a row for 1, 2 ... workers; the last number also runs with a kill halfway and a restart."""
     counts = [1, 2] if settings.tiny else sorted({1, 2, os.cpu_count() or 1})
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

@@ -38,10 +38,7 @@ def duration(seconds):
 
 
 class Progress:
-    """Counts updates and seconds of a run of `total` updates of `tokens` tokens; the speed excludes `paused` time.
-
-    A resumed run starts at `update`, after `seconds_before`.
-    """
+    """Counts `total` updates of `tokens` tokens, from `update`, after `seconds_before`; the speed excludes pauses."""
 
     def __init__(self, total, tokens=0, update=0, seconds_before=0.0):
         self.total, self.tokens, self.update, self.first = total, tokens, update, update

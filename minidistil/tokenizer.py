@@ -261,10 +261,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def encode(self, text):
-        """Returns the ids (a list) of plain text: no special tokens, and a literal "[SEP]" is three tokens.
-
-        An added token in the text, such as "<url>" in some vocabularies, is one.
-        """
+        """Returns the ids (a list) of plain text: "[SEP]" is three tokens, an added token such as "<url>" is one."""
         return memoryview(self._encode(text)).cast("I").tolist()
 
     def encode_with_offsets(self, text):

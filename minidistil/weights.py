@@ -23,10 +23,7 @@ WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json", "pytorch_mod
 
 
 def weight_files(folder):
-    """Returns the paths of the files that hold a folder's weights: one, or the shards of an index.
-
-    Raises UserError where there are none, or where a shard is missing.
-    """
+    """Returns the paths of a folder's weights, one file or the shards of an index; UserError where one is missing."""
     folder = pathlib.Path(folder)
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
@@ -41,10 +38,7 @@ def weight_files(folder):
 
 
 def read_weights(folder):
-    """Returns the tensors of a Hugging Face folder by their names there; they may be views of a memory map.
-
-    Raises UserError where the folder holds no weights, or damaged ones.
-    """
+    """Returns a folder's tensors, perhaps views of a memory map, by their names there; UserError for damaged ones."""
     tensors = {}
     for path in weight_files(folder):
         part = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
@@ -110,10 +104,7 @@ LAYER_LIMIT = 256  # a model on the meta device is built in about a second
 
 
 def read_config(place):
-    """Returns the Config in a folder's config.json, or in a file of any name.
-
-    Raises UserError for another architecture, a missing or impossible number, or an unsupported setting.
-    """
+    """Returns the Config in a folder's config.json or any file; UserError where something in it is unsupported."""
     path = pathlib.Path(place)
     if not path.is_file():
         path = path / "config.json"

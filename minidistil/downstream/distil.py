@@ -62,10 +62,7 @@ def find_teachers(folders, task):
 
 
 def label_order(folder, labels, task):
-    """Returns the index of each of a task's labels in a classifier, which may spell or order them in another way.
-
-    Raises UserError where it has other labels, or does not name them.
-    """
+    """Returns the index of each of a task's labels in a classifier, however spelt; UserError where it has others."""
     found, wanted = ([re.sub(r"[^a-z0-9]+", "_", label.casefold()) for label in side] for side in (labels, task.labels))
     if len(wanted) == 1 and len(found) <= 1:
         return [0]  # a regression's one number, by whatever name
@@ -107,10 +104,7 @@ def load_teachers(folders, task):
 
 
 def ensemble(logits, tau):
-    """Combines teachers: returns (logits whose softmax at tau is the mean of theirs, mean logits), each a list.
-
-    `logits` holds one list per teacher, with one array per item.
-    """
+    """Combines teachers' lists of arrays: returns (logits whose softmax at tau is the mean of theirs, mean logits)."""
     if len(logits) == 1:
         return logits[0], logits[0]
     soft, mean = [], []

@@ -92,10 +92,7 @@ def load(name, data):
 
 
 def score(task, metrics):
-    """Returns a task's score as on the GLUE leaderboard, in percent: the mean of its metrics over its dev sets.
-
-    `metrics` is {split: {metric: share}}.
-    """
+    """Returns a task's score as on the GLUE leaderboard, percent: the mean over `metrics`, {split: {metric: share}}."""
     return 100 * statistics.fmean(shares[name] for shares in metrics.values() for name in task.metrics)
 
 
