@@ -131,11 +131,8 @@ def draw_demo(path, results):
         curves = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
         return plot.lines(title, unit, curves, ("teacher", teacher[figure]), form=form)
 
-    plot.draw(
-        path,
-        panel(1, "top1", "held-out accuracy" + over, "top-1", plot.percent),
-        panel(2, "mlm_loss", "held-out masked-LM loss", "nats"),
-    )
+    accuracy = panel(1, "top1", "held-out accuracy" + over, "top-1", plot.percent)
+    plot.draw(path, accuracy, panel(2, "mlm_loss", "held-out masked-LM loss", "nats"))
 
 
 DEMO = types.SimpleNamespace(

@@ -169,8 +169,6 @@ def original(folder, shape, device):
     return {"tokens_per_second": n / seconds, "peak_mib": round(peak_mib(device), 1), "loss": logged[0]}
 
 
-# ---- phases of an update of ours
-
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimiser")
 
 

@@ -88,10 +88,8 @@ class Corpus:
     def check_tokenizer(self, tokenizer, owner):
         """Raises UserError where the corpus was tokenised with another vocabulary than `owner`'s."""
         if self.meta["tokenizer"] != tokenizer.digest:
-            raise UserError(
-                f"{self.folder} was tokenised with another vocabulary than {owner}'s: "
-                f"prepare the text with data/prepare.py --vocab {owner}"
-            )
+            way = f"prepare the text with data/prepare.py --vocab {owner}"
+            raise UserError(f"{self.folder} was tokenised with another vocabulary than {owner}'s: {way}")
 
 
 class Sequences:

@@ -22,16 +22,10 @@ import unicodedata
 
 import numpy as np
 
+from minidistil import tokenizer_files
 from minidistil.errors import UserError
 from minidistil.files import write_json, write_text
-from minidistil.tokenizer_files import (
-    LONGEST_WORD,
-    SPECIAL_TOKENS,
-    added_tokens_json,
-    read_folder,
-    read_vocab,
-    tokenizer_json,
-)
+from minidistil.tokenizer_files import LONGEST_WORD, SPECIAL_TOKENS
 
 CACHE_ENTRIES = 2**19  # 90 MB when full of words; IMDb, 33 million characters, has 281 thousand different chunks
 CACHED_LENGTH = 32  # characters; longer chunks hardly repeat, and the cache must stay small on any text
@@ -217,9 +211,9 @@ class Tokenizer:
         folder = path if path.is_dir() else path.parent if named else None
         settings = {}
         if folder is None:
-            vocab = read_vocab(path)
+            vocab = tokenizer_files.read_vocab(path)
         else:
-            path, vocab, settings = read_folder(folder)
+            path, vocab, settings = tokenizer_files.read_folder(folder)
         if all(token.content in vocab for token in settings.get("added", ())):  # no token has an id after them
             vocab = "\n".join(vocab).rstrip("\n").split("\n")  # without blank lines at the end of the file
         words = [token for token in vocab if not token.startswith("[") and token.lower() != token.upper()]
@@ -246,11 +240,12 @@ class Tokenizer:
             **special,
         }
         if self.added:
-            config["added_tokens_decoder"] = {token.pop("id"): token for token in added_tokens_json(self)}
+            added = tokenizer_files.added_tokens_json(self)
+            config["added_tokens_decoder"] = {token.pop("id"): token for token in added}
         write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.base))
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer.json", tokenizer_json(self, strip_accents))
+        write_json(folder / "tokenizer.json", tokenizer_files.tokenizer_json(self, strip_accents))
 
     @property
     def digest(self):

@@ -160,10 +160,8 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
                 del vocab[i:]
             following = len(vocab) + sum(content not in known for content in added)
             if i != following:
-                raise UserError(
-                    f"{path} gives {token.content!r} the id {i}, where the next free one is {following}: "
-                    "use the vocabulary that belongs to it"
-                )
+                what = f"{path} gives {token.content!r} the id {i}, where the next free one is {following}"
+                raise UserError(f"{what}: use the vocabulary that belongs to it")
         added[token.content] = token
     for token in named:
         added.setdefault(token.content, token)

@@ -16,8 +16,6 @@ from minidistil.files import write_json
 from minidistil.model import Config, MaskedLM
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
-# ---- weight files
-
 # the first one present counts
 WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -96,8 +94,6 @@ def _is_plain(tensor):
     )
 
 
-# ---- config.json
-
 REQUIRED = ("vocab_size", "positions", "layers", "heads", "width", "mlp_width")
 SIZE_LIMIT = 2**24  # of any number, so that products stay below 2^63
 LAYER_LIMIT = 256  # a model on the meta device is built in about a second
@@ -168,9 +164,6 @@ def write_config(folder, config, head="MaskedLM", **extra):
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
 
 
-# ---- names
-
-
 def _canonical(name):
     """Returns their name without wrapper prefixes, and with weight and bias for TensorFlow's gamma and beta."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -188,9 +181,6 @@ def _names(config, parameters):
         parent, dot, last = theirs.rpartition(".")
         names[ours] = [f"{parent}{dot}{part}.{kind}" for part in last.split("|")]
     return names
-
-
-# ---- models
 
 
 def load_model(folder, fresh_head=False):

@@ -67,11 +67,9 @@ def label_order(folder, labels, task):
     if len(wanted) == 1 and len(found) <= 1:
         return [0]  # a regression's one number, by whatever name
     if sorted(found) != sorted(wanted):
-        raise UserError(
-            f"{folder} was not fine-tuned for {task.name}, or does not say so (labels found: "
-            f"{', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}): give a teacher that was, or name its "
-            "labels, in its own order, in id2label of its config.json"
-        )
+        sides = f"labels found: {', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}"
+        way = "give a teacher that was, or name its labels, in its own order, in id2label of its config.json"
+        raise UserError(f"{folder} was not fine-tuned for {task.name}, or does not say so ({sides}): {way}")
     return [found.index(label) for label in wanted]
 
 
