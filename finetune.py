@@ -280,8 +280,7 @@ def main(argv):
     for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse", "augment"):
         if name in values and "teacher" not in values:
             raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
-    summary = finetune(Settings(**values), argv)
-    print(json.dumps(summary, separators=(",", ":")))
+    print(json.dumps(finetune(Settings(**values), argv), separators=(",", ":")))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ class Linear(Case):
     def inputs(self, shape, device):
         """Returns fp32 parameters, as in training; bf16 means autocast."""
         N, V, C, g = shape["N"], shape["V"], shape["C"], generator(device)
-        sizes = ((N, C), (V, C), (V,)) * 2
-        tensors = [torch.randn(size, device=device, generator=g) for size in sizes]
+        tensors = [torch.randn(size, device=device, generator=g) for size in ((N, C), (V, C), (V,)) * 2]
         for W in (tensors[1], tensors[4]):
             W.mul_(3 / C**0.5)
         return [*tensors, *some_labels(N, V, shape["labelled"], device)]
@@ -169,8 +168,7 @@ class LayerNorm(Case):
         return norm
 
     def bytes(self, shape):
-        itemsize = getattr(torch, shape["dtype"]).itemsize
-        return layer_norm.bytes_moved(shape["N"], shape["C"], itemsize, shape["p"])
+        return layer_norm.bytes_moved(shape["N"], shape["C"], getattr(torch, shape["dtype"]).itemsize, shape["p"])
 
 
 class Cosine(Case):

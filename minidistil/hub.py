@@ -64,8 +64,7 @@ def cache_folder():
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(general, "huggingface")
     older = os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    cache = os.environ.get("HF_HUB_CACHE") or older
-    return pathlib.Path(os.path.expandvars(cache)).expanduser()
+    return pathlib.Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or older)).expanduser()
 
 
 def _snapshot(place):

@@ -105,8 +105,7 @@ class _Cache(dict):
         self.compute, self.half, self.older = compute, entries // 2, {}
 
     def __missing__(self, chunk):
-        value = self.older.get(chunk)
-        if value is None:
+        if (value := self.older.get(chunk)) is None:
             value = self.compute(chunk)
         if len(chunk) <= CACHED_LENGTH:
             if len(self) >= self.half:
@@ -163,8 +162,7 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(self.vocab)}
         self.added = sorted(added, key=lambda token: self.ids[token.content])
         for name, token in SPECIAL_TOKENS.items():
-            count = self.vocab.count(token)
-            if count != 1:
+            if (count := self.vocab.count(token)) != 1:
                 problem = f"the vocabulary has {token} {count} times" if count else f"the vocabulary has no {token}"
                 raise UserError(f"{problem}: use the vocab.txt of a BERT model, or one made by data/vocab.py")
             setattr(self, f"{name}_id", self.ids[token])

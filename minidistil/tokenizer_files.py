@@ -137,8 +137,7 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
     """
     path, json_path, legacy = (folder / n for n in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"))
     in_json = [(json_path, token.get("id"), token) for token in data.get("added_tokens") or []]
-    config_lists = config.get("added_tokens_decoder")
-    if config_lists is not None:
+    if (config_lists := config.get("added_tokens_decoder")) is not None:
         named = _named_tokens(path, config, {})
         numbered = [(path, i, token) for i, token in config_lists.items()]
         numbered = numbered if in_config else in_json + numbered

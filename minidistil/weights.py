@@ -29,8 +29,7 @@ def weight_files(folder):
     if found.suffix != ".json":
         return [found]
     shards = _read_index(found)
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in shards if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {_some(missing)}, named in {found.name}: copy or download it again")
     return [folder / name for name in shards]
 
@@ -40,8 +39,7 @@ def read_weights(folder):
     tensors = {}
     for path in weight_files(folder):
         part = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
-        twice = tensors.keys() & part.keys()
-        if twice:
+        if twice := tensors.keys() & part.keys():
             raise damaged(path, f"{min(twice)!r} is in another shard too")
         tensors |= part
     return tensors
@@ -213,8 +211,7 @@ def fill(folder, model, source, names, fresh=()):
     """Fills a model on the meta device with the tensors of `fresh` (by our names), and of `source` for all others."""
     state = dict(fresh)
     wanted = [ours for ours in names if ours not in state]
-    missing = [name for ours in wanted for name in names[ours] if name not in source]
-    if missing:
+    if missing := [name for ours in wanted for name in names[ours] if name not in source]:
         raise UserError(f"{folder} lacks {_some(missing)}: take weights and config.json from the same model")
     empty = model.state_dict()
     for ours in wanted:
@@ -246,8 +243,7 @@ def _by_their_names(folder, tensors, places):
         way = "correct config.json if the model needs it, or save the weights without it"
         raise UserError(f"{folder} holds {_some(unknown)}, which is not in the model of its config.json: {way}")
     for copy, original in tied:
-        tensor = found.pop(copy, None)
-        if tensor is not None:
+        if (tensor := found.pop(copy, None)) is not None:
             other = found.setdefault(original, tensor)
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
