@@ -105,11 +105,8 @@ def check(settings):
         raise UserError("--resume needs to know which run: name its folder with --out")
 
 
-# ---- one run: a new head, one learning rate, one seed
-
-
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
-    """Trains `model` in place; returns the record of the run, or None where a signal interrupted it (it is saved)."""
+    """Trains `model` in place, with one learning rate and seed; returns the run's record, None if interrupted (saved)."""
     items, targets = task.train
     lengths = np.array([len(ids) for ids, _ in items])
     per_epoch = -(-len(items) // settings.batch)
@@ -158,9 +155,6 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
         if stop.signal is not None:
             return None
     return {"epochs": trial.epochs, "updates": progress.update, "seconds": round(progress.seconds, 1)}
-
-
-# ---- all tasks and runs
 
 
 def source_folder(settings, names):

@@ -355,10 +355,7 @@ class Tokenizer:
         for word in re.finditer(r"\S+", normal):
             at = word.start()
             for i in self._pieces(word[0]):
-                if i == self.unk_id:
-                    size = len(word[0])
-                else:
-                    size = len(self.vocab[i]) - 2 * (at > word.start())  # without its ##
+                size = len(word[0]) if i == self.unk_id else len(self.vocab[i]) - 2 * (at > word.start())  # no ##
                 located.append((i, places[at], places[at + size - 1] + 1))
                 at += size
         return located
