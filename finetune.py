@@ -106,7 +106,7 @@ def check(settings):
 
 
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
-    """Trains `model` in place, with one learning rate and seed; returns the run's record, None if interrupted (saved)."""
+    """Trains `model` in place with one learning rate and seed; returns the run's record, or None once interrupted."""
     items, targets = task.train
     lengths = np.array([len(ids) for ids, _ in items])
     per_epoch = -(-len(items) // settings.batch)

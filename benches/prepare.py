@@ -15,6 +15,7 @@ import numpy as np
 
 from benches import ROOT, Common, last_line
 from benches.report import attempt, measured, speed_up
+from data.docstrings import harvest, python_files
 from minidistil.errors import UserError
 
 Settings = Common
@@ -25,8 +26,6 @@ VARIED = 0.05  # share of the words that each repetition of the docs corpus redr
 
 def write_text(path, size, seed=0):
     """Writes at least `size` bytes of English, a document per line: varied repetitions of the docs corpus."""
-    from data.docstrings import harvest, python_files
-
     rng, written = np.random.default_rng(seed), 0
     words = np.array(" \n ".join(" ".join(text.split()) for text in harvest(python_files())).split(" "), dtype=object)
     inside = np.flatnonzero(words != "\n")  # keeps the ends of documents

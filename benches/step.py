@@ -19,9 +19,11 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
+import train
 from benches import Common, script
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
+from data.prepare import prepare
 from kernels import cosine, layer_norm, linear_distill_kl
 from minidistil import distiller, plot, weights
 from minidistil.cli import option
@@ -62,8 +64,6 @@ def make_teacher(folder, shape, seed=0):
 
 def make_corpus(folder, shape, words=400_000, seed=0):
     """Writes a corpus of random words with Zipf frequencies, in the teacher's vocabulary."""
-    from data.prepare import prepare
-
     vocab = vocabulary(shape["vocab_size"])
     regular = vocab[len(SPECIAL_TOKENS) :]
     drawn = random.Random(seed).choices(regular, [1 / (i + 10) for i in range(len(regular))], k=words)
@@ -81,8 +81,6 @@ def make_world(folder, shape, words=400_000, seed=0):
 
 def train_here(folder, shape, device, flags, out):
     """Runs train.py's `train` in this process, in micro-batches that fit and are fast; returns its summary."""
-    import train
-
     with contextlib.redirect_stdout(sys.stderr):  # the caller prints the last line of stdout
         return train.train(train.Settings(
             teacher=f"{folder}/teacher", data=f"{folder}/corpus", seq_len=shape["T"], batch=shape["batch"],

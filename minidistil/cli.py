@@ -50,9 +50,7 @@ def parse_args(settings_class, argv=None, description=None):
             options.setdefault("metavar", None if "choices" in options else field.type.__name__.upper())
             parser.add_argument(*short, flag, dest=field.name, type=field.type, default=argparse.SUPPRESS, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    values = vars(parser.parse_args(argv))
-    values.pop("debug")
-    return values
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if name != "debug"}
 
 
 # errno -> what the user can do
