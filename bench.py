@@ -45,14 +45,9 @@ def kernel_case(case):
 
 CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
-    "step": step,
-    "prepare": prepare,
-    "tokenizer": tokenizer,
-    "infer": infer,
-    "demo": distil.DEMO,
-    "ablation": distil.ABLATION,
-    "retention": retention,
-}
+    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "demo": distil.DEMO,
+    "ablation": distil.ABLATION, "retention": retention,
+}  # fmt: skip
 ON_CPU = ("prepare", "tokenizer", "infer")  # the other cases without --device run our scripts, which choose the device
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
 

@@ -231,12 +231,9 @@ class Tokenizer:
         strip_accents = None if self.strip_accents == self.lowercase else self.strip_accents
         config = {
             "tokenizer_class": {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}[model_type],
-            "do_lower_case": self.lowercase,
-            "strip_accents": strip_accents,
-            "tokenize_chinese_chars": self.chinese,
-            "model_max_length": self.max_length,
-            **special,
-        }
+            "do_lower_case": self.lowercase, "strip_accents": strip_accents, "tokenize_chinese_chars": self.chinese,
+            "model_max_length": self.max_length, **special,
+        }  # fmt: skip
         if self.added:
             added = tokenizer_files.added_tokens_json(self)
             config["added_tokens_decoder"] = {token.pop("id"): token for token in added}
