@@ -84,6 +84,7 @@ def measure(name, settings):
 
 
 def results_of(folder, name):
+    """The rows of a case that has been measured."""
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["results"]
 
 

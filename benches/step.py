@@ -57,6 +57,7 @@ def vocabulary(size):
 
 
 def make_teacher(folder, shape, seed=0):
+    """Writes a random teacher."""
     config = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
     weights.save_model(folder, MaskedLM(Config(**config), seed=seed))
     Tokenizer(vocabulary(shape["vocab_size"]), max_length=512).save(folder, "bert")

@@ -8,10 +8,12 @@ from minidistil.run import CHECKPOINT, load_checkpoint, restore, save_checkpoint
 
 @dataclasses.dataclass
 class Trial:
+    """One run of a task, with its checkpoint in `out`."""
+
     task: str
     lr: float
     seed: int
-    out: pathlib.Path  # folder of the checkpoint
+    out: pathlib.Path
     identity: dict  # of the whole run of finetune.py
     epochs: list = dataclasses.field(default_factory=list)  # metrics after each epoch
 
