@@ -352,7 +352,7 @@ class Tokenizer:
         for word in re.finditer(r"\S+", normal):
             at = word.start()
             for i in self._pieces(word[0]):
-                size = len(word[0]) if i == self.unk_id else len(self.vocab[i]) - 2 * (at > word.start())  # no ##
+                size = len(word[0]) if i == self.unk_id else len(self.vocab[i]) - 2 * (at > word.start())  # without ##
                 located.append((i, places[at], places[at + size - 1] + 1))
                 at += size
         return located
