@@ -15,7 +15,7 @@ import numpy as np
 
 from benches import ROOT, Common, last_line
 from benches.report import attempt, measured, speed_up
-from data.docstrings import harvest, python_files
+from data import docstrings
 from minidistil.errors import UserError
 
 Settings = Common
@@ -27,7 +27,8 @@ VARIED = 0.05  # share of the words that each repetition of the docs corpus redr
 def write_text(path, size, seed=0):
     """Writes at least `size` bytes of English, a document per line: varied repetitions of the docs corpus."""
     rng, written = np.random.default_rng(seed), 0
-    words = np.array(" \n ".join(" ".join(text.split()) for text in harvest(python_files())).split(" "), dtype=object)
+    texts = docstrings.harvest(docstrings.python_files())
+    words = np.array(" \n ".join(" ".join(text.split()) for text in texts).split(" "), dtype=object)
     inside = np.flatnonzero(words != "\n")  # keeps the ends of documents
     with open(path, "w", encoding="utf-8") as file:
         while written < size:
