@@ -45,14 +45,9 @@ def kernel_case(case):
 
 CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
-    "step": step,
-    "prepare": prepare,
-    "tokenizer": tokenizer,
-    "infer": infer,
-    "demo": distil.DEMO,
-    "ablation": distil.ABLATION,
-    "retention": retention,
-}
+    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "demo": distil.DEMO,
+    "ablation": distil.ABLATION, "retention": retention,
+}  # fmt: skip
 ON_CPU = ("prepare", "tokenizer", "infer")  # the other cases without --device run our scripts, which choose the device
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
 
@@ -93,18 +88,6 @@ def results_of(folder, name):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["results"]
 
 
-def readme_tables(folder):
-    """Returns the tables of README.md, in its order; raises an error for a missing result."""
-    return [CASES[name].table(results_of(folder, name)) for name in README]
-
-
-def draw_pictures(folder):
-    """Draws each case that has been measured and has a picture."""
-    for name, case in CASES.items():
-        if hasattr(case, "draw") and (folder / f"{name}.json").exists():
-            case.draw(folder / f"{name}.svg", results_of(folder, name))
-
-
 def main(argv):
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
@@ -119,11 +102,14 @@ def main(argv):
         return 2
     description = f"python bench.py {name}: see also python bench.py --help"
     settings = classes[name](**parse_args(classes[name], flags, description))
-    if name == "readme":
-        print("\n\n".join(readme_tables(pathlib.Path(settings.out))))
-        return 0
-    if name == "pictures":
-        draw_pictures(pathlib.Path(settings.out))
+    if name in ("readme", "pictures"):
+        folder = pathlib.Path(settings.out)
+        if name == "readme":
+            print("\n\n".join(CASES[case].table(results_of(folder, case)) for case in README))
+            return 0
+        for case, module in CASES.items():
+            if hasattr(module, "draw") and (folder / f"{case}.json").exists():
+                module.draw(folder / f"{case}.svg", results_of(folder, case))
         return 0
     chosen = {name: settings}
     if name == "all":

@@ -30,15 +30,8 @@ from minidistil import files, hub, weights
 from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, choose_dtype, precision, versions
+from minidistil.downstream import distil
 from minidistil.downstream.batches import batches, padded, predict
-from minidistil.downstream.distil import (
-    TaskObjective,
-    check_teacher,
-    find_teachers,
-    pad_logits,
-    teacher_logits,
-    with_copies,
-)
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.models import adamw, build_model, export
@@ -93,9 +86,6 @@ PATHS = ("data", "model", "words", "teacher")
 MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every".split()}
 
 
-# ---- settings
-
-
 def check(settings):
     """Raises UserError for values that cannot work, before anything is read or written."""
     for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature"):
@@ -119,15 +109,12 @@ def check(settings):
         raise UserError(f"{settings.out} holds no settings to resume with: repeat --task, --model and --data")
 
 
-# ---- one run: a new head, one learning rate, one seed
-
-
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
-    """Trains `model` in place; returns the record of the run, or None where a signal interrupted it (it is saved)."""
+    """Trains `model` in place with one learning rate and seed; returns the run's record, or None once interrupted."""
     items, targets = task.train
     lengths = np.array([len(ids) for ids, _ in items])
     per_epoch = -(-len(items) // settings.batch)
-    objective = TaskObjective(
+    objective = distil.TaskObjective(
         task.regression, settings.alpha_task, settings.alpha_ce, settings.alpha_mse, settings.temperature
     )
     optimizer, (autocast, scaler) = adamw(model), precision(dtype, device)
@@ -145,7 +132,7 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
         inputs = padded(items, chosen, pad_id, device)
         with autocast():
             logits = model(*inputs)
-        teacher_targets = [pad_logits([arrays[i] for i in chosen], logits.shape, device) for arrays in task.teacher]
+        teacher_targets = [distil.pad_logits([each[i] for i in chosen], logits.shape, device) for each in task.teacher]
         loss = objective.loss(logits, targets[chosen].to(device), *teacher_targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -172,9 +159,6 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
         if stop.signal is not None:
             return None
     return {"epochs": trial.epochs, "updates": progress.update, "seconds": round(progress.seconds, 1)}
-
-
-# ---- all tasks and runs
 
 
 def source_folder(settings, names):
@@ -238,12 +222,12 @@ def finetune_tasks(settings, names, out):
     }
     state = open_state(settings, out, identity, choose_dtype(settings.dtype, device))
     for name in names:  # before hours go into the first
-        task, folders = outline(name), find_teachers(teachers, outline(name))
+        task, folders = outline(name), distil.find_teachers(teachers, outline(name))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
             if not as_bilstm:
                 check_pairs(folder, config, task)
             for teacher in folders:
-                check_teacher(teacher, task, tokenizer)
+                distil.check_teacher(teacher, task, tokenizer)
         require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
     began = time.monotonic()
     with SignalFlag() as stop:
@@ -257,9 +241,9 @@ def finetune_tasks(settings, names, out):
                 continue  # finished before the resumption: its teachers need not predict again
             print(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}", flush=True)
             if settings.augment:
-                task.train = with_copies(task, settings.augment, tokenizer)
+                task.train = distil.with_copies(task, settings.augment, tokenizer)
             if teachers:
-                task.teacher = teacher_logits(teachers, task, tokenizer, settings.temperature, device)
+                task.teacher = distil.teacher_logits(teachers, task, tokenizer, settings.temperature, device)
             files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})
@@ -275,7 +259,6 @@ def finetune_tasks(settings, names, out):
                 files.write_json(out / "scores.json", state)
                 (out / CHECKPOINT).unlink(missing_ok=True)
 
-    # ---- summary
     summaries = {name: summarise(state["runs"][name]) for name in names}
     for name, s in summaries.items():
         print(f"{name:>6} {s['score']:6.2f}  [{s['lowest']:.2f}, {s['highest']:.2f}]  lr {s['lr']:g}")
@@ -295,8 +278,7 @@ def main(argv):
             raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
     if values.keys() >= {"out", "resume"} and (state := pathlib.Path(values["out"]) / "scores.json").is_file():
         values = json.loads(state.read_text(encoding="utf-8")).get("settings", {}) | values
-    summary = finetune(Settings(**values))
-    print(json.dumps(summary, separators=(",", ":")))
+    print(json.dumps(finetune(Settings(**values)), separators=(",", ":")))
 
 
 if __name__ == "__main__":

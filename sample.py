@@ -43,9 +43,6 @@ class Settings:
     json: bool = option(False, "print one line of JSON and nothing else")
 
 
-# ---- models
-
-
 def newest_run():
     """Returns the folder in runs/ with the newest model."""
     written = pathlib.Path("runs").glob("*/model.safetensors")
@@ -98,9 +95,6 @@ def check_fit(settings, role, config, tokenizer, ids):
         raise UserError(f"the prompt is {len(ids)} tokens long, the {role} reads {config.positions}: shorten it")
 
 
-# ---- predictions
-
-
 @torch.no_grad()
 def predict(model, ids, positions, temperature=1.0):
     """Returns the probabilities (N, V), fp64, of every word at N positions of a sequence of ids (a list)."""
@@ -124,9 +118,6 @@ def fill(model, ids, positions, prompt, vocab):
         token = vocab[ids[position]]
         text = (text.rstrip() + token[2:] if token.startswith("##") else text + token) + after
     return text
-
-
-# ---- output
 
 
 def bar(share, width, blocks):

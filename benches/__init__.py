@@ -1,7 +1,6 @@
 """The cases of bench.py; here, their common flags and helpers that run the project's scripts.
 
-A case is a module with its flags (`Settings`), a generator of its rows (`bench`), their `table`, and optionally a
-picture (`draw`).
+A case is a module with its flags (`Settings`), a generator of its rows (`bench`), their `table` and perhaps `draw`.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import shlex
 import statistics
@@ -14,6 +15,7 @@ from minidistil import plot
 from minidistil.cli import option
 from minidistil.run import read_metrics
 
+# name -> settings of train.py: the demo and its baselines, with the same student, data and number of updates
 VARIANTS = {
     "distilled": [],
     "same start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0"],
@@ -36,8 +38,7 @@ class DemoSettings(Common):
 
 
 @dataclasses.dataclass
-class AblationSettings(Common):
-    rounds: int = option(3, "seeds")
+class AblationSettings(DemoSettings):
     train: str = option(None, "settings of train.py, in quotes (default: the demo)")
 
 
@@ -77,11 +78,6 @@ def summarise(row, summaries, curves):
         [same[0]["step"], *(round(statistics.mean(m["held_out"][k] for m in same), 4) for k in ("top1", "mlm_loss"))]
         for same in zip(*curves, strict=True)
     ]
-
-
-def bench_demo(settings):
-    """`python train.py` and its baselines: same student, same data, same number of updates."""
-    return train_variants("demo", VARIANTS, settings)
 
 
 def bench_ablation(settings):
@@ -135,12 +131,11 @@ def draw_demo(path, results):
         curves = {r["provider"]: [(point[0], point[column]) for point in r["curve"]] for r in students}
         return plot.lines(title, unit, curves, ("teacher", teacher[figure]), form=form)
 
-    plot.draw(
-        path,
-        panel(1, "top1", "held-out accuracy" + over, "top-1", plot.percent),
-        panel(2, "mlm_loss", "held-out masked-LM loss", "nats"),
-    )
+    accuracy = panel(1, "top1", "held-out accuracy" + over, "top-1", plot.percent)
+    plot.draw(path, accuracy, panel(2, "mlm_loss", "held-out masked-LM loss", "nats"))
 
 
-DEMO = types.SimpleNamespace(Settings=DemoSettings, bench=bench_demo, table=demo_table, draw=draw_demo)
+DEMO = types.SimpleNamespace(
+    Settings=DemoSettings, bench=functools.partial(train_variants, "demo", VARIANTS), table=demo_table, draw=draw_demo
+)
 ABLATION = types.SimpleNamespace(Settings=AblationSettings, bench=bench_ablation, table=ablation_table)

@@ -51,14 +51,8 @@ class Settings(Common):
     rounds: int = option(3, "measurements of each provider, interleaved")
 
 
-# ---- models
-
-
 def open_models(settings, work):
-    """Returns (folders, models) of "teacher" and "student"; a missing one is made in `work`, with random weights.
-
-    Raises UserError for a model that is not a sentence classifier.
-    """
+    """Returns (folders, models) of "teacher" and "student", missing ones random in `work`; UserError for readers."""
     folders, models = {}, {}
     config = TINY if settings.tiny else BERT_BASE
     for seed, name in enumerate(("teacher", "student")):
@@ -117,9 +111,6 @@ def original(provider):
     return "teacher" if "teacher" in provider else "student"
 
 
-# ---- examples
-
-
 def pairs_of(settings):
     """Returns (name, pairs of texts): STS-B's dev set, or without --data as many pairs of docstrings."""
     n = 40 if settings.tiny else 1500
@@ -141,9 +132,6 @@ def accuracies(settings, models, T):
     task = open_task("sst2", settings.data, tokenizer, T, limit=1)  # the training set is not used
     logits = {name: predict(model, task.dev[0], tokenizer.pad_id, CPU) for name, model in models.items()}
     return {name: task.evaluate([rows])["accuracy"] for name, rows in logits.items()}
-
-
-# ---- measuring
 
 
 @torch.inference_mode()
@@ -168,10 +156,7 @@ def timed(functions, inputs, rounds, turn):
 
 
 def bench(settings):
-    """Yields a row per provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] per example.
-
-    An fp32 provider with wrong logits is not timed.
-    """
+    """Yields a row per provider: seconds and examples/s as `spread` over rounds, ms [p50, p90, p99] per example."""
     what, pairs = pairs_of(settings)
     tokenizer = Tokenizer.load(settings.teacher or settings.student or DEMO)
     with tempfile.TemporaryDirectory() as work:
@@ -219,9 +204,6 @@ def bench(settings):
         if name in accuracy:
             rows[name]["accuracy"] = round(accuracy[name], 2)
         yield rows[name]
-
-
-# ---- output
 
 
 def table(results):

@@ -1,9 +1,7 @@
 """The computations of `bench.py loss | linear | layernorm | cosine`: inputs and providers.
 
 A case makes inputs for a shape, says which of them require a gradient (`leaves`), and defines its providers: functions
-of these inputs whose result is differentiated; `liger` is None where Liger has no such kernel. Eager PyTorch is written
-the usual way; in fp64 it is the definition. `also_on_gpu` names further variants of ours, whose inputs `prepared`
-makes.
+of these inputs whose result is differentiated. Eager PyTorch is written the usual way; in fp64 it is the definition.
 """
 
 import torch
@@ -31,19 +29,32 @@ def by_definition(s, t, labels):
     return ALPHA_KL * kl + ALPHA_CE * F.cross_entropy(s, labels)
 
 
-class Loss:
-    """KL and cross-entropy of given logits."""
+class Case:
+    """What the cases share; `sizes` are the shapes of a test run, on a CPU and on a GPU."""
 
-    name, leaves, liger_on_cpu = "loss", (0,), False
-    also_on_gpu = ("ours, unpadded rows",)  # as F.linear makes them: row stride 30,522
+    also_on_gpu = ()  # further variants of ours, whose inputs `prepared` makes
+    liger, liger_on_cpu = None, False  # None: Liger has no such kernel
 
     def shapes(self, device, tiny):
-        if tiny:
-            return [dict(N=8, V=1000, labelled=1.0, dtype="float32")]
-        if device.type == "cpu":
-            return [dict(N=512, V=30522, labelled=1.0, dtype=dtype) for dtype in ("float32", "bfloat16")]
-        rows = (512, 1.0), (4915, 1.0), (32768, 0.15)  # few; the masked ones of 64 x 512 tokens; all of these
-        return [dict(N=N, V=30522, labelled=labelled, dtype="bfloat16") for N, labelled in rows]
+        return self.sizes["tiny" if tiny else device.type]
+
+    def prepared(self, provider, inputs):
+        return inputs
+
+
+class Loss(Case):
+    """KL and cross-entropy of given logits."""
+
+    name, leaves = "loss", (0,)
+    also_on_gpu = ("ours, unpadded rows",)  # as F.linear makes them: row stride 30,522
+    sizes = {
+        "tiny": [dict(N=8, V=1000, labelled=1.0, dtype="float32")],
+        "cpu": [dict(N=512, V=30522, labelled=1.0, dtype=dtype) for dtype in ("float32", "bfloat16")],
+        "cuda": [  # few rows; the masked ones of 64 x 512 tokens; all of these
+            dict(N=N, V=30522, labelled=share, dtype="bfloat16")
+            for N, share in ((512, 1.0), (4915, 1.0), (32768, 0.15))
+        ],
+    }
 
     def inputs(self, shape, device):
         N, V, g = shape["N"], shape["V"], generator(device)
@@ -79,29 +90,23 @@ class Loss:
         return distill_kl.bytes_moved(shape["N"], shape["V"], getattr(torch, shape["dtype"]).itemsize)
 
 
-class Linear:
+class Linear(Case):
     """Vocabulary projection of both models, and the loss."""
 
-    name, leaves, liger_on_cpu, also_on_gpu = "linear", (0, 1, 2), True, ()
-
-    def shapes(self, device, tiny):
-        if tiny:
-            return [dict(N=8, V=1000, C=64, labelled=1.0, dtype="float32")]
-        if device.type == "cpu":
-            return [dict(N=N, V=30522, C=768, labelled=1.0, dtype="float32") for N in (512, 2048)]
-        return [dict(N=N, V=30522, C=768, labelled=share, dtype="bfloat16") for N, share in ((4915, 1), (32768, 0.15))]
+    name, leaves, liger_on_cpu = "linear", (0, 1, 2), True
+    sizes = {
+        "tiny": [dict(N=8, V=1000, C=64, labelled=1.0, dtype="float32")],
+        "cpu": [dict(N=N, V=30522, C=768, labelled=1.0, dtype="float32") for N in (512, 2048)],
+        "cuda": [dict(N=N, V=30522, C=768, labelled=part, dtype="bfloat16") for N, part in ((4915, 1), (32768, 0.15))],
+    }
 
     def inputs(self, shape, device):
         """Returns fp32 parameters, as in training; bf16 means autocast."""
         N, V, C, g = shape["N"], shape["V"], shape["C"], generator(device)
-        sizes = ((N, C), (V, C), (V,)) * 2
-        tensors = [torch.randn(size, device=device, generator=g) for size in sizes]
+        tensors = [torch.randn(size, device=device, generator=g) for size in ((N, C), (V, C), (V,)) * 2]
         for W in (tensors[1], tensors[4]):
             W.mul_(3 / C**0.5)
         return [*tensors, *some_labels(N, V, shape["labelled"], device)]
-
-    def prepared(self, provider, inputs):
-        return inputs
 
     def ours(self, h_s, W_s, b_s, h_t, W_t, b_t, labels, n):
         weights = ALPHA_KL / len(h_s), ALPHA_CE / n
@@ -130,26 +135,21 @@ class Linear:
         return 8 * shape["N"] * shape["V"] * itemsize + 5 * shape["V"] * shape["C"] * 4
 
 
-class LayerNorm:
+class LayerNorm(Case):
     """LayerNorm(dropout(x) + residual)."""
 
-    name, leaves, liger_on_cpu, also_on_gpu = "layernorm", (0, 1, 2, 3), False, ()
-
-    def shapes(self, device, tiny):
-        if tiny:
-            return [dict(N=16, C=64, p=0.1, dtype="float32")]
-        if device.type == "cpu":
-            return [dict(N=4096, C=768, p=p, dtype="float32") for p in (0.0, 0.1)]
-        return [dict(N=32768, C=768, p=p, dtype="bfloat16") for p in (0.0, 0.1)]
+    name, leaves = "layernorm", (0, 1, 2, 3)
+    sizes = {
+        "tiny": [dict(N=16, C=64, p=0.1, dtype="float32")],
+        "cpu": [dict(N=4096, C=768, p=p, dtype="float32") for p in (0.0, 0.1)],
+        "cuda": [dict(N=32768, C=768, p=p, dtype="bfloat16") for p in (0.0, 0.1)],
+    }
 
     def inputs(self, shape, device):
         N, C, g = shape["N"], shape["C"], generator(device)
         x, r = (torch.randn(N, C, device=device, generator=g).to(getattr(torch, shape["dtype"])) for _ in "xr")
         weight, bias = (torch.randn(C, device=device, generator=g) for _ in "wb")
         return [x, r, weight, bias, shape["p"]]
-
-    def prepared(self, provider, inputs):
-        return inputs
 
     def ours(self, x, r, weight, bias, p):
         return layer_norm.dropout_add_layer_norm(x, r, weight, bias, 1e-12, p)
@@ -168,29 +168,22 @@ class LayerNorm:
         return norm
 
     def bytes(self, shape):
-        itemsize = getattr(torch, shape["dtype"]).itemsize
-        return layer_norm.bytes_moved(shape["N"], shape["C"], itemsize, shape["p"])
+        return layer_norm.bytes_moved(shape["N"], shape["C"], getattr(torch, shape["dtype"]).itemsize, shape["p"])
 
 
-class Cosine:
+class Cosine(Case):
     """Cosine distance of hidden states, summed over rows."""
 
-    name, leaves, liger_on_cpu, also_on_gpu = "cosine", (0,), False, ()
-    liger = None  # Liger has no such kernel
-
-    def shapes(self, device, tiny):
-        if tiny:
-            return [dict(N=16, C=64, dtype="float32")]
-        if device.type == "cpu":
-            return [dict(N=4096, C=768, dtype="float32")]
-        return [dict(N=32768, C=768, dtype="bfloat16")]
+    name, leaves = "cosine", (0,)
+    sizes = {
+        "tiny": [dict(N=16, C=64, dtype="float32")],
+        "cpu": [dict(N=4096, C=768, dtype="float32")],
+        "cuda": [dict(N=32768, C=768, dtype="bfloat16")],
+    }
 
     def inputs(self, shape, device):
         N, C, g = shape["N"], shape["C"], generator(device)
         return [torch.randn(N, C, device=device, generator=g).to(getattr(torch, shape["dtype"])) for _ in "ab"]
-
-    def prepared(self, provider, inputs):
-        return inputs
 
     def ours(self, a, b):
         return cosine.cosine_distance(a, b)

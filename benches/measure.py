@@ -24,8 +24,7 @@ def interleaved(functions, rounds, device, before=None):
     """Returns {name: milliseconds} of `rounds` interleaved calls, so that disturbances affect all alike.
 
     On a GPU this is device time, for functions that do not wait for the device: while the device sleeps, the host
-    launches all kernels, because in training the host runs ahead too. before() is called untimed before each
-    measurement.
+    launches all kernels, because in training the host runs ahead too. before() precedes each measurement, untimed.
     """
     times = {name: [] for name in functions}
     # larger than any cache; written between measurements to flush the caches

@@ -1,5 +1,6 @@
 """Text to tokens at full size: throughput by number of workers, memory, equal bytes, and a kill halfway."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 
 from benches import ROOT, Common, last_line
 from benches.report import attempt, measured, speed_up
+from data import docstrings
 from minidistil.errors import UserError
 
 Settings = Common
@@ -24,10 +26,9 @@ VARIED = 0.05  # share of the words that each repetition of the docs corpus redr
 
 def write_text(path, size, seed=0):
     """Writes at least `size` bytes of English, a document per line: varied repetitions of the docs corpus."""
-    from data.docstrings import harvest, python_files
-
     rng, written = np.random.default_rng(seed), 0
-    words = np.array(" \n ".join(" ".join(text.split()) for text in harvest(python_files())).split(" "), dtype=object)
+    texts = docstrings.harvest(docstrings.python_files())
+    words = np.array(" \n ".join(" ".join(text.split()) for text in texts).split(" "), dtype=object)
     inside = np.flatnonzero(words != "\n")  # keeps the ends of documents
     with open(path, "w", encoding="utf-8") as file:
         while written < size:
@@ -57,10 +58,8 @@ def prepared(text, out, workers, kill_after=None):
     reader = threading.Thread(target=lambda: said.extend(process.communicate()))
     reader.start()
     while reader.is_alive():
-        try:
+        with contextlib.suppress(OSError):  # a process ended in the meantime
             peak = max(peak, family_mib(process.pid))
-        except (OSError, ProcessLookupError):  # a process ended in the meantime
-            pass
         if writing is None and any(out.parent.glob(f".{out.name}.*.tmp")):
             writing = time.monotonic()
         if None not in (kill_after, writing) and time.monotonic() - writing > kill_after:
@@ -86,10 +85,7 @@ def kill_and_restart(text, folder, workers, seconds):
 
 
 def bench(settings):
-    """Yields a row for 1, 2 ... workers; the last number also runs with a kill halfway and a restart.
-
-    A result that differs from one worker's is an error without a speed.
-    """
+    """Yields a row for 1, 2 ... workers; the last number also runs with a kill halfway and a restart."""
     counts = [1, 2] if settings.tiny else sorted({1, 2, os.cpu_count() or 1})
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

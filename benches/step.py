@@ -11,24 +11,25 @@ import dataclasses
 import json
 import pathlib
 import random
-import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from benches import ROOT, Common, last_line
+import train
+from benches import Common, script
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
+from data.prepare import prepare
 from kernels import cosine, dropout, layer_norm, linear_distill_kl
 from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, precision
+from minidistil.device import choose_device, peak_mib, precision
 from minidistil.losses import Objective
-from minidistil.memory import peak_rss_mib
 from minidistil.model import Config, MaskedLM
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
@@ -64,8 +65,6 @@ def make_teacher(folder, shape, seed=0):
 
 def make_corpus(folder, shape, words=400_000, seed=0):
     """Writes a corpus of random words with Zipf frequencies, in the teacher's vocabulary."""
-    from data.prepare import prepare
-
     vocab = vocabulary(shape["vocab_size"])
     regular = vocab[len(SPECIAL_TOKENS) :]
     drawn = random.Random(seed).choices(regular, [1 / (i + 10) for i in range(len(regular))], k=words)
@@ -83,8 +82,6 @@ def make_world(folder, shape, words=400_000, seed=0):
 
 def train_here(folder, shape, device, flags, out):
     """Runs train.py's `train` in this process, in micro-batches that fit and are fast; returns its summary."""
-    import train
-
     with contextlib.redirect_stdout(sys.stderr):  # the caller prints the last line of stdout
         return train.train(train.Settings(
             teacher=f"{folder}/teacher", data=f"{folder}/corpus", seq_len=shape["T"], batch=shape["batch"],
@@ -96,15 +93,10 @@ def train_here(folder, shape, device, flags, out):
 @contextlib.contextmanager
 def without_kernels():
     """A context in which PyTorch replaces our kernels."""
-    modules = cosine, dropout, layer_norm, linear_distill_kl
-    before = [module.on_triton for module in modules]
-    try:
-        for module in modules:
-            module.on_triton = lambda x: False
+    with contextlib.ExitStack() as stack:
+        for module in (cosine, dropout, layer_norm, linear_distill_kl):
+            stack.enter_context(mock.patch.object(module, "on_triton", lambda x: False))
         yield
-    finally:
-        for module, on_triton in zip(modules, before, strict=True):
-            module.on_triton = on_triton
 
 
 def ours(folder, shape, device, flags, kernels=True):
@@ -159,9 +151,8 @@ def original(folder, shape, device):
                     t = teacher.logits(h_t)
                 rows = mask[..., None].expand_as(s)
                 s_rows, t_rows = (torch.masked_select(z, rows).view(-1, s.size(-1)) for z in (s, t))  # (N, V)
-                kl = torch.nn.KLDivLoss(reduction="batchmean")(
-                    F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)
-                ) * tau**2
+                divergence = torch.nn.KLDivLoss(reduction="batchmean")
+                kl = divergence(F.log_softmax(s_rows / tau, dim=-1), F.softmax(t_rows / tau, dim=-1)) * tau**2
                 ce = torch.nn.CrossEntropyLoss(ignore_index=IGNORE)(s.view(-1, s.size(-1)), y.flatten())
                 wide = mask[..., None].expand_as(h_s)
                 c_s, c_t = (torch.masked_select(h, wide).view(-1, h.size(-1)) for h in (h_s, h_t))
@@ -174,11 +165,8 @@ def original(folder, shape, device):
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
-    return {"tokens_per_second": n / seconds, "peak_mib": round(peak, 1), "loss": logged[0]}
+    return {"tokens_per_second": n / seconds, "peak_mib": round(peak_mib(device), 1), "loss": logged[0]}
 
-
-# ---- phases of an update of ours
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimiser")
 
@@ -216,7 +204,6 @@ class Stopwatch:
 
 def phases(folder, shape, device, flags):
     """Runs train.py's `train` in this process; returns milliseconds an update of each phase."""
-
     watch = Stopwatch(shape["updates"] + 1)
     watch.watch(Prefetcher, "__call__", "data")
     watch.watch(MaskedLM, "forward", lambda model: "student forward" if model.training else "teacher")
@@ -252,9 +239,6 @@ def draw(path, results):
     plot.draw(path, speed, plot.stacks("phases of an update", "ms", phases), widths=(2, 3))
 
 
-# ---- the case
-
-
 @dataclasses.dataclass
 class Settings(Common):
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -265,8 +249,7 @@ def alone(function, *arguments):
     """Calls a function of this module in a new process, so that its peak memory can be measured."""
     call = f"step.{function}(*map(json.loads, sys.argv[1:]))"
     program = f"import json, sys; from benches import step; print(json.dumps({call}))"
-    command = [sys.executable, "-c", program, *map(json.dumps, arguments)]
-    return last_line(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
+    return script("-c", program, *map(json.dumps, arguments))
 
 
 def summarise(row, runs, kd_rows, shape, peak):

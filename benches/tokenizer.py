@@ -7,6 +7,7 @@ import time
 from benches import ROOT, Common
 from benches.measure import spread
 from benches.report import attempt, measured, speed_up
+from data.docstrings import harvest, python_files
 from minidistil.cli import option
 from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
@@ -46,8 +47,6 @@ def providers_of(texts):
 
 def bench(settings):
     """Yields a row per provider; the speed-up is over the fastest way of `tokenizers`."""
-    from data.docstrings import harvest, python_files
-
     texts = harvest(python_files()[:: 20 if settings.tiny else 1])
     providers = providers_of(texts)
     expected = providers["tokenizers, encode_batch"]()

@@ -7,14 +7,12 @@ For rows a and b, with eps = 1e-8 and |x| the Euclidean norm:
     d loss / da = (cos a / |a| - b / m_b) / m_a   where |a| = 0, the first term is 0
 
 b comes from the frozen teacher and has no gradient. The clamps are those of F.cosine_similarity: a zero row has
-distance 1 and a finite gradient. PyTorch clamps the value of |a| but differentiates |a| as if it were not clamped; the
-formula above and the kernels do the same.
+distance 1 and a finite gradient. As in PyTorch, the value of |a| is clamped, but differentiated as if it were not.
 
 One warp reads a whole row, so the sums over columns need no barrier. `split_width` of layer_norm.py splits the width
 into two powers of two (768 = 512 + 256). The forward pass computes a . a, b . b and a . b in one pass over both
-rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows. The
-forward kernel writes one distance per row; `sum` adds the distances in a fixed order, so repeated runs give the same
-bits.
+rows and stores three numbers per row: cos / |a|, 1 / m_a and 1 / m_b. The backward pass reads these and both rows.
+`sum` adds the rows' distances in a fixed order, so repeated runs give the same bits.
 
 Arithmetic, statistics and the result are fp32 for every dtype of a and b; the gradient has the dtype of a. As in
 PyTorch's fp32 expression, norms must stay below 1.8e19, where their squares overflow.
@@ -38,9 +36,6 @@ EPS = tl.constexpr(1e-8)  # the default of F.cosine_similarity
 def cosine_distance_ref(a, b):
     """Sum over rows of 1 - cos(a, b): the definition, in the dtype of its inputs."""
     return (1 - F.cosine_similarity(a, b, dim=-1)).sum()
-
-
-# ---- Triton
 
 
 @triton.jit
@@ -130,18 +125,13 @@ def _backward_kernel(
         _store_gradient(a_ptr, b_ptr, da_ptr, group, cos_a, inv_b, scale, C)
 
 
-# ---- operator: one node for torch.compile, a direct call in eager mode
-
-
 def _launch_forward(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (loss, stats) of a and b (N, C), whose last dimension is contiguous."""
     N, C = a.shape
     distance, stats = a.new_empty(N, dtype=torch.float32), a.new_empty(N, 3, dtype=torch.float32)
     if N:
         block_1, block_2, warps = split_width(C)
-        _forward_kernel[(N,)](
-            a, b, distance, stats, a.stride(0), b.stride(0), C, BLOCK_1=block_1, BLOCK_2=block_2, num_warps=warps
-        )  # fmt: skip
+        _forward_kernel[(N,)](a, b, distance, stats, a.stride(0), b.stride(0), C, block_1, block_2, num_warps=warps)
     return distance.sum(), stats
 
 
@@ -155,14 +145,8 @@ def _launch_backward(g: torch.Tensor, a: torch.Tensor, b: torch.Tensor, stats: t
     da = a.new_empty(N, C)
     if N:
         block_1, block_2, warps = split_width(C)
-        _backward_kernel[(N,)](
-            g, a, b, stats, da, a.stride(0), b.stride(0), C, BLOCK_1=block_1, BLOCK_2=block_2, num_warps=warps
-        )  # fmt: skip
+        _backward_kernel[(N,)](g, a, b, stats, da, a.stride(0), b.stride(0), C, block_1, block_2, num_warps=warps)
     return da
-
-
-def _fake_backward(g, a, b, stats):
-    return a.new_empty(a.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -174,7 +158,7 @@ def _backward_of_forward(ctx, g, _):
     return None if g is None else _backward(g, *ctx.saved_tensors), None
 
 
-_backward = opaque("cosine_distance_backward", _launch_backward, _fake_backward)
+_backward = opaque("cosine_distance_backward", _launch_backward, lambda g, a, b, stats: a.new_empty(a.shape))
 _forward = differentiable("cosine_distance", _launch_forward, _fake_forward, _setup_context, _backward_of_forward)
 
 

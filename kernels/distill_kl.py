@@ -33,6 +33,8 @@ from kernels.operator import differentiable, opaque
 from kernels.rows import LOG2E, NOTHING, block_gradient, combine, first_of_row, row_losses, row_statistics
 
 BLOCK_V, WARPS = 2048, 4  # of both kernels: 16 logits of each model in flight per thread, no spills
+
+
 def distill_kl_ref(s, t, labels=None, temperature=2.0):
     """Returns per-row (kl, ce), each (N,), in nats: the definition, differentiable in any dtype; autograd keeps all."""
     log_q, log_p = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
@@ -52,9 +54,6 @@ def row_width(V):
 def padded(N, V, dtype, device):
     """Returns uninitialised logits (N, V) with a row stride of `row_width(V)` elements."""
     return torch.empty(N, row_width(V), dtype=dtype, device=device)[:, :V]
-
-
-# ---- Triton
 
 
 @triton.jit
@@ -232,9 +231,6 @@ def _peel(*tensors):
         and all((stride - strides[0]) % E == 0 for stride in strides)
         and all(x.dtype == tensors[0].dtype and x.data_ptr() % 16 == 0 for x in tensors)
     )
-
-
-# ---- operator
 
 
 def _forward_losses(

@@ -10,8 +10,7 @@ rows the forward pass projects, overwrites student logits with G, and multiplies
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
 its second pass over the row, 122 kB, hits the L2 cache), two products read G (4 V), and so does the sum over rows for
 db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once per chunk: 188 MB at BERT-base,
-as much as 380 rows. Chunks therefore have thousands of rows on a GPU, and hundreds on a CPU, where arithmetic
-dominates.
+as much as 380 rows. Chunks therefore have thousands of rows on a GPU, and hundreds on a CPU, where arithmetic rules.
 
 G is in units of the largest weight, which is applied in fp32 after the products: its entries, probabilities divided by
 thousands of rows, would otherwise underflow in half precision. G therefore needs no loss scale.
@@ -41,9 +40,6 @@ def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, 
     if h_t is None:
         kl = kl.detach() * 0
     return kl_weight * kl + ce_weight * ce + mse_weight * mse, kl, ce, mse
-
-
-# ---- Triton
 
 
 @triton.jit
@@ -107,9 +103,6 @@ def launch(itemsize):
     return (4096, 8) if itemsize == 2 else (2048, 8)
 
 
-# ---- helpers
-
-
 def _chunk(N, V, dtype, on_cpu):
     """Returns the rows of a chunk; all chunks have about the same size, so that the last is not small."""
     most = max(1, CPU_CHUNK_BYTES // (V * dtype.itemsize)) if on_cpu else GPU_CHUNK_ROWS
@@ -158,9 +151,6 @@ def _multiply(A, B, unit, out, add=False):
 def _dtype_of_dh(h_s, dtype):
     """bf16 where h_s is; fp32 where h_s is fp16, in which unit G W may vanish before the loss scale multiplies it."""
     return torch.bfloat16 if h_s.dtype == dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
-
-
-# ---- the operator
 
 
 def _loss_and_gradients(
@@ -255,8 +245,7 @@ def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_w
     labels (N,) int64: the original ids of masked tokens, else -100. Weights are floats: alpha / denominator.
     Returns (loss, kl, ce, mse): loss = kl_weight * kl + ce_weight * ce + mse_weight * mse is differentiable; the three
     sums over rows, in nats (kl with its tau^2), are for logging, and may be 0 where their weight is 0. Matrix products
-    follow autocast; softmax and sums are at least fp32. Raises ValueError where the teacher requires a gradient or has
-    another vocabulary.
+    follow autocast; softmax and sums are at least fp32. Raises ValueError for a teacher with a gradient or another V.
     """
     if any(x is not None and x.requires_grad for x in (h_t, W_t, b_t)):
         raise ValueError("the teacher must be frozen: its rows, weight and bias take no gradient")

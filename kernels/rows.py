@@ -1,9 +1,6 @@
 """Triton functions of both loss kernels, for a row of logits: statistics in one pass, losses, gradient.
 
-The formulas are in distill_kl.py; README.md derives them.
-
-Legend:  V vocabulary   s, t student and teacher logits   m maximum   Z sum of exponentials   tau temperature
-         E logits of a 16-byte load   G such loads in a block   P parts of a row
+The formulas and the legend are in distill_kl.py; README.md derives them.
 """
 
 from kernels import FLOOR
@@ -136,10 +133,7 @@ def row_losses(s_ptr, y, m_s, Z_s, Z_t, Z_1, c, V, tau, HAS_LABELS: tl.constexpr
 
 
 @triton.jit
-def block_gradient(
-    s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k,
-    HAS_LABELS: tl.constexpr, TAU: tl.constexpr,
-):  # fmt: skip
+def block_gradient(s, t, at, y_at, g_kl, g_ce, m_s, m_t, l_s, l_t, l_1, k, HAS_LABELS: tl.constexpr, TAU: tl.constexpr):
     """Returns the gradient of g_kl kl / tau + g_ce ce at positions `at`; y_at: that of the label; l_*: log2 of Z_*."""
     d = s - m_s
     q = tl.exp2(d * k - l_s)

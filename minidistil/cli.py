@@ -52,19 +52,14 @@ def parse_args(settings_class, argv=None, description=None):
             options.setdefault("metavar", None if "choices" in options else field.type.__name__.upper())
             parser.add_argument(*short, flag, dest=field.name, type=field.type, default=argparse.SUPPRESS, **options)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    values = vars(parser.parse_args(argv))
-    values.pop("debug")
-    return values
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if name != "debug"}
 
 
 # errno -> what the user can do
 _REMEDIES = {
-    errno.ENOSPC: "free some space or write elsewhere",
-    errno.EDQUOT: "free some space or write elsewhere",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or write elsewhere"),
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) or write elsewhere",
-    errno.EACCES: "choose a path that you may write and read",
-    errno.EPERM: "choose a path that you may write and read",
-    errno.EROFS: "choose a path that you may write and read",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a path that you may write and read"),
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
@@ -82,8 +77,7 @@ def describe_os_error(error):
 def run_script(main, argv=None, in_ranks=False):
     """Calls `main(argv)` and exits with its code; an error that the user can fix becomes one line on stderr.
 
-    With `in_ranks` the script may be one of several processes, of which only rank 0 prints; other scripts ignore a
-    launcher's variables.
+    With `in_ranks` the script may be one of several processes, of which only rank 0 prints; others ignore a launcher.
     """
     if not in_ranks:
         launcher.forget()

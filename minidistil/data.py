@@ -6,9 +6,8 @@
 The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...
 (u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
 
-Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens per sequence, never a special token,
-drawn without replacement with weight count^-smoothing, which prefers rare words. Of these, 80 % become [MASK], 10 % a
-random token, and 10 % stay.
+Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence, never special ones, drawn
+without replacement with weight count^-smoothing, which prefers rare words: 80 % become [MASK], 10 % random, 10 % stay.
 """
 
 import concurrent.futures
@@ -25,9 +24,6 @@ from minidistil.errors import UserError
 from minidistil.rng import mix, permuted, uniform
 
 MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
-
-
-# ---- the token file
 
 
 def meta_digest(meta):
@@ -63,8 +59,7 @@ class TokenFile:
 class Corpus:
     """A folder that `data/prepare.py` wrote: `train` and `val` TokenFiles, `counts` (V,) int64, `meta`.
 
-    Opening it checks every byte against the hashes in meta.json (about a second per 2 GB), so a damaged file raises
-    UserError instead of giving a bad model.
+    Opening it checks every byte against the hashes in meta.json (a second per 2 GB): a damaged file raises UserError.
     """
 
     def __init__(self, folder):
@@ -93,13 +88,8 @@ class Corpus:
     def check_tokenizer(self, tokenizer, owner):
         """Raises UserError where the corpus was tokenised with another vocabulary than `owner`'s."""
         if self.meta["tokenizer"] != tokenizer.digest:
-            raise UserError(
-                f"{self.folder} was tokenised with another vocabulary than {owner}'s: "
-                f"prepare the text with data/prepare.py --vocab {owner}"
-            )
-
-
-# ---- sequences
+            way = f"prepare the text with data/prepare.py --vocab {owner}"
+            raise UserError(f"{self.folder} was tokenised with another vocabulary than {owner}'s: {way}")
 
 
 class Sequences:
@@ -155,9 +145,6 @@ class Sequences:
         ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
         replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
         return np.where(replace, random_ids, ids), labels
-
-
-# ---- batches
 
 
 class Prefetcher:

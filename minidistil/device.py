@@ -1,7 +1,6 @@
 """Device, precision, peak memory and software versions."""
 
 import contextlib
-import importlib.metadata
 import pathlib
 import platform
 import subprocess
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 import minidistil
+from kernels.backend import triton
 from minidistil.errors import UserError
 from minidistil.memory import peak_rss_mib
 
@@ -60,15 +60,9 @@ def cast_products(model, dtype):
             module.to(DTYPES[dtype])
 
 
-# ---- memory
-
-
 def peak_mib(device):
     """Returns the peak memory of a device, in MiB: allocated on a GPU, resident on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
-
-
-# ---- versions
 
 
 def output_of(*command):
@@ -79,13 +73,6 @@ def output_of(*command):
         return None
 
 
-def triton_version():
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def versions():
     """Returns the versions of the software that a run depends on, with git revision and, on a GPU, driver."""
     result = {
@@ -93,14 +80,11 @@ def versions():
         "git": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton_version(),
+        "triton": getattr(triton, "__version__", None),  # None where it is not installed
         "numpy": np.__version__,
     }
     if torch.cuda.is_available():
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        result |= {
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "driver": driver and driver.splitlines()[0],
-        }
+        result |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        result["driver"] = driver and driver.splitlines()[0]
     return result

@@ -27,25 +27,15 @@ class Family:
 BERT = Family(
     architecture="Bert",
     config_keys={
-        "vocab_size": "vocab_size",
-        "positions": "max_position_embeddings",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "width": "hidden_size",
-        "mlp_width": "intermediate_size",
-        "token_types": "type_vocab_size",
-        "dropout": "hidden_dropout_prob",
-        "attention_dropout": "attention_probs_dropout_prob",
-        "norm_eps": "layer_norm_eps",
-        "init_range": "initializer_range",
-        "pad_id": "pad_token_id",
+        "vocab_size": "vocab_size", "positions": "max_position_embeddings",
+        "layers": "num_hidden_layers", "heads": "num_attention_heads",
+        "width": "hidden_size", "mlp_width": "intermediate_size", "token_types": "type_vocab_size",
+        "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob",
+        "norm_eps": "layer_norm_eps", "init_range": "initializer_range", "pad_id": "pad_token_id",
     },
     config_only=(),
     config_constants={
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-        "classifier_dropout": None,
-        "use_cache": True,
+        "hidden_act": "gelu", "position_embedding_type": "absolute", "classifier_dropout": None, "use_cache": True,
     },
     tensors={
         "encoder.embeddings.words": "bert.embeddings.word_embeddings",
@@ -73,28 +63,19 @@ BERT = Family(
     classifier_dropout=None,
     span_dropout=0.0,
     keeps_pooler=True,
-)
+)  # fmt: skip
 
 DISTILBERT = Family(
     architecture="DistilBert",
     config_keys={
-        "vocab_size": "vocab_size",
-        "positions": "max_position_embeddings",
-        "layers": "n_layers",
-        "heads": "n_heads",
-        "width": "dim",
-        "mlp_width": "hidden_dim",
-        "dropout": "dropout",
-        "attention_dropout": "attention_dropout",
-        "init_range": "initializer_range",
-        "pad_id": "pad_token_id",
+        "vocab_size": "vocab_size", "positions": "max_position_embeddings",
+        "layers": "n_layers", "heads": "n_heads", "width": "dim", "mlp_width": "hidden_dim",
+        "dropout": "dropout", "attention_dropout": "attention_dropout",
+        "init_range": "initializer_range", "pad_id": "pad_token_id",
     },
     config_only=(("layer_norm_eps", 1e-12),),  # transformers reads no other, and would compute something else
     config_constants={
-        "activation": "gelu",
-        "qa_dropout": 0.1,
-        "seq_classif_dropout": 0.2,
-        "sinusoidal_pos_embds": False,
+        "activation": "gelu", "qa_dropout": 0.1, "seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False,
         "tie_weights_": True,
     },
     tensors={
@@ -119,18 +100,15 @@ DISTILBERT = Family(
     classifier_dropout=0.2,
     span_dropout=0.1,
     keeps_pooler=False,
-)
+)  # fmt: skip
 
 FAMILIES = {"bert": BERT, "distilbert": DISTILBERT}
 
 # keys of config.json that change what a model computes, and the one supported value of each
 SUPPORTED = (
-    ("hidden_act", "gelu"),
-    ("activation", "gelu"),
-    ("position_embedding_type", "absolute"),
-    ("is_decoder", False),
+    ("hidden_act", "gelu"), ("activation", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False),
     ("add_cross_attention", False),
-)
+)  # fmt: skip
 # parts of a tensor's name that only say where its module was kept; no module has a name of its own among them
 WRAPPERS = {
     "bert", "distilbert",  # the encoder, in a model with a head

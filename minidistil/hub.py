@@ -64,8 +64,7 @@ def cache_folder():
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or os.path.join(general, "huggingface")
     older = os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    cache = os.environ.get("HF_HUB_CACHE") or older
-    return pathlib.Path(os.path.expandvars(cache)).expanduser()
+    return pathlib.Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or older)).expanduser()
 
 
 def _snapshot(place):
@@ -121,17 +120,14 @@ def _download(name, cache):
         # first, because it fails at once without a network or such a model, where the download retries for long
         info = huggingface_hub.HfApi().model_info(hub_name, timeout=TIMEOUT)
         safe = any(re.fullmatch(r"model(-.*)?\.safetensors", file.rfilename) for file in info.siblings or [])
+        patterns = ["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)]
         folder = huggingface_hub.snapshot_download(
-            hub_name,
-            cache_dir=cache_folder(),
-            allow_patterns=["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)],
-            etag_timeout=TIMEOUT,
+            hub_name, cache_dir=cache_folder(), allow_patterns=patterns, etag_timeout=TIMEOUT
         )
     except Exception as error:  # the library's and its HTTP client's errors share no base class
         source = huggingface_hub.constants.ENDPOINT
         reason, way = _refusal(error, f"{source}/{hub_name}")
         raise UserError(f"{failed}, nor to be had from {source} ({reason}): {way}{ways}") from error
-    missing = _missing(pathlib.Path(folder))
-    if missing:
+    if missing := _missing(pathlib.Path(folder)):
         raise UserError(f"{hub_name} has {missing} on the Hub: name another model")
     return pathlib.Path(folder)

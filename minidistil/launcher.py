@@ -28,8 +28,7 @@ def place():
     if not ours or (found.get("WORLD_SIZE") == "1" and found.get("RANK", "0") == "0"):
         return Place()  # an address alone launches nothing, and one process meets nobody
     way = f"start with `torchrun --nproc-per-node N train.py ...`, or `unset {' '.join(ours)}` for one process"
-    missing = [name for name in VARIABLES if name not in found]
-    if missing:
+    if missing := [name for name in VARIABLES if name not in found]:
         raise UserError(f"the environment has {', '.join(ours)}, but no {', '.join(missing)}: {way}")
     for name, least in _NUMBERS.items():
         if not (found[name].isdecimal() and int(found[name]) >= least):

@@ -60,9 +60,6 @@ class Denominators:
     tokens: int
     masked: int
 
-    def kd_rows(self, objective):
-        return self.tokens if objective.kd_rows == "all" else self.masked
-
 
 def distillation_loss(
     objective, denominators, labels, student, h_s, teacher=None, h_t=None, teacher_decoder=None, masked=None
@@ -89,7 +86,8 @@ def distillation_loss(
     if objective.on_logits:
         with torch.no_grad():
             teacher_inputs = (teacher.head(h_t_rows), *(teacher_decoder or teacher.decoder))
-    kd_denominator, mlm_denominator = max(denominators.kd_rows(objective), 1), max(denominators.masked, 1)
+    kd_denominator = max(denominators.tokens if objective.kd_rows == "all" else denominators.masked, 1)
+    mlm_denominator = max(denominators.masked, 1)
     loss, kl, ce, mse = linear_distill_kl(
         student.head(h_s_rows), *student.decoder, *teacher_inputs, row_labels, objective.temperature,
         objective.alpha_ce / kd_denominator, objective.alpha_mlm / mlm_denominator,

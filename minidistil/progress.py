@@ -38,20 +38,16 @@ def duration(seconds):
 
 
 class Progress:
-    """Counts updates and seconds of a run of `total` updates of `tokens` tokens; the speed excludes `paused` time.
-
-    A resumed run starts at `update`, after `seconds_before`.
-    """
+    """Counts `total` updates of `tokens` tokens, from `update`, after `seconds_before`; the speed excludes pauses."""
 
     def __init__(self, total, tokens=0, update=0, seconds_before=0.0):
         self.total, self.tokens, self.update, self.first = total, tokens, update, update
         self.line_every = 2.0 if sys.stdout.isatty() else 30.0  # seconds between lines of progress
-        self.before = seconds_before
-        self.restart()
+        self.restart(seconds_before)
 
-    def restart(self, seconds_before=None):
+    def restart(self, seconds_before):
         """Starts the clock of training: time before it counts for the run, but not for the speed."""
-        self.before = self.before if seconds_before is None else seconds_before
+        self.before = seconds_before
         self.began, self.paused_seconds, self.last = time.monotonic(), 0.0, {}
 
     @contextlib.contextmanager
@@ -109,9 +105,6 @@ class Progress:
 
     def reset(self, what):
         self.last[what] = time.monotonic()
-
-
-# ---- FLOPs and cost
 
 
 def training_flops_per_token(objective, teacher, student, T):

@@ -2,8 +2,7 @@
 
 A file is 8 bytes, the length of the header as a little-endian integer; a JSON header that maps each name to
 {"dtype", "shape", "data_offsets": [begin, end]}; and the data, which these ranges cover without gap or overlap.
-Source: https://huggingface.co/docs/safetensors. Files are not trusted: any sequence of bytes either loads or raises
-UserError.
+Source: https://huggingface.co/docs/safetensors. Files are not trusted: any bytes either load or raise UserError.
 """
 
 import hashlib

@@ -7,8 +7,7 @@
 
 Implementations differ in rare Unicode characters. The reference is the Rust crate `tokenizers` (here 0.23.3), because
 most of today's checkpoints were trained with it. Its Unicode tables are older than Python's in three respects and newer
-in one. The exceptions below come from a comparison of all code points; they hold from Unicode 13 (Python 3.10) to
-Unicode 18.
+in one. The exceptions below come from a comparison of all code points, for Unicode 13 (Python 3.10) to 18.
 
 A cache makes it fast: most chunks of a text occurred before and cost one look-up and one copy.
 """
@@ -23,16 +22,10 @@ import unicodedata
 
 import numpy as np
 
+from minidistil import tokenizer_files
 from minidistil.errors import UserError
 from minidistil.files import write_json, write_text
-from minidistil.tokenizer_files import (
-    LONGEST_WORD,
-    SPECIAL_TOKENS,
-    added_tokens_json,
-    read_folder,
-    read_vocab,
-    tokenizer_json,
-)
+from minidistil.tokenizer_files import LONGEST_WORD, SPECIAL_TOKENS
 
 CACHE_ENTRIES = 2**19  # 90 MB when full of words; IMDb, 33 million characters, has 281 thousand different chunks
 CACHED_LENGTH = 32  # characters; longer chunks hardly repeat, and the cache must stay small on any text
@@ -112,8 +105,7 @@ class _Cache(dict):
         self.compute, self.half, self.older = compute, entries // 2, {}
 
     def __missing__(self, chunk):
-        value = self.older.get(chunk)
-        if value is None:
+        if (value := self.older.get(chunk)) is None:
             value = self.compute(chunk)
         if len(chunk) <= CACHED_LENGTH:
             if len(self) >= self.half:
@@ -170,8 +162,7 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(self.vocab)}
         self.added = sorted(added, key=lambda token: self.ids[token.content])
         for name, token in SPECIAL_TOKENS.items():
-            count = self.vocab.count(token)
-            if count != 1:
+            if (count := self.vocab.count(token)) != 1:
                 problem = f"the vocabulary has {token} {count} times" if count else f"the vocabulary has no {token}"
                 raise UserError(f"{problem}: use the vocab.txt of a BERT model, or one made by data/vocab.py")
             setattr(self, f"{name}_id", self.ids[token])
@@ -197,9 +188,7 @@ class Tokenizer:
         self._located = _Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 
     def __reduce__(self):  # a worker process starts with an empty cache
-        return Tokenizer, (
-            self.base, self.lowercase, self.strip_accents, self.chinese, self.max_length, self.added,
-        )  # fmt: skip
+        return Tokenizer, (self.base, self.lowercase, self.strip_accents, self.chinese, self.max_length, self.added)
 
     def _matched(self, normalized):
         return [token for token in self.added if token.normalized == normalized]
@@ -220,9 +209,9 @@ class Tokenizer:
         folder = path if path.is_dir() else path.parent if named else None
         settings = {}
         if folder is None:
-            vocab = read_vocab(path)
+            vocab = tokenizer_files.read_vocab(path)
         else:
-            path, vocab, settings = read_folder(folder)
+            path, vocab, settings = tokenizer_files.read_folder(folder)
         if all(token.content in vocab for token in settings.get("added", ())):  # no token has an id after them
             vocab = "\n".join(vocab).rstrip("\n").split("\n")  # without blank lines at the end of the file
         words = [token for token in vocab if not token.startswith("[") and token.lower() != token.upper()]
@@ -242,18 +231,16 @@ class Tokenizer:
         strip_accents = None if self.strip_accents == self.lowercase else self.strip_accents
         config = {
             "tokenizer_class": {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer"}[model_type],
-            "do_lower_case": self.lowercase,
-            "strip_accents": strip_accents,
-            "tokenize_chinese_chars": self.chinese,
-            "model_max_length": self.max_length,
-            **special,
-        }
+            "do_lower_case": self.lowercase, "strip_accents": strip_accents, "tokenize_chinese_chars": self.chinese,
+            "model_max_length": self.max_length, **special,
+        }  # fmt: skip
         if self.added:
-            config["added_tokens_decoder"] = {token.pop("id"): token for token in added_tokens_json(self)}
+            added = tokenizer_files.added_tokens_json(self)
+            config["added_tokens_decoder"] = {token.pop("id"): token for token in added}
         write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.base))
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer.json", tokenizer_json(self, strip_accents))
+        write_json(folder / "tokenizer.json", tokenizer_files.tokenizer_json(self, strip_accents))
 
     @property
     def digest(self):
@@ -264,10 +251,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def encode(self, text):
-        """Returns the ids (a list) of plain text: no special tokens, and a literal "[SEP]" is three tokens.
-
-        An added token in the text, such as "<url>" in some vocabularies, is one.
-        """
+        """Returns the ids (a list) of plain text: "[SEP]" is three tokens, an added token such as "<url>" is one."""
         return memoryview(self._encode(text)).cast("I").tolist()
 
     def encode_with_offsets(self, text):
@@ -368,10 +352,7 @@ class Tokenizer:
         for word in re.finditer(r"\S+", normal):
             at = word.start()
             for i in self._pieces(word[0]):
-                if i == self.unk_id:
-                    size = len(word[0])
-                else:
-                    size = len(self.vocab[i]) - 2 * (at > word.start())  # without its ##
+                size = len(word[0]) if i == self.unk_id else len(self.vocab[i]) - 2 * (at > word.start())  # without ##
                 located.append((i, places[at], places[at + size - 1] + 1))
                 at += size
         return located

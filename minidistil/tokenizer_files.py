@@ -114,11 +114,8 @@ def _read_tokenizer_json(path, data):
 def _read_tokenizer_config(path, config):
     """The settings of a tokenizer_config.json."""
     settings = {}
-    for theirs, ours in (
-        ("do_lower_case", "lowercase"),
-        ("strip_accents", "strip_accents"),
-        ("tokenize_chinese_chars", "chinese"),
-    ):
+    names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "chinese"}
+    for theirs, ours in names.items():
         if theirs in config:
             if config[theirs] not in (True, False):
                 raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
@@ -140,8 +137,7 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
     """
     path, json_path, legacy = (folder / n for n in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"))
     in_json = [(json_path, token.get("id"), token) for token in data.get("added_tokens") or []]
-    config_lists = config.get("added_tokens_decoder")
-    if config_lists is not None:
+    if (config_lists := config.get("added_tokens_decoder")) is not None:
         named = _named_tokens(path, config, {})
         numbered = [(path, i, token) for i, token in config_lists.items()]
         numbered = numbered if in_config else in_json + numbered
@@ -163,10 +159,8 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
                 del vocab[i:]
             following = len(vocab) + sum(content not in known for content in added)
             if i != following:
-                raise UserError(
-                    f"{path} gives {token.content!r} the id {i}, where the next free one is {following}: "
-                    "use the vocabulary that belongs to it"
-                )
+                what = f"{path} gives {token.content!r} the id {i}, where the next free one is {following}"
+                raise UserError(f"{what}: use the vocabulary that belongs to it")
         added[token.content] = token
     for token in named:
         added.setdefault(token.content, token)
@@ -189,11 +183,9 @@ def _named_tokens(path, config, special_map):
     for key, value in (config | special_map).items():
         if key.endswith("_token") and isinstance(value, (str, dict)):
             token = _added_token(path, value)
-            expected = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
-            if token.content != expected:
-                raise UserError(
-                    f"{path}: {key} is {token.content!r}, in BERT {expected!r}: use a BERT model's tokenizer"
-                )
+            wanted = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
+            if token.content != wanted:
+                raise UserError(f"{path}: {key} is {token.content!r}, in BERT {wanted!r}: use a BERT model's tokenizer")
             named.append(token)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     for value in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):
@@ -227,16 +219,11 @@ def tokenizer_json(tokenizer, strip_accents):
     )
     text, second_text = ({"Sequence": {"id": name, "type_id": segment}} for name, segment in (("A", 0), ("B", 1)))
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": added_tokens_json(tokenizer),
         "normalizer": {
-            "type": "BertNormalizer",
-            "clean_text": True,
-            "handle_chinese_chars": tokenizer.chinese,
-            "strip_accents": strip_accents,
-            "lowercase": tokenizer.lowercase,
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": tokenizer.chinese,
+            "strip_accents": strip_accents, "lowercase": tokenizer.lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
         "post_processor": {
@@ -247,10 +234,8 @@ def tokenizer_json(tokenizer, strip_accents):
         },
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
-            "type": "WordPiece",
-            "unk_token": SPECIAL_TOKENS["unk"],
-            "continuing_subword_prefix": "##",
+            "type": "WordPiece", "unk_token": SPECIAL_TOKENS["unk"], "continuing_subword_prefix": "##",
             "max_input_chars_per_word": LONGEST_WORD,
             "vocab": {token: i for i, token in enumerate(tokenizer.base)},
         },
-    }
+    }  # fmt: skip

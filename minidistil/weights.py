@@ -1,8 +1,7 @@
 """Loads and saves models as Hugging Face folders, by the tables of families.py.
 
 A folder's weights are model.safetensors or pytorch_model.bin, whole or in shards. Every tensor of the files is used, or
-ignored with a reason, and every parameter of the model is filled. Files are not trusted: any sequence of bytes either
-loads or raises UserError.
+ignored with a reason, and every parameter of the model is filled. Files are not trusted: any bytes load or are refused.
 """
 
 import os
@@ -17,22 +16,12 @@ from minidistil.files import sha256, write_json
 from minidistil.model import Config, MaskedLM
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
-# ---- weight files
-
 # the first one present counts
-WEIGHT_FILES = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-]
+WEIGHT_FILES = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def weight_files(folder):
-    """Returns the paths of the files that hold a folder's weights: one, or the shards of an index.
-
-    Raises UserError where there are none, or where a shard is missing.
-    """
+    """Returns the paths of a folder's weights, one file or the shards of an index; UserError where one is missing."""
     folder = pathlib.Path(folder)
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
@@ -40,8 +29,7 @@ def weight_files(folder):
     if found.suffix != ".json":
         return [found]
     shards = _read_index(found)
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in shards if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {_some(missing)}, named in {found.name}: copy or download it again")
     return [folder / name for name in shards]
 
@@ -52,15 +40,11 @@ def digests(folder):
 
 
 def read_weights(folder):
-    """Returns the tensors of a Hugging Face folder by their names there; they may be views of a memory map.
-
-    Raises UserError where the folder holds no weights, or damaged ones.
-    """
+    """Returns a folder's tensors, perhaps views of a memory map, by their names there; UserError for damaged ones."""
     tensors = {}
     for path in weight_files(folder):
         part = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_bin(path)
-        twice = tensors.keys() & part.keys()
-        if twice:
+        if twice := tensors.keys() & part.keys():
             raise damaged(path, f"{min(twice)!r} is in another shard too")
         tensors |= part
     return tensors
@@ -97,9 +81,7 @@ def _read_bin(path):
     except Exception as error:  # damaged pickles raise all kinds of exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is damaged or holds more than tensors ({reason}): use a safetensors file") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and _is_plain(tensor) for name, tensor in tensors.items()
-    ):
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _is_plain(x) for name, x in tensors.items()):
         raise UserError(f"{path} is not a plain dict of names to tensors: use a safetensors file")
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
@@ -115,18 +97,13 @@ def _is_plain(tensor):
     )
 
 
-# ---- config.json
-
 REQUIRED = ("vocab_size", "positions", "layers", "heads", "width", "mlp_width")
 SIZE_LIMIT = 2**24  # of any number, so that products stay below 2^63
 LAYER_LIMIT = 256  # a model on the meta device is built in about a second
 
 
 def read_config(place):
-    """Returns the Config in a folder's config.json, or in a file of any name.
-
-    Raises UserError for another architecture, a missing or impossible number, or an unsupported setting.
-    """
+    """Returns the Config in a folder's config.json or any file; UserError where something in it is unsupported."""
     path = pathlib.Path(place)
     if not path.is_file():
         path = path / "config.json"
@@ -170,17 +147,13 @@ def _family(path, values):
 
 def _number(path, ours, theirs, value):
     """Returns one number of config.json; raises UserError where its type or range is wrong."""
+    kind, what, least, most = float, "a number", 0, 1
     if isinstance(getattr(Config, ours), int):
-        least = 0 if ours == "pad_id" else 1
+        kind, what, least = int, "a whole number", 0 if ours == "pad_id" else 1
         most = LAYER_LIMIT if ours == "layers" else SIZE_LIMIT
-        wanted = f"a whole number from {least} to {most}"
-        fits = type(value) is int and least <= value <= most
-    else:
-        wanted = "a number from 0 to 1"
-        fits = type(value) in (int, float) and 0 <= value <= 1
-    if not fits:
-        raise UserError(f"{path}: {theirs} is {value!r}: it must be {wanted}")
-    return type(getattr(Config, ours))(value)
+    if type(value) not in (int, kind) or not least <= value <= most:
+        raise UserError(f"{path}: {theirs} is {value!r}: it must be {what} from {least} to {most}")
+    return kind(value)
 
 
 def write_config(folder, config, head="MaskedLM", **extra):
@@ -192,9 +165,6 @@ def write_config(folder, config, head="MaskedLM", **extra):
     values |= {"model_type": config.family, "architectures": [f"{family.architecture}For{head}"]}
     values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
-
-
-# ---- names
 
 
 def _canonical(name):
@@ -214,9 +184,6 @@ def _names(config, parameters):
         parent, dot, last = theirs.rpartition(".")
         names[ours] = [f"{parent}{dot}{part}.{kind}" for part in last.split("|")]
     return names
-
-
-# ---- models
 
 
 def load_model(folder, fresh_head=False):
@@ -249,14 +216,12 @@ def fill(folder, model, source, names, fresh=()):
     """Fills a model on the meta device with the tensors of `fresh` (by our names), and of `source` for all others."""
     state = dict(fresh)
     wanted = [ours for ours in names if ours not in state]
-    missing = [name for ours in wanted for name in names[ours] if name not in source]
-    if missing:
+    if missing := [name for ours in wanted for name in names[ours] if name not in source]:
         raise UserError(f"{folder} lacks {_some(missing)}: take weights and config.json from the same model")
-    for ours, tensor in model.state_dict().items():
-        if ours in state:
-            continue
+    empty = model.state_dict()
+    for ours in wanted:
         parts = [source[name] for name in names[ours]]
-        shape = (tensor.shape[0] // len(parts), *tensor.shape[1:])
+        shape = (empty[ours].shape[0] // len(parts), *empty[ours].shape[1:])
         for name, part in zip(names[ours], parts, strict=True):
             _check(f"{folder}: {name}", part, shape)
         state[ours] = torch.cat(parts).float()
@@ -268,7 +233,9 @@ def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places` without tied and ignored ones; UserError names an unknown tensor."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_canonical(name): name for name in places + [copy for copy, _ in tied]}
-    found, unknown, wrapper = {}, [], _common_prefix(tensors)
+    # what all names begin with, up to a dot: where a module of its user's held the model
+    wrapper = re.match(r"(.*\.)?", os.path.commonprefix(list(tensors)))[0]
+    found, unknown = {}, []
     for name, tensor in tensors.items():
         plain = _canonical(name.removeprefix(wrapper))
         if plain not in known:
@@ -281,17 +248,11 @@ def _by_their_names(folder, tensors, places):
         way = "correct config.json if the model needs it, or save the weights without it"
         raise UserError(f"{folder} holds {_some(unknown)}, which is not in the model of its config.json: {way}")
     for copy, original in tied:
-        tensor = found.pop(copy, None)
-        if tensor is not None:
+        if (tensor := found.pop(copy, None)) is not None:
             other = found.setdefault(original, tensor)
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
     return found
-
-
-def _common_prefix(names):
-    """Returns what all names begin with, up to a dot: where a module of its user's held the model."""
-    return re.match(r"(.*\.)?", os.path.commonprefix(list(names)))[0]
 
 
 def _some(names):
@@ -324,8 +285,7 @@ def save_model(folder, model, **extra):
     """Writes config.json and model.safetensors of an fp32 model as transformers does; `load_model` inverts it.
 
     A MaskedLM becomes a BertForMaskedLM or DistilBertForMaskedLM, by its family; the tied decoder is left out. A
-    Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering. `extra` goes into
-    config.json.
+    Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering, `extra` more keys.
     """
     state = model.state_dict()
     tensors = {}

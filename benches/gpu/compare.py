@@ -52,8 +52,7 @@ def compare_shape(run, case, shape, ceiling):
     del truth
     for provider, (ms, host) in timed(run, running, 7).items():
         speed = case.bytes(shape) / max(ms[1], 1e-9) / 1e6
-        row = dict(ms=ms, gb_per_s=round(speed, 1), share_of_copy=round(speed / ceiling, 3), host_us=host)
-        rows[provider].update(row)
+        rows[provider] |= dict(ms=ms, gb_per_s=round(speed, 1), share_of_copy=round(speed / ceiling, 3), host_us=host)
     for row in rows.values():
         run.emit(**row)
 

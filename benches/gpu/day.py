@@ -1,5 +1,6 @@
 """The plan of a GPU day, and the processes that run it. Needs no PyTorch."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -111,16 +112,11 @@ class Process:
         first = time.time() + START  # its imports write nothing
         os.utime(self.log, (first, first))
 
-    def silent(self):
-        """Seconds since its last output."""
-        return time.time() - self.log.stat().st_mtime
-
     def kill(self):
-        try:
+        # the GPU's driver may not let go of it: the day goes on without waiting
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(5)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            pass  # the GPU's driver may not let go of it: the day goes on without waiting
 
     def unit(self):
         """The unit that it began last."""
@@ -196,8 +192,6 @@ class Day:
             found["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         return found | ({"TRITON_INTERPRET": "1"} if self.settings.cpu else {})
 
-    # ---- processes
-
     def left(self):
         return self.settings.budget - (time.monotonic() - self.began)
 
@@ -225,7 +219,7 @@ class Day:
         """Whether a process has ended for good. Kills it if it is late or silent; restarts it if it crashed or hung."""
         stage, code, took = process.stage, process.process.poll(), time.monotonic() - process.began
         late = took > process.limit or self.left() < LAST
-        hung = code is None and not late and process.silent() > process.silence
+        hung = code is None and not late and time.time() - process.log.stat().st_mtime > process.silence
         if code is None and not (late or hung):
             return False
         if code is None:
@@ -234,7 +228,8 @@ class Day:
         how = "hung" if hung else "out of time" if code is None else f"died with {code}"
         if lost or code is None:
             self.row(stage=stage.name, unit=process.unit(), status=how)
-            self.fail(f"{stage.name} | {process.unit()}: {how}\n{tail(process.log, 4000)}")
+            with open(self.out / "failures.txt", "a") as file:
+                file.write(f"\n======== {stage.name} | {process.unit()}: {how}\n{tail(process.log, 4000)}\n")
         if lost and not late and process.starts <= stage.restarts and took < process.limit - 5:
             process.start()
             return False
@@ -262,8 +257,6 @@ class Day:
         except OSError:
             return None
 
-    # ---- what it leaves
-
     def say(self, text):
         line = f"{time.monotonic() - self.began:6.1f} s  {text}"
         print(line, flush=True)
@@ -273,10 +266,6 @@ class Day:
     def row(self, **row):
         with open(self.out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-
-    def fail(self, text):
-        with open(self.out / "failures.txt", "a") as file:
-            file.write(f"\n======== {text}\n")
 
     def summarise(self):
         try:

@@ -1,7 +1,6 @@
 """What a stage does: a sequence of units of work. A unit that fails leaves its traceback, and the next one begins.
 
-An error that destroys the CUDA context ends the process with code 3; day.py restarts it, and units that had begun are
-left out.
+An error that destroys the CUDA context ends the process with code 3; day.py restarts it behind the unit that failed.
 """
 
 import functools
@@ -50,8 +49,6 @@ class Run:
         self.failed, self.begun = 0, pathlib.Path(os.environ.get("GPU_DAY_BEGUN", os.devnull))
         self.before = self.begun.read_text().splitlines() if self.begun.is_file() else []
 
-    # ---- tensors, the same in each run
-
     @functools.cached_property
     def generator(self):
         return torch.Generator(self.device).manual_seed(0)
@@ -63,8 +60,6 @@ class Run:
         """A word for about `share` of N rows, -100 for the others."""
         labels = torch.randint(0, self.V, (N,), device=self.device, generator=self.generator)
         return labels.where(torch.rand(N, device=self.device, generator=self.generator) < share, -100)
-
-    # ---- units
 
     def emit(self, **row):
         """Writes a line of results.jsonl, at once, since other stages write there too."""
@@ -86,18 +81,15 @@ class Run:
             try:
                 self.__dict__.pop("generator", None)
                 return function(*arguments, **options)
-            except torch.OutOfMemoryError as error:
-                failure, text = error, traceback.format_exc()
-            except BaseException as error:
-                failure, text = error, traceback.format_exc()
-                break
-            if tries < ATTEMPTS:
-                del failure  # it refers to the tensors that did fit
-                print(f"{unit}: out of memory", flush=True)
-                torch.cuda.empty_cache()
-                time.sleep(5)
+            except BaseException as error:  # only its text is kept: it refers to the tensors that did fit
+                failure, text = first_line(error), traceback.format_exc()
+                if tries == ATTEMPTS or not isinstance(error, torch.OutOfMemoryError):
+                    break
+            print(f"{unit}: out of memory", flush=True)
+            torch.cuda.empty_cache()
+            time.sleep(5)
         self.failed += 1
-        self.emit(unit=unit, status="failed", error=first_line(failure))
+        self.emit(unit=unit, status="failed", error=failure)
         given = [argument for argument in arguments if argument is not self]
         self.record(unit, f"arguments: {given} {options} (seed 0)\n{text}", began)
 

@@ -98,9 +98,6 @@ def profile(run):
         shutil.copyfileobj(plain, packed)
 
 
-# ---- the demo: `python train.py` on the GPU
-
-
 def demo(run):
     """Part `finite`: a few updates in each dtype; else the whole demo and its accuracy."""
     if run.null:

@@ -119,9 +119,7 @@ def comparison(rows):
     found = [row for row in rows if "provider" in row and row["case"] != "step"]
     names = ("case", "shape", "provider", "ms", "predicted", "x eager", "of a copy", "host us", "MiB", "predicted")
     yield from ("", "## Kernels", f"| {' | '.join(names)} |", "|---" * len(names) + "|")
-    eager = {
-        (row["case"], str(row["shape"])): row["ms"][1] for row in found if row["provider"] == EAGER and "ms" in row
-    }
+    eager = {(r["case"], str(r["shape"])): r["ms"][1] for r in found if r["provider"] == EAGER and "ms" in r}
     for row in found:
         case, shape, ms = row["case"], row["shape"], row.get("ms", (None, None))[1]
         predictions = PREDICTIONS.get((case, shape["N"]), {}) if shape.get("p") != 0 else {}

@@ -27,15 +27,6 @@ SPEEDS = {  # tokens/s of an update, T = 512
 }
 
 
-def compared(rows):
-    """{(case, rows of the shape): {provider: row}} of the kernels' comparison; of LayerNorm that with dropout."""
-    found = {}
-    for row in rows:
-        if "provider" in row and row["case"] != "step" and row["shape"].get("p") != 0:
-            found.setdefault((row["case"], row["shape"]["N"]), {})[row["provider"]] = row
-    return found
-
-
 def ratio(a, b):
     """a / b of two measurements; None where one of them was not made."""
     return a / b if isinstance(a, int | float) and isinstance(b, int | float) and b else None
@@ -43,32 +34,31 @@ def ratio(a, b):
 
 def targets(rows):
     """Yields (target, the value measured or None, the value wanted, whether less is better)."""
-    kernels = compared(rows)
+    kernels = {}  # (case, rows of the shape, provider): row of the comparison; of LayerNorm that with dropout
+    for row in rows:
+        if "provider" in row and row["case"] != "step" and row["shape"].get("p") != 0:
+            kernels[row["case"], row["shape"]["N"], row["provider"]] = row
 
-    def ms(case, N, provider):
-        row = kernels.get((case, N), {}).get(provider, {})
-        return row["ms"][1] if "ms" in row else None
-
-    def of_ours(case, N, name):
-        return kernels.get((case, N), {}).get(OURS, {}).get(name)
+    def found(case, N, provider, name):
+        return kernels.get((case, N, provider), {}).get(name)
 
     def speed_up(case, N, *others):
-        times = [time for time in (ms(case, N, provider) for provider in others) if time]
-        return ratio(min(times, default=None), ms(case, N, OURS))
+        ours, *times = (found(case, N, provider, "ms") for provider in (OURS, *others))
+        return ratio(min((ms[1] for ms in times if ms and ms[1]), default=None), ours and ours[1])
 
     def memory(case, N, other):
-        return ratio(of_ours(case, N, "peak_mib"), kernels.get((case, N), {}).get(other, {}).get("peak_mib"))
+        return ratio(found(case, N, OURS, "peak_mib"), found(case, N, other, "peak_mib"))
 
     others = EAGER, COMPILED, LIGER
     for N in (4915, 32768):
         yield f"loss, {N:,} rows: x eager", speed_up("loss", N, EAGER), 10, False
         yield f"loss, {N:,} rows: x torch.compile", speed_up("loss", N, COMPILED), 2, False
-        yield f"loss, {N:,} rows: share of a copy's bandwidth", of_ours("loss", N, "share_of_copy"), 0.85, False
+        yield f"loss, {N:,} rows: share of a copy's bandwidth", found("loss", N, OURS, "share_of_copy"), 0.85, False
     yield "linear, 4,915 rows: x the fastest other", speed_up("linear", 4915, *others), 1.5, False
     yield "linear, 4,915 rows: share of eager's memory", memory("linear", 4915, EAGER), 0.15, True
     yield "linear, 32,768 rows: x the fastest other", speed_up("linear", 32768, *others), 1, False
     yield "linear, 32,768 rows: share of Liger's memory", memory("linear", 32768, LIGER), 1, True
-    yield "LayerNorm: share of a copy's bandwidth", of_ours("layernorm", 32768, "share_of_copy"), 0.8, False
+    yield "LayerNorm: share of a copy's bandwidth", found("layernorm", 32768, OURS, "share_of_copy"), 0.8, False
     yield "LayerNorm: x torch.compile", speed_up("layernorm", 32768, COMPILED), 1, False
     yield "LayerNorm: x Liger", speed_up("layernorm", 32768, LIGER), 1, False
     speeds = {r["provider"]: r["tokens_per_second"] for r in rows if r.get("case") == "step" and r["shape"]["T"] == 512}

@@ -17,8 +17,6 @@ from kernels import distill_kl, dropout, layer_norm, linear_distill_kl
 
 FOLDER = pathlib.Path(distill_kl.__file__).parent
 
-# ---- constants
-
 
 def defaults():
     """Today's constants, by the names of the sweeps."""
@@ -66,21 +64,16 @@ def launch_linear(module, s, t, labels, losses, V, block, warps):
     )  # fmt: skip
 
 
-# ---- edited sources: {variant: {module: [(regular expression, replacement), ...]}}; the last module is used
-
 LOOK = r"(tl\.load\([st]_ptr \+ v \+ cols)\)"  # a load in the loop over a row
-SOURCES = {
+# begins the second pass where the first one ended
+BACKWARDS = r"( +)for v in (range\(0, full, BLOCK_V\)):\n", r"\1for w in \2:\n\1    v = full - BLOCK_V - w\n"
+SOURCES = {  # variant: {module: [(regular expression, replacement), ...]}; the last module is used
     # asks the L2 cache to keep a row after the first pass over it, and to drop it after the second
     "evict": {
         "rows": [(LOOK, r'\1, eviction_policy="evict_last")')],
         "linear_distill_kl": [(LOOK, r'\1, eviction_policy="evict_first")')],
     },
-    # begins the second pass where the first one ended
-    "reversed": {
-        "linear_distill_kl": [
-            (r"( +)for v in (range\(0, full, BLOCK_V\)):\n", r"\1for w in \2:\n\1    v = full - BLOCK_V - w\n"),
-        ],
-    },
+    "reversed": {"linear_distill_kl": [BACKWARDS]},
     **{f"stages {n}": {"layer_norm": [(r"num_stages=\d", f"num_stages={n}")]} for n in (1, 2, 3)},
 }
 

@@ -1,7 +1,6 @@
 """Length-bucketed batches: little padding, in an order that is a pure function of (seed, epoch).
 
-An item is (ids, types): token ids and segment numbers, two lists or arrays of equal length. A resumed run needs no
-saved data state.
+An item is (ids, types): token ids and segment numbers, two lists or arrays of equal length.
 """
 
 import numpy as np

@@ -25,8 +25,7 @@ MODEL_TYPE = "minidistil-bilstm"
 class BiLSTM(nn.Module):
     """A classifier of texts or pairs of texts, with the interface of `heads.Classifier`.
 
-    The word vectors `words` (V, C) are copied and trained. Other weights start uniform within 1 / sqrt(columns), biases
-    at zero.
+    The word vectors `words` (V, C) are copied and trained; other weights start uniform within 1 / sqrt(columns).
     """
 
     def __init__(self, words, outputs, pair, hidden=256, dropout=0.1, seed=None):
@@ -45,8 +44,7 @@ class BiLSTM(nn.Module):
     def forward(self, ids, mask, types):
         """Returns logits (B, outputs) of ids (B, T) int64: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
 
-        mask (B, T) bool is True at real tokens, types (B, T) 1 in the second segment; [CLS] and [SEP] count as words of
-        their segments.
+        mask (B, T) bool is True at real tokens, types (B, T) 1 in the second segment; [CLS] and [SEP] count as words.
         """
         if not self.pair:
             features = self.encode(ids, mask)  # (B, 2H)
@@ -79,10 +77,7 @@ def save(folder, model, labels):
 
 
 def load(folder):
-    """Returns (BiLSTM in eval mode on the CPU, tuple of labels) from a folder that `save` wrote.
-
-    Raises UserError where it is missing or damaged.
-    """
+    """Returns (BiLSTM in eval mode, tuple of labels) of a folder that `save` wrote; UserError for a damaged one."""
     config, weights = pathlib.Path(folder) / "config.json", pathlib.Path(folder) / "model.safetensors"
     if not (config.is_file() and weights.is_file()):
         raise UserError(f"{folder} lacks {config.name} or {weights.name}: give the folder of a trained BiLSTM")

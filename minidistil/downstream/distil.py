@@ -2,8 +2,7 @@
 
 A few thousand examples are a small sample of the teacher's behaviour. Learning the teacher's probabilities needs no
 true labels, so the teacher alone labels augmented copies of the examples, in which words are masked or replaced.
-Source: Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation", without part-of-speech tagger and
-n-grams.
+Source: Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation", without its tagger and n-grams.
 """
 
 import dataclasses
@@ -56,9 +55,6 @@ def with_copies(task, copies, tokenizer):
     return items, torch.cat([targets, none])
 
 
-# ---- teachers
-
-
 def find_teachers(folders, task):
     """Returns the folders of a task's teachers: `folders`, or their subfolders named after the task."""
     pairs = [(pathlib.Path(folder) / task.name, pathlib.Path(folder)) for folder in folders]
@@ -66,19 +62,14 @@ def find_teachers(folders, task):
 
 
 def label_order(folder, labels, task):
-    """Returns the index of each of a task's labels in a classifier, which may spell or order them in another way.
-
-    Raises UserError where it has other labels, or does not name them.
-    """
+    """Returns the index of each of a task's labels in a classifier, however spelt; UserError where it has others."""
     found, wanted = ([re.sub(r"[^a-z0-9]+", "_", label.casefold()) for label in side] for side in (labels, task.labels))
     if len(wanted) == 1 and len(found) <= 1:
         return [0]  # a regression's one number, by whatever name
     if sorted(found) != sorted(wanted):
-        raise UserError(
-            f"{folder} was not fine-tuned for {task.name}, or does not say so (labels found: "
-            f"{', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}): give a teacher that was, or name its "
-            "labels, in its own order, in id2label of its config.json"
-        )
+        sides = f"labels found: {', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}"
+        way = "give a teacher that was, or name its labels, in its own order, in id2label of its config.json"
+        raise UserError(f"{folder} was not fine-tuned for {task.name}, or does not say so ({sides}): {way}")
     return [found.index(label) for label in wanted]
 
 
@@ -111,10 +102,7 @@ def load_teachers(folders, task):
 
 
 def ensemble(logits, tau):
-    """Combines teachers: returns (logits whose softmax at tau is the mean of theirs, mean logits), each a list.
-
-    `logits` holds one list per teacher, with one array per item.
-    """
+    """Combines teachers' lists of arrays: returns (logits whose softmax at tau is the mean of theirs, mean logits)."""
     if len(logits) == 1:
         return logits[0], logits[0]
     soft, mean = [], []
@@ -141,9 +129,6 @@ def pad_logits(arrays, shape, device):
     for row, array in enumerate(arrays):
         stack[row, ..., : array.shape[-1]] = array
     return torch.from_numpy(stack).to(device)
-
-
-# ---- loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,14 +92,8 @@ def load(name, data):
 
 
 def score(task, metrics):
-    """Returns a task's score as on the GLUE leaderboard, in percent: the mean of its metrics over its dev sets.
-
-    `metrics` is {split: {metric: share}}.
-    """
+    """Returns a task's score as on the GLUE leaderboard, percent: the mean over `metrics`, {split: {metric: share}}."""
     return 100 * statistics.fmean(shares[name] for shares in metrics.values() for name in task.metrics)
-
-
-# ---- IMDb
 
 
 def _load_imdb(task, path):
@@ -110,8 +104,9 @@ def _load_imdb(task, path):
     if _exists(path, "test.tsv"):
         return train, {"dev": _without_breaks(_read(task, _find(task, path, "test.tsv")))}
     sides = [], []
-    for example in train:
-        sides[_is_held_out(example.first)].append(example)
+    for example in train:  # by its hash, so that copies of a text are on the same side
+        digest = hashlib.sha256(example.first.encode()).digest()
+        sides[int.from_bytes(digest, "big") % 10 == 0].append(example)
     if not all(sides):
         raise UserError(f"{path} has too few reviews to hold one in ten out: add a test.tsv")
     return sides[0], {"dev": sides[1]}
@@ -131,14 +126,6 @@ def _read_reviews(task, folder):
 def _without_breaks(examples):
     """Returns the examples with a space for each HTML line break."""
     return [example._replace(first=example.first.replace("<br />", " ")) for example in examples]
-
-
-def _is_held_out(text):
-    """Whether a review is in the held-out 10 %, by its hash: copies of a text are on the same side."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big") % 10 == 0
-
-
-# ---- files
 
 
 def _exists(folder, name):
@@ -187,7 +174,9 @@ def _read(task, path):
             broken += 1  # in the official file some questions contain a line break
             continue
         try:
-            value = codes[cells[label]] if task.labels else _parse_score(cells[label])
+            value = codes[cells[label]] if task.labels else float(cells[label])
+            if not task.labels and not 0 <= value <= 5:
+                raise ValueError
         except (KeyError, ValueError):
             wanted = " or ".join(codes) or "a number from 0 to 5"
             raise _fault(path, number, f"the {task.label} is {cells[label][:40]!r}, not {wanted}") from None
@@ -199,14 +188,6 @@ def _read(task, path):
     if not examples:
         raise UserError(f"{path} holds no examples: copy or download it again")
     return examples
-
-
-def _parse_score(text):
-    """Returns a similarity from 0 to 5; ValueError for anything else."""
-    value = float(text)
-    if not 0 <= value <= 5:
-        raise ValueError
-    return value
 
 
 def _fault(path, line, fault):

@@ -63,14 +63,10 @@ class SpanReader(nn.Module):
         return logits if mask is None else logits.masked_fill(~mask[:, None], MASKED_LOGIT)
 
 
-# ---- folders
-
-
 def load_pretrained(folder, kind, outputs, seed=0):
     """Returns a `kind` (Classifier or SpanReader) on the encoder of any folder, fp32, in training mode.
 
-    The head is random, except that BERT's pooler, trained with the next-sentence head, is loaded where the file has
-    one.
+    The head is random, but BERT's pooler, trained with the next-sentence head, is loaded where the file has one.
     """
     config = weights.read_config(folder)
     with torch.device("meta"):

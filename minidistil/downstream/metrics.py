@@ -1,7 +1,7 @@
 """The metrics of GLUE in fp64: each a share from 0 to 1, or a correlation from -1 to 1.
 
-Predictions and labels are (N,) arrays, N at least 1: class ids, or scores for the correlations. An
-undefined metric is 0, so that a constant prediction does not make a mean over tasks NaN.
+Predictions and labels are (N,) arrays, N at least 1: class ids, or scores for the correlations. An undefined
+metric is 0, so that a constant prediction does not make a mean over tasks NaN.
 """
 
 import numpy as np
@@ -27,11 +27,6 @@ def f1(predictions, labels):
     return float(2 * ((predictions == 1) & (labels == 1)).sum() / max(positives, 1))
 
 
-def matthews(predictions, labels):
-    """Matthews' correlation of two binary variables: their Pearson correlation (Matthews 1975)."""
-    return pearson(predictions, labels)
-
-
 def pearson(predictions, labels):
     """Pearson's correlation; 0 where either array is constant."""
     x, y = _arrays(predictions, labels)
@@ -40,6 +35,9 @@ def pearson(predictions, labels):
     x, y = x - x.mean(), y - y.mean()
     r = (x / np.linalg.norm(x)) @ (y / np.linalg.norm(y))
     return float(np.clip(r, -1, 1))  # rounding may exceed 1
+
+
+matthews = pearson  # of two binary variables (Matthews 1975)
 
 
 def spearman(predictions, labels):
@@ -54,4 +52,4 @@ def _ranks(x):
     return np.where(np.isnan(x), x, (np.cumsum(count) - (count - 1) / 2)[place])
 
 
-METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}

@@ -46,9 +46,6 @@ class Window:
     span: tuple  # (start, end) of the first answer in ids, end included; (0, 0), [CLS], where it is not in this window
 
 
-# ---- the files
-
-
 def read(path):
     """Returns the Questions of a JSON file in SQuAD v1.1's format; raises UserError for anything else."""
     path = pathlib.Path(path)
@@ -101,8 +98,7 @@ def _get(record, key, kind, where):
 def load(data):
     """Returns (train, dev), lists of Questions, from the folder of the official files or from one file in their format.
 
-    A single file is split by article, so that dev has unseen texts: about one article in five, chosen by the SHA-256 of
-    its title, is dev. Raises UserError.
+    Of a single file about one article in five, by the SHA-256 of its title, is dev, so that its texts are unseen.
     """
     data = pathlib.Path(data)
     if data.is_dir():
@@ -116,9 +112,6 @@ def load(data):
     return train, dev
 
 
-# ---- question -> windows, logits -> answer
-
-
 def windows(question, tokenizer, length=384, stride=128, longest_question=64):
     """Returns the Windows of a question: at most `length` tokens each, their contexts `stride` tokens apart.
 
@@ -126,10 +119,8 @@ def windows(question, tokenizer, length=384, stride=128, longest_question=64):
     UserError where a window is too short or the context has no tokens.
     """
     if length < longest_question + 4 or stride < 1:
-        raise UserError(
-            f"windows of {length} tokens, {stride} apart, cannot show a context after {longest_question} tokens of "
-            f"question: use {longest_question + 4} tokens and a stride of 1, or more"
-        )
+        what = f"windows of {length} tokens, {stride} apart, cannot show a context after {longest_question} tokens"
+        raise UserError(f"{what} of question: use {longest_question + 4} tokens and a stride of 1, or more")
     asked = tokenizer.encode(question.question)[:longest_question]
     ids, starts, ends = tokenizer.encode_with_offsets(question.context)
     if not ids:
@@ -175,12 +166,8 @@ def answer(question, windows, start_logits, end_logits, n_best=20, longest=30):
         start, end = (np.asarray(logits, np.float64)[part] for logits in (start, end))
         starts = _highest(np.where(window.best, start, -np.inf), n_best)
         ends = _highest(end, n_best)
-        found += [
-            (start[i] + end[j], window.starts[i], window.ends[j])
-            for i in starts
-            for j in ends
-            if window.best[i] and i <= j < i + longest
-        ]
+        pairs = [(i, j) for i in starts if window.best[i] for j in ends if i <= j < i + longest]
+        found += [(start[i] + end[j], window.starts[i], window.ends[j]) for i, j in pairs]
     if not found:  # no pair is short enough: the best single token
         return answer(question, windows, start_logits, end_logits, max(len(w.ids) for w in windows), 1)[:1]
     texts = {}
@@ -192,9 +179,6 @@ def answer(question, windows, start_logits, end_logits, n_best=20, longest=30):
 def _highest(logits, n):
     """Returns the indices of the n highest logits, highest first."""
     return np.argsort(-logits, kind="stable")[:n].tolist()
-
-
-# ---- the official score
 
 
 def normalise(text):

@@ -45,10 +45,8 @@ def outline(name):
 def check_pairs(role, config, task):
     """Raises UserError where a model has no second token type, which a task of pairs needs."""
     if task.pair and not config.reads_pairs:
-        raise UserError(
-            f"{role} has one token type (type_vocab_size 1), {task.name} needs two for its pairs of texts: "
-            "use a model that has two, or a --task of single texts"
-        )
+        what = f"{role} has one token type (type_vocab_size 1), {task.name} needs two for its pairs of texts"
+        raise UserError(f"{what}: use a model that has two, or a --task of single texts")
 
 
 def check_positions(role, config, task):
