@@ -40,7 +40,7 @@ from minidistil.downstream.distil import (
     with_copies,
 )
 from minidistil.downstream.glue import GLUE, TASKS
-from minidistil.downstream.grid import learning_rates, next_run, summarise
+from minidistil.downstream.grid import learning_rates, next_run, read_scores, summarise
 from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import check_pairs, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
@@ -193,7 +193,7 @@ def open_state(settings, out, identity, dtype):
         return {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
     if not (out / "scores.json").is_file():
         raise UserError(f"nothing to resume in {out} (no scores.json): start without --resume")
-    state = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    state = read_scores(out / "scores.json")
     wanted = identity if settings.dtype == "auto" else {**identity, "dtype": settings.dtype}
     require_same({**state["identity"], "dtype": state["dtype"]}, wanted, out)
     return state

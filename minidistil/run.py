@@ -141,13 +141,19 @@ class Run:
 
 
 def read_metrics(path):
-    """Returns the records of a metrics.jsonl; a crash may have truncated the last line."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Returns the records of a metrics.jsonl, {"step", ...}; a crash may have cut the last, which is dropped.
+
+    Raises UserError for damage before the last line.
+    """
+    records, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except ValueError:
-            break
+            records[-1]["step"] + 0  # TypeError where it is no number
+        except (ValueError, TypeError, LookupError, RecursionError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: it is no record of an update: remove that line") from None
+            return records[: number - 1]
     return records
 
 
