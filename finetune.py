@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
-from minidistil.checks import check_vocabulary
+from minidistil.checks import check_seeds, check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, choose_dtype, precision, versions
 from minidistil.downstream.batches import batches, padded, predict
@@ -107,6 +107,7 @@ def check(settings):
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.seq_len is not None and settings.seq_len < 8:
         raise UserError(f"--seq-len is {settings.seq_len}: an example needs at least 8 tokens")
+    check_seeds(settings.seed, settings.seeds)
     if settings.teacher and not settings.alpha_task + settings.alpha_ce + settings.alpha_mse:
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
     if settings.words and settings.model != "bilstm":

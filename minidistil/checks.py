@@ -29,6 +29,7 @@ def check_settings(settings):
                 f"--micro-batch {settings.micro_batch}: give auto, or a number that divides batch * accum = "
                 f"{settings.batch * settings.accum}"
             )
+    check_seeds(settings.seed)
     if settings.seq_len < 8:
         raise UserError(f"--seq-len is {settings.seq_len}: a sequence needs at least 8 tokens")
     if settings.student_config and settings.student_init not in (None, "random"):
@@ -44,6 +45,12 @@ def check_settings(settings):
             raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
     if not (settings.alpha_mlm or Objective.of(settings).needs_teacher):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
+
+
+def check_seeds(first, n=1):
+    """Raises UserError unless `first` and the n - 1 seeds after it are different to every generator: below 2^63."""
+    if not 0 <= first <= 2**63 - n:
+        raise UserError(f"--seed is {first}: it must be a whole number from 0 to {2**63 - n}")
 
 
 def check_vocabulary(role, config, tokenizer, say=print):

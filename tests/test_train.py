@@ -528,6 +528,19 @@ def refused(arguments, contains):
     assert done.stderr.count("\n") == 1 and contains in done.stderr, done.stderr
 
 
+def test_seeds_are_refused_or_different(tiny, tmp_path):
+    """A negative seed would be another one's equal, as would one of more than 64 bits."""
+    for seed in (-1, 2**63, 2**64, 10**30):
+        with pytest.raises(UserError, match=f"--seed is {seed}: it must be a whole number from 0 to 9223372036854775807"):
+            train.train(settings(tiny, tmp_path / "out", seed=seed))
+    losses = set()
+    for seed in (0, 2**32, 2**63 - 1):
+        out = tmp_path / str(seed)
+        train.train(settings(tiny, out, seed=seed, steps=1, student_init="random", dropout=0.1))
+        losses.add(run.read_metrics(out / "metrics.jsonl")[-1]["held_out"]["mlm_loss"])
+    assert len(losses) == 3
+
+
 def test_wrong_command_line():
     done = call([sys.executable, str(ROOT / "train.py"), "--flags"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--flags" in done.stderr
