@@ -109,7 +109,7 @@ def predict(model, ids, positions):
 
 
 def likeliest(logits, k, temperature, vocab):
-    """Returns the k likeliest [token, probability] of each row of logits (N, V); words as likely share temperature 0."""
+    """Returns the k likeliest [token, probability] of each row of logits (N, V); ties share temperature 0."""
     values, indices = logits.topk(k)  # (N, k)
     below = logits - values[:, :1]  # the maximum is subtracted first, so that no temperature overflows
     shares = torch.softmax(below / temperature, -1) if temperature else (below == 0) / (below == 0).sum(-1, True)

@@ -42,7 +42,6 @@ from minidistil.run import CHECKPOINT, Run, SignalFlag, State, choose_folder, re
 from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
-ROOT = pathlib.Path(__file__).resolve().parent
 EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 
 
@@ -50,7 +49,8 @@ EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 class Settings:
     # models and data
     teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
-    data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once)")
+    data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once "
+                        "in the folder $MINIDISTIL_CACHE or data/cache)")  # fmt: skip
     out: str = option(None, "output folder (default: runs/NAME, a new one each time)")
     # length
     steps: int = option(None, "updates; overrides --epochs")
@@ -138,7 +138,7 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
     if settings.data:
         corpus = Corpus(settings.data)
     else:
-        folder = ROOT / "data" / "cache" / f"docs-{tokenizer.digest[:12]}"
+        folder = files.cache_folder() / f"docs-{tokenizer.digest[:12]}"
         if settings.teacher not in ("demo", "none"):
             print(
                 "no --data: training on the docs corpus; for the published result prepare Wikipedia + books: "
@@ -149,7 +149,11 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
         if not (folder / "meta.json").exists():
             from data.prepare import prepare
 
-            prepare(["docs"], tokenizer_folder, folder, val_share=0.02)
+            try:
+                prepare(["docs"], tokenizer_folder, folder, val_share=0.02)
+            except OSError as error:  # a checkout may be read-only
+                way = "set MINIDISTIL_CACHE to a folder that you may write"
+                raise UserError(f"the docs corpus cannot be written to {folder} ({error.strerror}): {way}") from error
         corpus = Corpus(folder)
     corpus.check_tokenizer(tokenizer, tokenizer_folder)
     return corpus

@@ -1,10 +1,16 @@
-"""Atomic file writes: a temporary file is written, synced and renamed."""
+"""Atomic file writes: a temporary file is written, synced and renamed. The folder of what can be made again."""
 
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+
+
+def cache_folder():
+    """Returns the folder of corpora that are prepared once: $MINIDISTIL_CACHE, or data/cache in this checkout."""
+    here = pathlib.Path(__file__).resolve().parent.parent / "data" / "cache"
+    return pathlib.Path(os.environ.get("MINIDISTIL_CACHE") or here).expanduser()
 
 
 @contextlib.contextmanager

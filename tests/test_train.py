@@ -18,7 +18,8 @@ from same_layers import assert_same_layers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from minidistil import distiller, run, weights
+from data import docstrings
+from minidistil import distiller, files, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.device import cast_products
 from minidistil.errors import UserError
@@ -528,10 +529,30 @@ def refused(arguments, contains):
     assert done.stderr.count("\n") == 1 and contains in done.stderr, done.stderr
 
 
+def test_the_docs_corpus_goes_where_the_environment_says(tiny, tmp_path, monkeypatch):
+    """A read-only checkout is one line that names the variable."""
+    found = docstrings.python_files()[:60]
+    monkeypatch.setattr(docstrings, "python_files", lambda: found)
+    folder = tiny / "teacher"
+    tokenizer, none = Tokenizer.load(folder), settings(tiny, tmp_path / "out", data=None, teacher="none")
+    monkeypatch.delenv("MINIDISTIL_CACHE", raising=False)
+    assert files.cache_folder() == ROOT / "data" / "cache"
+    (tmp_path / "file").write_text("")  # nobody, root included, can make a folder in it
+    monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written to .*: set MINIDISTIL_CACHE to a folder that you may"):
+        train.open_corpus(none, tokenizer, folder)
+    monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "cache"))
+    corpus = train.open_corpus(none, tokenizer, folder)
+    assert corpus.folder.parent == tmp_path / "cache"
+    before = corpus.meta["meta_sha256"]
+    monkeypatch.setattr(docstrings, "python_files", lambda: [])
+    assert train.open_corpus(none, tokenizer, folder).meta["meta_sha256"] == before  # prepared once
+
+
 def test_seeds_are_refused_or_different(tiny, tmp_path):
     """A negative seed would be another one's equal, as would one of more than 64 bits."""
     for seed in (-1, 2**63, 2**64, 10**30):
-        with pytest.raises(UserError, match=f"--seed is {seed}: it must be a whole number from 0 to 9223372036854775807"):
+        with pytest.raises(UserError, match=f"--seed is {seed}: it must be a whole number from 0 to 92233720368547758"):
             train.train(settings(tiny, tmp_path / "out", seed=seed))
     losses = set()
     for seed in (0, 2**32, 2**63 - 1):
