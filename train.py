@@ -127,7 +127,7 @@ def load_models(settings, ranks):
     if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
     student = build_student(settings, teacher, init)
-    for role, model in (("teacher", teacher), ("student", student)):
+    for role, model in (("teacher", teacher), ("student" if teacher else "model", student)):
         if model:
             score_words(role, model, tokenizer, ranks.print0)
     return teacher, teacher_folder, student, tokenizer, folder

@@ -76,7 +76,7 @@ def score_words(role, model, tokenizer, say=print):
 
 def check_fit(settings, objective, teacher, student, corpus, eval_corpus, sequences, G):
     """Raises UserError for combinations that would fail or mislead later. G: sequences in an update."""
-    shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
+    shapes = [("student" if teacher else "model", student.config)] + ([("teacher", teacher.config)] if teacher else [])
     for role, config in shapes:
         if config.positions < settings.seq_len:
             raise UserError(f"the {role} has {config.positions} positions: use --seq-len {config.positions} or less")

@@ -47,6 +47,12 @@ class Objective:
         return bool(self.alpha_ce or self.alpha_mse)
 
     @property
+    def terms(self):
+        """Names of the terms that are computed."""
+        parts = {"kl": self.on_logits, "ce": self.alpha_mlm, "cos": self.alpha_cos, "mse": self.alpha_mse}
+        return [name for name, computed in parts.items() if computed]
+
+    @property
     def needs_teacher(self):
         return self.on_logits or bool(self.alpha_cos)
 

@@ -17,6 +17,7 @@ class RunReport:
         self.settings, self.run, self.progress, self.ranks = settings, run, progress, ranks
         self.dtype, self.device = dtype, distiller.device
         self.student, self.teacher = distiller.student, distiller.teacher
+        self.role, self.logged = "student" if self.teacher else "model", {"loss", "lr", *distiller.objective.terms}
         shapes = self.teacher and self.teacher.config, self.student.config
         self.flops = training_flops_per_token(distiller.objective, *shapes, settings.seq_len)  # per token
         self.peak = peak_tflops(self.device, dtype)
@@ -26,7 +27,7 @@ class RunReport:
         teacher = f"teacher {num_params(self.teacher.config):,} parameters, " if self.teacher else ""
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
         ranks.print0(
-            f"{teacher}student {num_params(self.student.config):,} parameters; {len(corpus.train):,} tokens of text; "
+            f"{teacher}{self.role} {num_params(self.student.config):,} parameters; {len(corpus.train):,} tokens of text; "
             f"{total} updates of {several}{A} x {B} x {T} = {self.progress.tokens:,} tokens; {self.dtype} on "
             f"{self.device}; {self.run.out}"
         )
@@ -40,7 +41,7 @@ class RunReport:
         return estimate_cost(tokens, progress.tokens_per_second, self.flops, self.peak, self.ranks.size, price)
 
     def updated(self, terms, norm):
-        progress = self.progress
+        progress, terms = self.progress, {name: value for name, value in terms.items() if name in self.logged}
         cost = {name: value for name, value in self.cost().items() if not name.startswith("published")}
         speed, memory = round(progress.tokens_per_second, 1), round(peak_mib(self.device), 1)
         self.run.log({
@@ -57,7 +58,7 @@ class RunReport:
 
     def evaluated(self, metrics):
         self.run.log({"step": self.progress.update, "held_out": metrics})
-        self.ranks.print0(f"held-out, student after {self.progress.update}: {format_metrics(metrics)}")
+        self.ranks.print0(f"held-out, {self.role} after {self.progress.update}: {format_metrics(metrics)}")
 
     def finish(self, corpus, tokenizer, held_out, metrics):
         """Writes the student, its tokenizer, run.json and the curve; returns the summary."""
@@ -92,5 +93,5 @@ class RunReport:
 
 
 def format_metrics(metrics):
-    """Returns metrics as text for a progress line, without terms that are 0 because the objective lacks them."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value)
+    """Returns metrics as text for a progress line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())

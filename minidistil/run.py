@@ -161,13 +161,13 @@ def draw_curve(path, history, teacher_metrics):
     """Draws the training loss and the held-out metrics of a run; the former as a running mean over 2 % of it."""
     updates = [m for m in history if "loss" in m]
     held_out = [m for m in history if "held_out" in m]
-    training = {name: [(m["step"], m[name]) for m in updates] for name in ("loss", "kl", "ce")}
-    training = {name: line for name, line in training.items() if any(y for _, y in line)}
+    names = [name for name in ("loss", "kl", "ce") if updates and name in updates[-1]]
+    training = {name: [(m["step"], m[name]) for m in updates if name in m] for name in names}
     window = max(1, len(updates) // 50)
     unit = f"nats, mean of {window} updates" if window > 1 else "nats"
 
     def evaluated(title, unit, metric, form=plot.NUMBER):
-        student = {"student": [(m["step"], m["held_out"][metric]) for m in held_out]}
+        student = {"student" if teacher_metrics else "model": [(m["step"], m["held_out"][metric]) for m in held_out]}
         teacher = teacher_metrics and ("teacher", teacher_metrics[metric])
         return plot.lines(title, unit, student, teacher, form=form)
 

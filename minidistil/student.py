@@ -75,7 +75,7 @@ def build_student(settings, teacher, init):
         elif teacher:
             config = teacher.config.student(len(parse_layers(settings.student_layers, teacher.config.layers)))
         else:
-            raise UserError("a student without a teacher needs a shape: add --student-config or --student-init")
+            raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
         student = MaskedLM(config, seed=settings.seed)
     if settings.dropout is not None:
         set_dropout(student, settings.dropout)

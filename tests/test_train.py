@@ -26,6 +26,7 @@ from minidistil.errors import UserError
 from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM
 from minidistil.progress import lr_at
+from minidistil.report import format_metrics
 from minidistil.run import CHECKPOINT, load_checkpoint
 from minidistil.safetensors import read_safetensors
 from minidistil.student import set_dropout, student_layers
@@ -116,6 +117,7 @@ def test_rows_without_a_word_change_nothing(tiny, tmp_path, capsys, changes, ini
     plain, found = (run.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("plain", "wide"))
     for a, b in zip(plain, found, strict=True):
         assert a.get("held_out", {}) == pytest.approx(b.get("held_out", {}), rel=1e-5)
+        assert a.keys() == b.keys()
         for name in ("loss", "kl", "ce", "cos", "mse", "grad_norm"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-5, abs=1e-6)
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "wide")
@@ -547,6 +549,31 @@ def test_the_docs_corpus_goes_where_the_environment_says(tiny, tmp_path, monkeyp
     before = corpus.meta["meta_sha256"]
     monkeypatch.setattr(docstrings, "python_files", lambda: [])
     assert train.open_corpus(none, tokenizer, folder).meta["meta_sha256"] == before  # prepared once
+
+
+@pytest.mark.parametrize("changes, terms", [
+    (dict(), {"kl", "ce", "cos"}),
+    (dict(alpha_ce=0.0, alpha_cos=0.0), {"ce"}),
+    (dict(alpha_mlm=0.0, alpha_mse=1.0), {"kl", "cos", "mse"}),
+    (dict(teacher="none", student_config="CONFIG"), {"ce"}),
+])  # fmt: skip
+def test_terms_that_were_not_computed_are_not_logged(changes, terms, tiny, tmp_path, capsys):
+    """Nor is a student spoken of where there is no teacher."""
+    config = str(tiny / "teacher" / "config.json")
+    changes = {name: config if value == "CONFIG" else value for name, value in changes.items()}
+    train.train(settings(tiny, tmp_path / "out", steps=2, student_layers=None, **changes))
+    updates = [m for m in run.read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in m]
+    assert len(updates) == 2
+    for record in updates:
+        assert record.keys() & {"kl", "ce", "cos", "mse"} == terms and all(record[name] > 0 for name in terms)
+    printed, names = capsys.readouterr().out, svg_texts(tmp_path / "out" / "curve.svg")
+    alone = "teacher" in changes
+    assert ("student" in printed.replace(str(tmp_path), "")) != alone and ("student" in names) != alone
+    assert ("held-out, model after 2: mlm_loss" in printed) == alone
+
+
+def test_a_metric_that_is_0_is_shown(capsys):
+    assert format_metrics({"kl": 0.0, "top1": 0.25}) == "kl 0  top1 0.25"
 
 
 def test_seeds_are_refused_or_different(tiny, tmp_path):
