@@ -27,8 +27,8 @@ class RunReport:
         teacher = f"teacher {num_params(self.teacher.config):,} parameters, " if self.teacher else ""
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
         ranks.print0(
-            f"{teacher}{self.role} {num_params(self.student.config):,} parameters; {len(corpus.train):,} tokens of text; "
-            f"{total} updates of {several}{A} x {B} x {T} = {self.progress.tokens:,} tokens; {self.dtype} on "
+            f"{teacher}{self.role} {num_params(self.student.config):,} parameters; "
+            f"{len(corpus.train):,} tokens of text; {total} updates of {several}{A} x {B} x {T} = {self.progress.tokens:,} tokens; {self.dtype} on "
             f"{self.device}; {self.run.out}"
         )
         if ranks.first and held_out.teacher_metrics:
