@@ -16,8 +16,9 @@
     python bench.py readme        measures nothing: prints the README's tables from the JSON files
     python bench.py pictures      measures nothing: draws every picture again from the JSON files
 
-`python bench.py CASE --help` lists a case's flags. Each case prints a table and writes results/CASE.json, row by row;
-the last line is one JSON object: {"device", "versions", "results": [...]}. The exit code is 1 where a provider failed.
+`python bench.py CASE --help` lists a case's flags. Each case prints a table that fits the terminal and
+writes results/CASE.json, row by row; the last line is one JSON object: {"device", "versions", "results": [...]}. The
+exit code is 1 where a provider failed.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import functools
 import json
 import pathlib
 import platform
+import shutil
 import sys
 import types
 
@@ -32,7 +34,7 @@ import torch
 
 from benches import Common, distil, gpu, infer, kernels, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
-from benches.report import Report, measured
+from benches.report import Report, fitted, measured
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, versions
 
@@ -77,7 +79,8 @@ def measure(name, settings):
     for row in case.bench(settings):
         report.put(row)
     report.finish()
-    print(case.table(report.rows) if measured(report.rows) else "nothing was measured", flush=True)
+    width = shutil.get_terminal_size().columns
+    print(fitted(case.table(report.rows), width) if measured(report.rows) else "nothing was measured", flush=True)
     if hasattr(case, "draw") and measured(report.rows):
         case.draw(folder / f"{name}.svg", report.rows)
     return report

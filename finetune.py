@@ -27,13 +27,13 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
-from minidistil.checks import check_vocabulary
+from minidistil.checks import check_seeds, check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, choose_dtype, precision, versions
 from minidistil.downstream import distil
 from minidistil.downstream.batches import batches, padded, predict
 from minidistil.downstream.glue import GLUE, TASKS
-from minidistil.downstream.grid import learning_rates, next_run, summarise
+from minidistil.downstream.grid import learning_rates, next_run, read_scores, summarise
 from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import check_pairs, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
@@ -99,6 +99,7 @@ def check(settings):
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.seq_len is not None and settings.seq_len < 8:
         raise UserError(f"--seq-len is {settings.seq_len}: an example needs at least 8 tokens")
+    check_seeds(settings.seed, settings.seeds)
     if settings.teacher and not settings.alpha_task + settings.alpha_ce + settings.alpha_mse:
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
     if settings.words and settings.model != "bilstm":
@@ -180,7 +181,7 @@ def open_state(settings, out, identity, dtype):
     if not settings.resume:
         state = {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
         return {"settings": inheritable(dataclasses.asdict(settings), PATHS), **state}
-    state = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    state = read_scores(out / "scores.json")
     wanted = identity if settings.dtype == "auto" else {**identity, "dtype": settings.dtype}
     require_same({**state["identity"], "dtype": state["dtype"]}, wanted, out)
     return state

@@ -4,7 +4,8 @@
     python sample.py "Paris is the [MASK] of France."           any sentence, with one [MASK] or several
     python sample.py "I [MASK] it." --model DIR --teacher bert-base-uncased --temperature 2 -k 10
 
-Probabilities are softmax(logits / temperature) over the whole vocabulary. Several blanks are predicted independently,
+Probabilities are softmax(logits / temperature) over the whole vocabulary; temperature 0 is the limit, in which the
+likeliest word has them all. Several blanks are predicted independently,
 each with all others left blank; the sentence below the tables is filled greedily from left to right, so each blank sees
 the words before it. With --json, stdout is one line; for several blanks "student" holds one such list per blank:
 
@@ -39,7 +40,7 @@ class Settings:
     model: str = option(None, "student: folder or name (default: the newest model in runs/)")
     teacher: str = option(None, "folder, name or none (default: the teacher in the model's run.json)")
     k: int = option(20, "words to show for each blank", short="-k")
-    temperature: float = option(1.0, "above 1 raises the unlikely words, below 1 lowers them")
+    temperature: float = option(1.0, "above 1 raises the unlikely words, below 1 lowers them; 0: the likeliest alone")
     json: bool = option(False, "print one line of JSON and nothing else")
 
 
@@ -82,8 +83,8 @@ def check(settings):
         raise UserError(f"the prompt has no [MASK]: write [MASK] {how}")
     if settings.k < 1:
         raise UserError(f"-k is {settings.k}: it must be at least 1")
-    if not 0 < settings.temperature < math.inf:
-        raise UserError(f"--temperature is {settings.temperature}: it must be greater than 0")
+    if not 0 <= settings.temperature < math.inf:
+        raise UserError(f"--temperature is {settings.temperature}: it must be 0 or more")
 
 
 def check_fit(settings, role, config, tokenizer, ids):
@@ -96,17 +97,17 @@ def check_fit(settings, role, config, tokenizer, ids):
 
 
 @torch.no_grad()
-def predict(model, ids, positions, temperature=1.0):
-    """Returns the probabilities (N, V), fp64, of every word at N positions of a sequence of ids (a list)."""
-    logits = model.logits(model(torch.tensor([ids]))[0, positions]).double()
-    # the maximum is subtracted first, so that no temperature overflows
-    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, -1)
+def predict(model, ids, positions):
+    """Returns the logits (N, V), fp64, of every word at N positions of a sequence of ids (a list)."""
+    return model.logits(model(torch.tensor([ids]))[0, positions]).double()
 
 
-def likeliest(probabilities, k, vocab):
-    """Returns the k likeliest [token, probability] of each row of probabilities (N, V)."""
-    values, indices = probabilities.topk(k)  # (N, k)
-    rows = zip(values.tolist(), indices.tolist(), strict=True)
+def likeliest(logits, k, temperature, vocab):
+    """Returns the k likeliest [token, probability] of each row of logits (N, V); ties share temperature 0."""
+    values, indices = logits.topk(k)  # (N, k)
+    below = logits - values[:, :1]  # the maximum is subtracted first, so that no temperature overflows
+    shares = torch.softmax(below / temperature, -1) if temperature else (below == 0) / (below == 0).sum(-1, True)
+    rows = zip(shares.gather(-1, indices).tolist(), indices.tolist(), strict=True)
     return [[[vocab[i], p] for p, i in zip(*row, strict=True)] for row in rows]
 
 
@@ -188,8 +189,8 @@ def main(argv):
         models[role] = weights.load_model(folder)
         score_words(role, models[role], tokenizer, lambda line: print(f"sample.py: {line}", file=sys.stderr))
         check_fit(settings, role, models[role].config, tokenizer, ids)
-        p = predict(models[role], ids, positions, settings.temperature)  # (N, V)
-        predictions[role] = likeliest(p, settings.k, tokenizer.vocab)
+        logits = predict(models[role], ids, positions)
+        predictions[role] = likeliest(logits, settings.k, settings.temperature, tokenizer.vocab)
 
     if settings.json:
         lists = {role: predictions.get(role) for role in ("student", "teacher")}

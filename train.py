@@ -33,7 +33,7 @@ from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
 from minidistil.evaluate import HeldOut
-from minidistil.folder import CHECKPOINT, check_room, claimed, command, one_at_a_time
+from minidistil.folder import CHECKPOINT, check_room, claimed, command
 from minidistil.losses import Denominators, Objective
 from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
@@ -44,7 +44,6 @@ from minidistil.run import Run, SignalFlag, State, inherited
 from minidistil.student import build_student, drops
 from minidistil.tokenizer import Tokenizer
 
-ROOT = pathlib.Path(__file__).resolve().parent
 EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 
 
@@ -52,7 +51,8 @@ EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 class Settings:
     # models and data
     teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
-    data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once)")
+    data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once "
+                        "in the folder $MINIDISTIL_CACHE or data/cache)")  # fmt: skip
     out: str = option(None, "output folder (default: runs/NAME, a new one each time)")
     # length
     steps: int = option(None, "updates; overrides --epochs")
@@ -132,7 +132,7 @@ def load_models(settings, ranks):
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
     shape = settings.student_layers, settings.student_config, settings.seed, settings.dropout
     student = build_student(teacher, init or settings.student_init, *shape)
-    for role, model in (("teacher", teacher), ("student", student)):
+    for role, model in (("teacher", teacher), ("student" if teacher else "model", student)):
         if model:
             score_words(role, model, tokenizer, ranks.print0)
     return teacher, teacher_folder, student, tokenizer, folder
@@ -143,7 +143,6 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
     if settings.data:
         corpus = Corpus(settings.data)
     else:
-        folder = ROOT / "data" / "cache" / f"docs-{tokenizer.digest[:12]}"
         if settings.teacher not in ("demo", "none"):
             print(
                 "no --data: training on the docs corpus; for the published result prepare Wikipedia + books: "
@@ -151,12 +150,9 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
                 f"--vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
                 flush=True,
             )
-        with one_at_a_time(folder):
-            if not (folder / "meta.json").exists():
-                from data.prepare import prepare
+        from data.cached import docs_corpus
 
-                prepare(["docs"], tokenizer_folder, folder, val_share=0.02)
-        corpus = Corpus(folder)
+        corpus = Corpus(docs_corpus(tokenizer.digest, tokenizer_folder))
     corpus.check_tokenizer(tokenizer, tokenizer_folder)
     return corpus
 

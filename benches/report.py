@@ -5,9 +5,11 @@ A provider that fails has a row with the key "error".
 """
 
 import contextlib
+import itertools
 import os
 import pathlib
 import sys
+import textwrap
 import traceback
 
 import torch
@@ -62,6 +64,25 @@ class Report:
 def measured(rows):
     """Returns the rows with measurements."""
     return [row for row in rows if "error" not in row]
+
+
+def fitted(table, width):
+    """Returns a Markdown table as aligned text of at most `width` columns, as far as its longest words allow."""
+    lines = [line for line in table.splitlines() if not line.startswith("|---")]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
+    while sum(widths) + 2 * (len(widths) - 1) > width and widths != least:
+        spare = [now - low and now for now, low in zip(widths, least, strict=True)]
+        widths[spare.index(max(spare))] -= 1  # of the widest column that can be narrower
+    text = []
+    for row in zip(*columns, strict=True):
+        cells = [textwrap.wrap(cell, max(w, 1)) for cell, w in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            first, *others = zip(parts, widths, strict=True)
+            text.append("  ".join([first[0].ljust(first[1]), *(part.rjust(w) for part, w in others)]).rstrip())
+    return "\n".join(text)
 
 
 def speed_up(row, baseline, metric):

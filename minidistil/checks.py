@@ -28,6 +28,7 @@ def check_settings(settings):
                 f"--micro-batch {settings.micro_batch}: give auto, or a number that divides batch * accum = "
                 f"{settings.batch * settings.accum}"
             )
+    check_seeds(settings.seed)
     if settings.seq_len < 8:
         raise UserError(f"--seq-len is {settings.seq_len}: a sequence needs at least 8 tokens")
     if settings.student_config and settings.student_init not in (None, "random"):
@@ -44,6 +45,12 @@ def check_settings(settings):
     of_teacher = settings.teacher != "none" and (settings.alpha_ce or settings.alpha_cos or settings.alpha_mse)
     if not (settings.alpha_mlm or of_teacher):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
+
+
+def check_seeds(first, n=1):
+    """Raises UserError unless `first` and the n - 1 seeds after it are different to every generator: below 2^63."""
+    if not 0 <= first <= 2**63 - n:
+        raise UserError(f"--seed is {first}: it must be a whole number from 0 to {2**63 - n}")
 
 
 def check_vocabulary(role, config, tokenizer, say=print):
@@ -70,7 +77,7 @@ def score_words(role, model, tokenizer, say=print):
 def check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G):
     """Raises UserError for combinations that would fail or mislead later. G: sequences in an update."""
     T = sequences.T
-    shapes = [("student", student.config)] + ([("teacher", teacher.config)] if teacher else [])
+    shapes = [("student" if teacher else "model", student.config)] + ([("teacher", teacher.config)] if teacher else [])
     for role, config in shapes:
         if config.positions < T:
             raise UserError(f"the {role} has {config.positions} positions: use --seq-len {config.positions} or less")

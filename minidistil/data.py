@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import weakref
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class TokenFile:
     def __init__(self, path, dtype):
         self.path, self.dtype = path, np.dtype(dtype)
         self.file = open(path, "rb", buffering=0)
+        weakref.finalize(self, self.file.close)
         self.size = path.stat().st_size // self.dtype.itemsize
 
     def __len__(self):

@@ -120,9 +120,8 @@ class Distributed:
         if self.size == 1:
             return model
         devices = [device] if device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # the model has no buffers, and the option not to exchange them has another name in each version of PyTorch
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
     def no_sync(self, model, last):
         """Returns a context without gradient exchange, for all micro-batches of an update but the last."""

@@ -104,11 +104,14 @@ DISTILBERT = Family(
 
 FAMILIES = {"bert": BERT, "distilbert": DISTILBERT}
 
-# keys of config.json that change what a model computes, and the one supported value of each
+# keys of config.json that change what a model computes, and the supported values of each, which mean the same
 SUPPORTED = (
-    ("hidden_act", "gelu"), ("activation", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False),
+    ("hidden_act", "gelu", "gelu_python"),  # with the error function; gelu_new, gelu_pytorch_tanh ... approximate it
+    ("activation", "gelu", "gelu_python"),
+    ("position_embedding_type", "absolute"),
+    ("is_decoder", False),
     ("add_cross_attention", False),
-)  # fmt: skip
+)
 # parts of a tensor's name that only say where its module was kept; no module has a name of its own among them
 WRAPPERS = {
     "bert", "distilbert",  # the encoder, in a model with a head

@@ -1,4 +1,4 @@
-"""Atomic file writes: a temporary file is written, synced and renamed."""
+"""Atomic file writes: a temporary file is written, synced and renamed. The folder of what can be made again."""
 
 import contextlib
 import errno
@@ -8,6 +8,12 @@ import os
 import pathlib
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def cache_folder():
+    """Returns the folder of corpora that are prepared once: $MINIDISTIL_CACHE, or data/cache in this checkout."""
+    here = pathlib.Path(__file__).resolve().parent.parent / "data" / "cache"
+    return pathlib.Path(os.environ.get("MINIDISTIL_CACHE") or here).expanduser()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import pathlib
 import re
 
 from minidistil.errors import UserError
-from minidistil.weights import weight_files
+from minidistil.weights import no_config, weight_files
 
 DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
@@ -32,9 +32,11 @@ def resolve(name):
             raise UserError(f"the demo model is not in {DEMO}: get the whole repository, or name another model")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"the folder {folder} has no config.json: give the folder of a model")
+            raise no_config(folder)
         return folder
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+    if folder.exists():
+        raise UserError(f"{name} is a file: give the folder of a model, such as {folder.parent}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
         raise UserError(f"{name} is neither a folder nor the name of a model: give an existing folder, or `demo`")
     looked = []
     for known in _names(name):

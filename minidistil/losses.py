@@ -43,14 +43,14 @@ class Objective:
         return bool(self.alpha_ce or self.alpha_mse)
 
     @property
-    def needs_teacher(self):
-        return self.on_logits or bool(self.alpha_cos)
+    def terms(self):
+        """Names of the terms that are computed."""
+        parts = {"kl": self.on_logits, "ce": self.alpha_mlm, "cos": self.alpha_cos, "mse": self.alpha_mse}
+        return [name for name, computed in parts.items() if computed]
 
     @property
-    def computed(self):
-        """Names of the terms that `distillation_loss` computes; the others are 0."""
-        given = {"kl": self.on_logits, "ce": self.alpha_mlm, "cos": self.alpha_cos, "mse": self.alpha_mse}
-        return [name for name, whether in given.items() if whether]
+    def needs_teacher(self):
+        return self.on_logits or bool(self.alpha_cos)
 
 
 @dataclasses.dataclass(frozen=True)

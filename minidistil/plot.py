@@ -18,7 +18,7 @@ BLUE, RED, GREEN, PINK, ORANGE, SKY, GREY = PALETTE = (  # told apart by the col
 )  # fmt: skip
 INK = "#24292f"
 COLOURS = {  # of what is in several pictures; anything else takes what is left of the palette
-    "ours": BLUE, "ours, all rows": BLUE, "distilled": BLUE, "student": BLUE, "ours, masked rows": GREEN,
+    "ours": BLUE, "ours, all rows": BLUE, "distilled": BLUE, "student": BLUE, "model": BLUE, "ours, masked rows": GREEN,
     "ours, int8": GREEN, "ours, unpadded rows": SKY, "ours, all rows, no kernels": SKY, "torch.compile": ORANGE,
     "transformers": ORANGE, "eager": GREY, "original's way": GREY, "teacher": GREY, "Liger": PINK,
 }  # fmt: skip

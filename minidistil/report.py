@@ -41,7 +41,7 @@ class RunReport:
     def updated(self, loss, terms, lr, norm):
         """Logs an update and prints a line where one is due; terms that the objective lacks are left out."""
         progress = self.progress
-        terms = {"loss": loss, **{name: terms[name] for name in self.objective.computed}}
+        terms = {"loss": loss, **{name: terms[name] for name in self.objective.terms}}
         cost = {name: value for name, value in self.cost().items() if not name.startswith("published")}
         speed, memory = round(progress.tokens_per_second, 1), round(peak_mib(self.device), 1)
         self.run.log({

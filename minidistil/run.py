@@ -139,13 +139,19 @@ class Run:
 
 
 def read_metrics(path):
-    """Returns the records of a metrics.jsonl; a crash may have truncated the last line."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """Returns the records of a metrics.jsonl, {"step", ...}; a crash may have cut the last, which is dropped.
+
+    Raises UserError for damage before the last line.
+    """
+    records, lines = [], path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except ValueError:
-            break
+            records[-1]["step"] + 0  # TypeError where it is no number
+        except (ValueError, TypeError, LookupError, RecursionError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: it is no record of an update: remove that line") from None
+            return records[: number - 1]
     return records
 
 
@@ -153,13 +159,13 @@ def draw_curve(path, history, teacher_metrics):
     """Draws the training loss and the held-out metrics of a run; the former as a running mean over 2 % of it."""
     updates = [m for m in history if "loss" in m]
     held_out = [m for m in history if "held_out" in m]
-    training = {name: [(m["step"], m[name]) for m in updates if name in m] for name in ("loss", "kl", "ce")}
-    training = {name: line for name, line in training.items() if line}
+    names = [name for name in ("loss", "kl", "ce") if updates and name in updates[-1]]
+    training = {name: [(m["step"], m[name]) for m in updates if name in m] for name in names}
     window = max(1, len(updates) // 50)
     unit = f"nats, mean of {window} updates" if window > 1 else "nats"
 
     def evaluated(title, unit, metric, form=plot.NUMBER):
-        student = {"student": [(m["step"], m["held_out"][metric]) for m in held_out]}
+        student = {"student" if teacher_metrics else "model": [(m["step"], m["held_out"][metric]) for m in held_out]}
         teacher = teacher_metrics and ("teacher", teacher_metrics[metric])
         return plot.lines(title, unit, student, teacher, form=form)
 

@@ -69,7 +69,8 @@ def _parse_header(header, data_size):
     if not header.startswith(b"{"):
         raise ValueError("the header is not a JSON object")
     header = parse_json(header)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null, as some writers have it
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ does not map strings to strings")
     entries = {}

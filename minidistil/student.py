@@ -72,7 +72,7 @@ def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout
         elif teacher:
             config = teacher.config.student(len(parse_layers(layers, teacher.config.layers)))
         else:
-            raise UserError("a student without a teacher needs a shape: add --student-config or --student-init")
+            raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
         student = MaskedLM(config, seed=seed)
     else:
         if layers:

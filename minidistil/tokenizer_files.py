@@ -45,7 +45,7 @@ def _read_json(path):
         return {}
     try:
         value = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: fetch it again")
@@ -98,34 +98,47 @@ def _read_tokenizer_json(path, data):
         ("normalizer", "clean_text", True),
         ("pre_tokenizer", "type", "BertPreTokenizer"),
     ):
-        found = (data.get(section) or {}).get(key)
+        found = data[section].get(key) if isinstance(data.get(section), dict) else None
         if found is None and (section, key) == ("model", "type"):
             continue  # early files omit it
         if found != expected:
             raise UserError(f"{path}: {section}.{key} is {found!r}, in BERT {expected!r}: use a BERT model's tokenizer")
     ids = data["model"].get("vocab")
-    if not isinstance(ids, dict):
-        raise UserError(f"{path} holds no vocabulary: fetch it again")
-    normalizer = data["normalizer"]
+    if not isinstance(ids, dict) or not all(type(i) is int for i in ids.values()):
+        raise UserError(f"{path} holds no vocabulary of words and ids: fetch it again")
+    for token in ids:
+        if re.search("[\n\r\ud800-\udfff]|[ \t]$", token):
+            raise UserError(f"{path}: a vocab.txt cannot hold the entry {token!r}: use a BERT model's tokenizer")
     names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
-    return ids, {ours: normalizer[theirs] for theirs, ours in names.items() if normalizer.get(theirs) is not None}
+    return ids, _switches(path, data["normalizer"], names)
 
 
 def _read_tokenizer_config(path, config):
     """The settings of a tokenizer_config.json."""
-    settings = {}
     names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "chinese"}
-    for theirs, ours in names.items():
-        if theirs in config:
-            if config[theirs] not in (True, False):
-                raise UserError(f"{path}: {theirs} is {config[theirs]!r}: make it true or false")
-            settings[ours] = config[theirs]
+    settings = _switches(path, config, names)
     length = config.get("model_max_length", config.get("max_len", 512))
-    if not isinstance(length, (int, float)) or length < 1:
+    if type(length) not in (int, float) or not length >= 1:
         raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
     if length < 1e9:  # transformers writes 1e30 for "unknown"
         settings["max_length"] = int(length)
     return settings
+
+
+def _switches(path, values, names):
+    """Returns {ours: bool} for names {theirs: ours} that `values` has; raises UserError where one is no bool."""
+    found = {ours: (theirs, values[theirs]) for theirs, ours in names.items() if values.get(theirs) is not None}
+    for theirs, value in found.values():
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {theirs} is {value!r}: make it true or false")
+    return {ours: value for ours, (_, value) in found.items()}
+
+
+def _list(path, key, values):
+    """Returns a list or the values of an object; raises UserError for anything else that `key` may hold."""
+    if values and not isinstance(values, (list, dict)):
+        raise UserError(f"{path}: {key} is {values!r}, which is no list of tokens: fetch it again")
+    return list(values.values()) if isinstance(values, dict) else values or []
 
 
 def _read_added_tokens(folder, vocab, data, config, in_config):
@@ -136,9 +149,12 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
     a token. Raises UserError where a token would have another id than its file says.
     """
     path, json_path, legacy = (folder / n for n in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"))
-    in_json = [(json_path, token.get("id"), token) for token in data.get("added_tokens") or []]
+    in_json = _list(json_path, "added_tokens", data.get("added_tokens"))
+    in_json = [(json_path, token.get("id") if isinstance(token, dict) else None, token) for token in in_json]
     if (config_lists := config.get("added_tokens_decoder")) is not None:
         named = _named_tokens(path, config, {})
+        if not isinstance(config_lists, dict):
+            raise UserError(f"{path}: added_tokens_decoder is {config_lists!r}, no object of tokens: fetch it again")
         numbered = [(path, i, token) for i, token in config_lists.items()]
         numbered = numbered if in_config else in_json + numbered
     else:
@@ -171,10 +187,9 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
 
 
 def _id(path, i):
-    try:
-        return int(i)
-    except (TypeError, ValueError):
-        raise UserError(f"{path} adds a token with the id {i!r}, which is no number: fetch it again") from None
+    if type(i) not in (int, str) or not re.fullmatch("[0-9]{1,9}", str(i)):
+        raise UserError(f"{path} adds a token with the id {i!r}, which is no number: fetch it again")
+    return int(i)
 
 
 def _named_tokens(path, config, special_map):
@@ -188,9 +203,8 @@ def _named_tokens(path, config, special_map):
                 raise UserError(f"{path}: {key} is {token.content!r}, in BERT {wanted!r}: use a BERT model's tokenizer")
             named.append(token)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    for value in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):
-        values = value.values() if isinstance(value, dict) else value or []
-        named += [_added_token(path, value) for value in values]
+    for values in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):
+        named += [_added_token(path, value) for value in _list(path, "extra_special_tokens", values)]
     return named
 
 
@@ -199,9 +213,8 @@ def _added_token(path, value):
     value = {"content": value} if isinstance(value, str) else value
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise UserError(f"{path} adds {value!r}, which is no token: fetch it again")
-    names = [field.name for field in dataclasses.fields(AddedToken)]
-    flags = {name: value[name] for name in names if value.get(name) is not None}
-    return AddedToken(**{"normalized": not flags.get("special", True)} | flags)
+    flags = _switches(path, value, {field.name: field.name for field in dataclasses.fields(AddedToken)[1:]})
+    return AddedToken(value["content"], **{"normalized": not flags.get("special", True)} | flags)
 
 
 def added_tokens_json(tokenizer):

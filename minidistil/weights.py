@@ -108,12 +108,12 @@ def read_config(place):
     if not path.is_file():
         path = path / "config.json"
     if not path.is_file():
-        raise UserError(f"{place} has no config.json: give the folder of a model")
+        raise no_config(place)
     values = read_json(path)
     family = _family(path, values)
-    for key, supported in (*SUPPORTED, *FAMILIES[family].config_only):
-        if values.get(key, supported) not in (supported, None):
-            raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {supported!r}")
+    for key, *supported in (*SUPPORTED, *FAMILIES[family].config_only):
+        if values.get(key) not in (*supported, None):
+            raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {supported[0]!r}")
     numbers = {"family": family}
     for ours, theirs in FAMILIES[family].config_keys.items():
         if values.get(theirs) is not None:
@@ -129,6 +129,23 @@ def read_config(place):
     if config.pad_id >= config.vocab_size:
         raise UserError(f"{path}: pad_token_id is {config.pad_id}, beyond the {config.vocab_size} words: correct it")
     return config
+
+
+def no_config(place):
+    """Returns the UserError for a folder without config.json; it says what the folder seems to be."""
+    place, way = pathlib.Path(place), "give the folder of a model"
+    inside = [path.parent for path in sorted(place.glob("*/config.json")) if _holds_weights(path.parent)]
+    if (place / "bert_config.json").is_file() and _holds_weights(place):
+        way = "rename its bert_config.json to config.json"
+    elif (place / "bert_config.json").is_file():
+        way = "it is a TensorFlow release of BERT: give a folder with the same model's weights for PyTorch"
+    elif inside:  # as sentence-transformers keeps a model
+        way = f"give {inside[0]}"
+    return UserError(f"{place} has no config.json: {way}")
+
+
+def _holds_weights(folder):
+    return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
 def _family(path, values):

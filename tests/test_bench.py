@@ -1,7 +1,9 @@
 """bench.py runs end to end on small shapes, keeps its contract, and its baseline minimises what the program does."""
 
+import collections
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from pictures import svg_texts
 import bench
 from benches import RESULTS, ROOT, kernels, prepare, step
 from benches.kernel_cases import CASES as KERNEL_CASES
-from benches.report import Report, attempt
+from benches.report import Report, attempt, fitted
 from data import docstrings
 from kernels import cosine, dropout, layer_norm, linear_distill_kl
 from minidistil import distiller, weights
@@ -34,6 +36,18 @@ def run(case, out, capsys):
     assert set(report) == {"device", "versions", "results"}
     assert json.loads((out / f"{case}.json").read_text())["results"] == report["results"]
     return report["results"]
+
+
+@pytest.mark.parametrize("name", bench.README)
+def test_printed_tables_fit_the_terminal(name):
+    """Every word of the README's table is there, in lines of at most 80 columns."""
+    table = bench.CASES[name].table(bench.results_of(RESULTS, name))
+    for width in (80, 200):
+        text = fitted(table, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert collections.Counter(text.split()) == collections.Counter(re.sub(r"\|(---)?", " ", table).split())
+    text = fitted("| | a b c | d |\n|---|---|---|\n| xy | 12 | 3 |\n| failed |", 14)
+    assert text.splitlines() == ["        a b  d", "          c", "xy       12  3", "failed"]
 
 
 def test_step(tmp_path, capsys, monkeypatch):

@@ -18,6 +18,7 @@ import train
 from minidistil import cli, launcher
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
+from minidistil.model import Config, MaskedLM
 from minidistil.run import CHECKPOINT, load_checkpoint, read_metrics
 from minidistil.safetensors import read_safetensors
 
@@ -190,9 +191,16 @@ def test_rank_0_alone_speaks_and_writes(two):
     updates = [line for line in lines if re.match(r"\d+/5  loss", line)]
     assert 0 < len(updates) == len(set(updates))
     assert sum(line.startswith("{") for line in lines) == 1
+    assert "Warning: " not in done.stderr, done.stderr  # on any rank
     summary = json.loads(lines[-1])
     assert summary["tokens"] == STEPS * 2 * 2 * 4 * 32 and summary["out"] == str(out)
     assert "5 updates of 2 ranks x 2 x 4 x 32" in done.stdout
+
+
+def test_no_buffers():
+    """Ranks exchange gradients only: all else that a model computes with is a parameter."""
+    config = Config(vocab_size=11, positions=5, layers=1, heads=1, width=4, mlp_width=4)
+    assert not [*MaskedLM(config).buffers()] and not [*MaskedLM(config.student(1)).buffers()]
 
 
 def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):

@@ -316,6 +316,8 @@ def long_model(tiny):
     (dict(alpha_ce=-1.0), "--alpha-ce is -1.0: it must not be negative"),
     (dict(augment=-1), "--augment is -1: it must not be negative"),
     (dict(warmup=2.0), "--warmup is 2.0"),
+    (dict(seed=-1), "--seed is -1: it must be a whole number from 0 to 9223372036854775807"),
+    (dict(seed=2**63 - 2, seeds=3), "from 0 to 9223372036854775805"),
     (dict(seq_len=4), "--seq-len is 4"),
     (dict(seq_len=64, task="sst2", words="x"), "--words is for --model bilstm"),
     (dict(model="bilstm"), "--model bilstm needs word vectors"),

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import bench
-import train
 from benches.gpu import Settings, day, prepare, run, smoke, steps, sweeps, targets, variants
 from benches.gpu.day import FIRST, SECOND, SKIPPED, SWEEPS, Day, Stage, flat
 from benches.gpu.summary import summary, verdict
@@ -249,7 +248,7 @@ def test_nothing_measured(tmp_path):
 
 def test_prepare(tmp_path, monkeypatch, capsys):
     """The corpora, Liger's wheel and the revision; the commands name their folders and a limit beyond the budget."""
-    monkeypatch.setattr(train, "ROOT", tmp_path)
+    monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "elsewhere"))  # does not travel
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     monkeypatch.setattr(prepare, "FOLDER", tmp_path / "data" / "cache" / "gpu-day")
     monkeypatch.setattr(prepare, "WORDS", 40_000)

@@ -53,7 +53,7 @@ def imports(module):
 
 GRAPH = {module: imports(module) for module in MODULES}
 
-# what each layer may import besides its own modules; data.prepare is the one module that train.py runs for a corpus
+# what each layer may import besides its own modules; train.py runs data.cached for the docs corpus
 ALLOWED = {
     "kernels": set(),
     "minidistil": {"kernels"},

@@ -116,6 +116,20 @@ def test_the_likeliest_are_those_of_the_fill_mask_pipeline(capsys, assets):
             assert [p for _, p in ours] == pytest.approx([guess["score"] for guess in blank], abs=1e-6, rel=1e-4)
 
 
+def test_temperature_0_is_greedy(capsys, student):
+    """The likeliest word has all probability; the order of the others is that of any other temperature."""
+    warm, greedy = (
+        answer(capsys, PROMPTS[1], "--model", student, "-k", len(VOCAB), "--temperature", temperature)["predictions"]
+        for temperature in (1, 0)
+    )
+    for one, other in zip(warm["student"], greedy["student"], strict=True):
+        assert [token for token, _ in one] == [token for token, _ in other]
+        assert [p for _, p in other] == [1] + [0] * (len(VOCAB) - 1)
+    assert "(temperature 0)" in output(capsys, PROMPTS[1], "--model", student, "--temperature", 0, "-k", 3)
+    ties = torch.tensor([[1.0, 3.0, 3.0]], dtype=torch.float64)
+    assert [p for _, p in sample.likeliest(ties, 3, 0.0, "abc")[0]] == [0.5, 0.5, 0]
+
+
 def test_no_temperature_overflows(capsys, student):
     one_hot = answer(capsys, PROMPTS[0], "--model", student, "-k", 3, "--temperature", "1e-310")
     assert [p for _, p in one_hot["predictions"]["student"]] == [1, 0, 0]
@@ -290,8 +304,8 @@ def test_rows_without_a_word_are_never_shown(tmp_path, capsys, teacher):
     ("the [mask]", [], "no [MASK]: write [MASK] in capitals"),
     ("[MASK]", ["-k", 0], "-k is 0: it must be at least 1"),
     ("[MASK]", ["-k", len(VOCAB) + 1], f"the vocabulary has {len(VOCAB)} words: use -k {len(VOCAB)} or less"),
-    ("[MASK]", ["--temperature", 0], "--temperature is 0.0: it must be greater than 0"),
-    ("[MASK]", ["--temperature", "nan"], "--temperature is nan: it must be greater than 0"),
+    ("[MASK]", ["--temperature", -1], "--temperature is -1.0: it must be 0 or more"),
+    ("[MASK]", ["--temperature", "nan"], "--temperature is nan: it must be 0 or more"),
     ("[MASK]", ["--temperature", "inf"], "--temperature is inf: it must be"),
     ("the " * 14 + "[MASK]", [], "the prompt is 17 tokens long, the student reads 16: shorten it"),
     ("[MASK]", ["--teacher", "other"], "student and teacher have different vocabularies"),

@@ -21,7 +21,8 @@ from same_layers import assert_same_layers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
-from minidistil import distiller, run, weights
+from data import docstrings
+from minidistil import distiller, files, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.device import cast_products
 from minidistil.errors import UserError
@@ -29,6 +30,7 @@ from minidistil.folder import CHECKPOINT
 from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM, num_params
 from minidistil.progress import lr_at
+from minidistil.report import format_metrics
 from minidistil.run import load_checkpoint, read_metrics
 from minidistil.safetensors import read_safetensors
 from minidistil.student import set_dropout, student_layers
@@ -121,6 +123,7 @@ def test_rows_without_a_word_change_nothing(tiny, tmp_path, capsys, changes, ini
     plain, found = (run.read_metrics(tmp_path / out / "metrics.jsonl") for out in ("plain", "wide"))
     for a, b in zip(plain, found, strict=True):
         assert a.get("held_out", {}) == pytest.approx(b.get("held_out", {}), rel=1e-5)
+        assert a.keys() == b.keys()
         for name in ("loss", "kl", "ce", "cos", "mse", "grad_norm"):
             assert a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-5, abs=1e-6)
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "wide")
@@ -598,6 +601,64 @@ def refused(arguments, contains):
     done = call([sys.executable, str(ROOT / "train.py"), *map(str, arguments)])
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: "), (done.returncode, done.stderr)
     assert done.stderr.count("\n") == 1 and contains in done.stderr, done.stderr
+
+
+def test_the_docs_corpus_goes_where_the_environment_says(tiny, tmp_path, monkeypatch):
+    """A read-only checkout is one line that names the variable."""
+    found = docstrings.python_files()[:60]
+    monkeypatch.setattr(docstrings, "python_files", lambda: found)
+    folder = tiny / "teacher"
+    tokenizer, none = Tokenizer.load(folder), settings(tiny, tmp_path / "out", data=None, teacher="none")
+    monkeypatch.delenv("MINIDISTIL_CACHE", raising=False)
+    assert files.cache_folder() == ROOT / "data" / "cache"
+    (tmp_path / "file").write_text("")  # nobody, root included, can make a folder in it
+    monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot be written to .*: set MINIDISTIL_CACHE to a folder that you may"):
+        train.open_corpus(none, tokenizer, folder)
+    monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "cache"))
+    corpus = train.open_corpus(none, tokenizer, folder)
+    assert corpus.folder.parent == tmp_path / "cache"
+    before = corpus.meta["meta_sha256"]
+    monkeypatch.setattr(docstrings, "python_files", lambda: [])
+    assert train.open_corpus(none, tokenizer, folder).meta["meta_sha256"] == before  # prepared once
+
+
+@pytest.mark.parametrize("changes, terms", [
+    (dict(), {"kl", "ce", "cos"}),
+    (dict(alpha_ce=0.0, alpha_cos=0.0), {"ce"}),
+    (dict(alpha_mlm=0.0, alpha_mse=1.0), {"kl", "cos", "mse"}),
+    (dict(teacher="none", student_config="CONFIG"), {"ce"}),
+])  # fmt: skip
+def test_terms_that_were_not_computed_are_not_logged(changes, terms, tiny, tmp_path, capsys):
+    """Nor is a student spoken of where there is no teacher."""
+    config = str(tiny / "teacher" / "config.json")
+    changes = {name: config if value == "CONFIG" else value for name, value in changes.items()}
+    train.train(settings(tiny, tmp_path / "out", steps=2, student_layers=None, **changes))
+    updates = [m for m in run.read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in m]
+    assert len(updates) == 2
+    for record in updates:
+        assert record.keys() & {"kl", "ce", "cos", "mse"} == terms and all(record[name] > 0 for name in terms)
+    printed, names = capsys.readouterr().out, svg_texts(tmp_path / "out" / "curve.svg")
+    alone = "teacher" in changes
+    assert ("student" in printed.replace(str(tmp_path), "")) != alone and ("student" in names) != alone
+    assert ("held-out, model after 2: mlm_loss" in printed) == alone
+
+
+def test_a_metric_that_is_0_is_shown(capsys):
+    assert format_metrics({"kl": 0.0, "top1": 0.25}) == "kl 0  top1 0.25"
+
+
+def test_seeds_are_refused_or_different(tiny, tmp_path):
+    """A negative seed would be another one's equal, as would one of more than 64 bits."""
+    for seed in (-1, 2**63, 2**64, 10**30):
+        with pytest.raises(UserError, match=f"--seed is {seed}: it must be a whole number from 0 to 92233720368547758"):
+            train.train(settings(tiny, tmp_path / "out", seed=seed))
+    losses = set()
+    for seed in (0, 2**32, 2**63 - 1):
+        out = tmp_path / str(seed)
+        train.train(settings(tiny, out, seed=seed, steps=1, student_init="random", dropout=0.1))
+        losses.add(run.read_metrics(out / "metrics.jsonl")[-1]["held_out"]["mlm_loss"])
+    assert len(losses) == 3
 
 
 def test_wrong_command_line():

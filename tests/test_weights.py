@@ -15,6 +15,7 @@ import torch
 from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
+from minidistil.hub import resolve
 from minidistil.model import BERT_BASE, Config, MaskedLM, num_params
 from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.student import student_from_teacher, student_layers
@@ -695,6 +696,51 @@ def test_damaged_configs_are_refused(folder, text):
 def test_json_has_no_nan_even_where_nobody_looks(folder):
     edited(folder, temperature=float("nan"))
     refused(lambda: read_config(folder), "config.json", "NaN")
+
+
+def test_gelu_python_is_gelu(folder):
+    edited(folder, hidden_act="gelu_python")
+    assert read_config(folder) == BERT
+    ids = torch.tensor([[1, 2, 3]])
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    assert theirs.config.hidden_act == "gelu_python"
+    torch.testing.assert_close(load_model(folder)(ids), theirs(ids).last_hidden_state, rtol=0, atol=1e-5)
+    for approximation in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "silu"):
+        edited(folder, hidden_act=approximation)
+        refused(lambda: load_model(folder), f"hidden_act is '{approximation}'", "use a model with 'gelu'")
+
+
+def test_null_metadata_is_none(folder):
+    header = {"__metadata__": None, "a": entry(shape=[], offsets=[0, 4])}
+    (folder / "x.safetensors").write_bytes(file_of(json.dumps(header).encode(), struct.pack("<f", 1.5)))
+    assert read_safetensors(folder / "x.safetensors") == ({"a": torch.tensor(1.5)}, {})
+    assert pytest.importorskip("safetensors.torch").load_file(folder / "x.safetensors") == {"a": torch.tensor(1.5)}
+
+
+def test_a_folder_that_is_no_model_says_what_to_give(tmp_path):
+    """Old names, TensorFlow's release, sentence-transformers' folder, a vocabulary alone, a file."""
+    inner = tmp_path / "sentences" / "0_Transformer"
+    save_model(inner, random_model(BERT))
+    (inner.with_name("1_Pooling")).mkdir()
+    (inner.with_name("1_Pooling") / "config.json").write_text('{"pooling_mode_cls_token": false}')
+    (inner.with_name("modules.json")).write_text("[]")
+    refused(lambda: resolve(str(inner.parent)), "sentences has no config.json", f"give {inner}")
+    assert resolve(str(inner)) == inner
+    refused(lambda: resolve(str(inner / "model.safetensors")), "is a file", f"such as {inner}")
+    old = tmp_path / "old"
+    shutil.copytree(inner, old)
+    (old / "config.json").rename(old / "bert_config.json")
+    refused(lambda: resolve(str(old)), "rename its bert_config.json to config.json")
+    (old / "bert_config.json").rename(old / "config.json")
+    load_model(resolve(str(old)))
+    google = tmp_path / "google"
+    google.mkdir()
+    for name in ("bert_config.json", "vocab.txt", "bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"):
+        (google / name).write_text("{}")
+    refused(lambda: resolve(str(google)), "google has no config.json", "TensorFlow")
+    (google / "bert_config.json").unlink()
+    refused(lambda: resolve(str(google)), "give the folder of a model")
 
 
 def test_missing_config_is_named(tmp_path):

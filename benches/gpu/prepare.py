@@ -1,6 +1,7 @@
 """What a GPU day needs beside a checkout: the corpora, the revision where git is not, and Liger's wheel."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def commands(folders):
 def main():
     from minidistil.device import versions
 
+    os.environ["MINIDISTIL_CACHE"] = str(FOLDER.parent)  # what travels lies in the checkout
     FOLDER.mkdir(parents=True, exist_ok=True)
     corpus, docs = make_corpora()
     fetch_liger()
