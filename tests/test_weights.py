@@ -153,7 +153,6 @@ BAD_FILES = {
     "doubled metadata": file_of(b'{"__metadata__":{"a":"b","a":"b"}}'),
     "metadata of numbers": file_of({"__metadata__": {"a": 1}}),
     "metadata list": file_of({"__metadata__": []}),
-    "metadata null": file_of({"__metadata__": None}),
     "entry null": file_of({"a": None}),
     "entry list": file_of({"a": ["F32", [1], [0, 4]]}, b"\0" * 4),
     "no shape": file_of({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"\0" * 4),
