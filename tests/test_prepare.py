@@ -367,8 +367,11 @@ def test_encodings(tmp_path):
     for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig", "UTF8"):
         (tmp_path / "x.txt").write_text(f"a cat\n{LATIN}\n", encoding=encoding)
         assert texts_of(tmp_path / "x.txt", encoding=encoding) == ["a cat", LATIN]
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfea\0b")
+    with pytest.raises(UserError, match="x.txt is not in utf-16"):
+        texts_of(tmp_path / "x.txt", encoding="utf-16")
     (tmp_path / "x.txt").write_bytes(b"a\xff\n")
-    for encoding, message in (("utf-16", "x.txt is not in utf-16"), ("nonsense", "not known"), ("base64", "not known")):
+    for encoding, message in (("utf-16", "x.txt has no byte-order mark: give --encoding utf-16-le or"), ("nonsense", "not known"), ("base64", "not known")):
         with pytest.raises(UserError, match=message):
             texts_of(tmp_path / "x.txt", encoding=encoding)
     done = run(tmp_path / "x.txt", "--vocab", "demo", "--out", tmp_path / "o", "--encoding", "ascii")
@@ -928,16 +931,16 @@ def test_errors_of_workers_arrive_in_order():
         list(ordered_map(2, functools.partial, (os._exit,), [3, 3, 3]))
 
 
-@pytest.mark.parametrize("line_length", [1_000, 20_000_000], ids=["lines", "one line"])
+@pytest.mark.parametrize("line_length", [1_000, 80_000_000], ids=["lines", "one line"])
 def test_memory_does_not_grow_with_the_text(tmp_path, line_length):
-    """80 MB of text, or a line of 20 MB, is read in less memory than that."""
+    """80 MB of text, or a line of 80 MB, is read in a little more memory than a few documents take."""
     words = ["internationalization", "nationalizations", "antidisestablishmentarianism"]
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
     line = (" ".join(words) + " ") * (line_length // 67) + "\n"
     with open(tmp_path / "text.txt", "w") as file:
-        for i in range(max(2, 80_000_000 // line_length) if line_length < 10_000_000 else 2):
+        for i in range(80_000_000 // line_length):
             file.write(words[i % 2] + " " + line)
     result = run(tmp_path / "text.txt", "--vocab", tmp_path / "vocab.txt", "--out", tmp_path / "out", "--workers", 2)
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert summary["peak_rss_mib"] < (100 if line_length == 1_000 else 220), summary
+    assert summary["peak_rss_mib"] < (100 if line_length == 1_000 else 160), summary
