@@ -371,7 +371,8 @@ def test_encodings(tmp_path):
     with pytest.raises(UserError, match="x.txt is not in utf-16"):
         texts_of(tmp_path / "x.txt", encoding="utf-16")
     (tmp_path / "x.txt").write_bytes(b"a\xff\n")
-    for encoding, message in (("utf-16", "x.txt has no byte-order mark: give --encoding utf-16-le or"), ("nonsense", "not known"), ("base64", "not known")):
+    marked = "x.txt has no byte-order mark: give --encoding utf-16-le or utf-16-be"
+    for encoding, message in (("utf-16", marked), ("nonsense", "not known"), ("base64", "not known")):
         with pytest.raises(UserError, match=message):
             texts_of(tmp_path / "x.txt", encoding=encoding)
     done = run(tmp_path / "x.txt", "--vocab", "demo", "--out", tmp_path / "o", "--encoding", "ascii")
@@ -706,11 +707,17 @@ def test_wiki_markup_becomes_text():
     [
         ("{{formatnum:3456}} people, {{FORMATNUM:-10}}&nbsp;degrees", "3456 people, -10 degrees"),
         ("{{formatnum:{{num|1234.5}}|R}} and {{formatnum|7}}", "1234.5 and 7"),
-        ("{{convert|5|km|mi|abbr=on}}, {{cvt|2|-|3|ft}}, {{convert|3|x|4|m}}", "5 km, 2 to 3 ft, 3 by 4 m"),
+        ("{{convert|5|km|mi|abbr=on}}, {{cvt|2|-|3|ft}}, {{convert|3|x|4|m}}", "5 km, 2–3 ft, 3 by 4 m"),
         ("{{nowrap|10 {{small|of [[ten|10]]}}}}, {{nowrap|1=a = b}}", "10 of 10, a = b"),
-        ("{{quote|To be {{!}} not|Hamlet}} {{Blockquote|text=I came.|author=Caesar}}", "To be not I came."),
+        (
+            "{{quote|To be {{!}} not|Hamlet}} {{Blockquote|text=I came.|author=Caesar}}",
+            "To be | not\n— Hamlet\nI came.\n— Caesar",
+        ),
         ("the {{abbr|UN|United Nations}}, {{tooltip|here|there}}", "the UN, here"),
-        ("{{lang|fr|bon mot}}, {{lang-de|Wort}}, {{langx|it|parola|a word}}", "bon mot, Wort, parola"),
+        (
+            "{{lang|fr|bon mot}}, {{lang-de|Wort}}, {{langx|it|parola|a word}}",
+            "bon mot, German: Wort, Italian: parola, lit. 'a word'",
+        ),
         ("{{frac|1|2}}, {{frac|3|1|2}}, {{sfrac|2}}, {{half}}", "1/2, 3 1/2, 1/2, 1/2"),
         (
             "{{val|3.5|u=kg}}, {{US$|20}}, {{circa|1066}}, {{As of|2010}}, 5{{times}}6, 1{{spaced_ndash}}2",
@@ -761,6 +768,7 @@ def test_wikipedia_dump(tmp_path, vocab):
     documents = some_documents(4000, seed=5)
     pages = [page("Page", f"'''{text}'''\n[[Datei:x|thumb|y]]\n[[Kategorie:x]]") for text in documents]
     pages.insert(1, page("Old name", "#REDIRECT [[Rome]]", extra='    <redirect title="Rome" />\n'))
+    pages.insert(2, page("Older name", "#redirect [[Rome]] {{R from move}}"))  # marked in its text alone
     pages.insert(2, page("Talk:Rome", "the discussion", namespace=1))
     pages.insert(3, page("Nothing", "{{delete}}"))
     dump = tmp_path / "dump.xml.bz2"
