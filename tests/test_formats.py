@@ -117,6 +117,15 @@ def test_a_long_paragraph_is_cut_between_lines(tmp_path):
     assert cuts_of(tmp_path / "x.txt") == 1
 
 
+def test_a_long_line_of_a_paragraph(tmp_path, long_text):
+    (tmp_path / "x.txt").write_text(
+        "one\n\ntwo\n\n" * 30_000 + f"first\n{long_text}\nlast\n\nthree\n", encoding="utf-8"
+    )
+    found = texts_of(tmp_path / "x.txt")[60_000:]
+    assert " ".join(found).split() == f"first {long_text} last three".split()
+    assert cuts_of(tmp_path / "x.txt") == len(found) - 2 and found[-1] == "three" and found[-2].endswith("\nlast")
+
+
 @pytest.mark.parametrize("script", ["prepare.py", "vocab.py"])
 def test_cuts_are_said(tmp_path, long_text, script):
     """In one line of output and in meta.json; any number of workers gives the same."""
@@ -227,7 +236,7 @@ MARK = "\ufeff"
 )
 def test_odd_files_are_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
-    assert texts_of(tmp_path / name) == ["a" * 300_000 + " cat", *LINES[1:]] if "aaaa" in content else LINES
+    assert texts_of(tmp_path / name) == [LINES[0].replace("a", "a" * 300_000, "aaa" in content), *LINES[1:]]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +258,7 @@ def test_odd_files_are_read(tmp_path, name, content):
         ("x.txt", (TEXT * 9999 + "a\0b\n" + TEXT).encode(), {}, r"\(1 NUL bytes, the first in line 29,998\)"),
         ("x.txt", bytes(range(256)) * 999, {}, "not UTF-8 text"),
         ("x.txt", (TEXT * 9999).encode() + "\u00e9".encode()[:1], {}, r"\(1 wrong bytes, the first in line 29,998\)"),
+        ("x.ndjson", b'{"body": "a"}\n', {}, "x.ndjson, line 1 has no field 'text', only body"),
         ("x.xml.bz2", b"<a>", {}, "is not text .*name a dump of Wikipedia as wikipedia:PATH"),
         ("x.xhtml", b"<p>", {}, "is not text"),
         ("x.tar.txt.gz", b"no gzip", {}, "is damaged"),
