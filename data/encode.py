@@ -16,7 +16,7 @@ def token_dtype(vocab_size):
 
 
 def encoder(tokenizer):
-    """Returns the function from a Batch to (hashes, tokens, bytes: (n,) each; ids of all documents, as bytes).
+    """Returns the function from a Batch to (hashes, tokens, bytes: (n,) each; ids of all documents, as bytes; cuts).
 
     Documents without tokens, such as blank lines, are skipped.
     """
@@ -25,7 +25,8 @@ def encoder(tokenizer):
 
     def encode(batch):
         hashes, sizes, ids = [], [], []
-        for text in map(str.strip, batch.read(batch.payload)):
+        texts, cuts = batch.documents()
+        for text in texts:
             document = tokenizer.encode_documents([text] if spaced else pieces(text))
             if len(document) == 0:
                 continue
@@ -37,7 +38,7 @@ def encoder(tokenizer):
             sizes.append(len(data))
         tokens = np.array([len(document) for document in ids], np.int64)
         joined = np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="same_kind")
-        return np.array(hashes, np.uint64), tokens, np.array(sizes, np.int64), joined.tobytes()
+        return np.array(hashes, np.uint64), tokens, np.array(sizes, np.int64), joined.tobytes(), cuts
 
     return encode
 

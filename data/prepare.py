@@ -7,6 +7,8 @@ The output folder holds train.bin and val.bin (token ids, each document followed
 uint32 for more than 65,536 tokens), counts.npy ((V,) int64, how often train.bin holds each id), the tokenizer's files
 and meta.json with hashes of all of them. The folder is written atomically.
 
+A document is a line of text; or what stands between blank lines, if one line in a hundred is blank; or one value of
+--field in a table or JSON file; or an article of Wikipedia. One of more than 4 MiB is cut at white space into several.
 The hash of its text decides whether a document is held out, so equal texts are always in the same split.
 """
 
@@ -30,6 +32,7 @@ if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 from data import sources as text_sources
+from data.documents import DOCUMENT_BYTES, described_cuts
 from data.encode import HASHES, encoder, token_dtype
 from data.workers import cores, ordered_map
 from minidistil import __version__, cli, files
@@ -76,9 +79,9 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
 
     with _building(out) as folder:
         tokenizer.save(folder, "bert")
-        train, val, smallest = encode_all(int(val_share * HASHES))
+        train, val, smallest, cuts = encode_all(int(val_share * HASHES))
         if val.tokens < min(SMALLEST_VAL, 0.1 * (train.tokens + val.tokens)) or train.tokens == 0:
-            train, val, smallest = encode_all(_threshold_of_few(smallest, train.tokens + val.tokens))
+            train, val, smallest, cuts = encode_all(_threshold_of_few(smallest, train.tokens + val.tokens))
         np.save(folder / "counts.npy", train.counts)
         meta = {
             "format": 1,
@@ -91,6 +94,7 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
             "sha256": {name: files.sha256(folder / name) for name in ("train.bin", "val.bin", "counts.npy")},
             "sources": sources,
             **({"files": found} if any(found.values()) else {}),
+            **({"long documents": {"cuts": cuts, "bytes": DOCUMENT_BYTES}} if cuts else {}),
             "created by": f"minidistil {__version__}",
         }
         stored = meta["sha256"]["train.bin"], meta["sha256"]["val.bin"], Tokenizer.load(folder).digest
@@ -164,7 +168,7 @@ class _Split:
 
 
 def _encode(batches, tokenizer, threshold, workers, folder, bar):
-    """Writes both token files; returns (train, val, {hash: tokens} of the documents with the smallest hashes)."""
+    """Writes both token files; returns (train, val, {hash: tokens} of the documents with the smallest hashes, cuts)."""
     pending = collections.deque()
 
     def recorded():
@@ -172,7 +176,7 @@ def _encode(batches, tokenizer, threshold, workers, folder, bar):
             pending.append((batch.progress, batch.unique))
             yield batch
 
-    seen, smallest = set(), {}
+    seen, smallest, cuts = set(), {}, 0
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         train, val = (
@@ -180,8 +184,9 @@ def _encode(batches, tokenizer, threshold, workers, folder, bar):
             for name in ("train.bin", "val.bin")
         )
         answers = ordered_map(workers, encoder, (tokenizer,), recorded(), lambda batch: batch.weight)
-        for hashes, tokens, sizes, ids in stack.enter_context(contextlib.closing(answers)):
+        for hashes, tokens, sizes, ids, cut in stack.enter_context(contextlib.closing(answers)):
             progress, unique = pending.popleft()
+            cuts += cut
             ids = np.frombuffer(ids, train.dtype)
             keep = np.ones(len(hashes), bool)
             if unique:
@@ -195,7 +200,7 @@ def _encode(batches, tokenizer, threshold, workers, folder, bar):
             total = train.tokens + val.tokens
             bar.update(progress)
             bar.set_postfix_str(f"{total:,} tokens, {total / (time.perf_counter() - started):,.0f}/s")
-    return train, val, smallest
+    return train, val, smallest, cuts
 
 
 def _merge(smallest, hashes, tokens):
@@ -240,6 +245,8 @@ def main(argv):
     )
     if left_out := text_sources.described(meta.get("files", {"read": {}, "skipped": {}})):
         print(left_out)
+    if "long documents" in meta:
+        print(described_cuts(meta["long documents"]["cuts"]))
     seconds = time.perf_counter() - started
     summary = {
         "out": settings.out,

@@ -2,6 +2,8 @@
 
     python data/vocab.py docs --size 8192 --out runs/vocab.txt
 
+Documents are those of data/prepare.py, a long one cut in the same places; memory grows only with the distinct words.
+
 Byte-pair encoding (Sennrich et al. 2016) over the counts of words, as our tokenizer splits them before it looks for
 pieces. It learns three tenths more pieces than needed and drops those that WordPiece's greedy longest match uses least,
 which are merges that only led to longer pieces. Tokens per word of held-out `docs`, 8,192 entries, November 2026: 1.052
@@ -23,7 +25,8 @@ import sentencepiece
 import tqdm
 
 from data import sources as text_sources
-from data.encode import HASHES, document_hash
+from data.documents import described_cuts
+from data.encode import HASHES, document_hash, pieces
 from data.workers import cores, ordered_map
 from minidistil import cli, files
 from minidistil.cli import option
@@ -135,14 +138,16 @@ def words_of(tokenizer, chunk):
 
 
 def counter(tokenizer):
-    """Returns the function from a Batch to (word counts, word counts of held-out documents); runs in workers."""
+    """Returns the function from a Batch to (word counts, word counts of held-out documents, cuts); runs in workers."""
 
     def count(batch):
         sides = collections.Counter(), collections.Counter()
-        for text in batch.read(batch.payload):
-            held_out = document_hash(text.strip().encode("utf-8", "replace")) < HELD_OUT * HASHES
-            sides[held_out].update(text.split())
-        return tuple(map(words_in, sides))
+        texts, cuts = batch.documents()
+        for text in texts:
+            held_out = document_hash(text.encode("utf-8", "replace")) < HELD_OUT * HASHES
+            for piece in pieces(text):
+                sides[held_out].update(piece.split())
+        return *map(words_in, sides), cuts
 
     def words_in(chunks):
         words = collections.Counter()
@@ -155,7 +160,7 @@ def counter(tokenizer):
 
 
 def count_words(sources, tokenizer, sample_bytes, workers, field, encoding="utf-8"):
-    """Returns (word counts, word counts of held-out documents) of the first `sample_bytes` of text."""
+    """Returns (word counts, word counts of held-out documents, cuts) of the first `sample_bytes` of text."""
     size = text_sources.check(sources)
 
     def sample():
@@ -167,12 +172,13 @@ def count_words(sources, tokenizer, sample_bytes, workers, field, encoding="utf-
             if taken >= sample_bytes:
                 return
 
-    totals = collections.Counter(), collections.Counter()
+    totals, cuts = (collections.Counter(), collections.Counter()), 0
     with tqdm.tqdm(total=size or None, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for counts in ordered_map(workers, counter, (tokenizer,), sample(), lambda batch: batch.weight):
+        for *counts, cut in ordered_map(workers, counter, (tokenizer,), sample(), lambda batch: batch.weight):
+            cuts += cut
             for total, part in zip(totals, counts, strict=True):
                 total.update(part)
-    return totals
+    return *totals, cuts
 
 
 def main(argv):
@@ -183,11 +189,13 @@ def main(argv):
         raise UserError(f"{out} already exists, and models may depend on it: choose another --out")
     splitter = Tokenizer(list(SPECIAL_TOKENS.values()), lowercase=not settings.cased)
     sources = text_sources.paths_first(settings.source)
-    counts, held_out = count_words(
+    counts, held_out, cuts = count_words(
         sources, splitter, settings.sample_bytes, cores(settings.workers), settings.field, settings.encoding
     )
     if left_out := text_sources.described(text_sources.files_of(sources)):
         print(left_out)
+    if cuts:
+        print(described_cuts(cuts))
     vocab = learn(counts, settings.size, splitter)
     if out.suffix == ".txt":
         files.write_text(out, "".join(f"{token}\n" for token in vocab))

@@ -1,5 +1,11 @@
 """MediaWiki XML dump -> plain text: articles only, without redirects and without most of the markup.
 
+The text is what a reader of the page sees, with one line per paragraph, list item and heading, except that these are
+left out on purpose: tables, pictures and galleries with their captions, formulas, listings of code, footnotes and their
+marks, infoboxes, notes above and below an article, headings without text below, brackets that nothing closes, numbers
+of links without text, and what data/wiki_templates.py names.
+A power of ten keeps its mark, "10^8"; other superscripts and subscripts are plain, "H2O".
+
 The markup is parsed in one pass with a stack, so any input takes linear time, including the many unclosed brackets of
 Wikipedia.
 """
@@ -8,9 +14,11 @@ import html
 import re
 import xml.etree.ElementTree
 
+from data.wiki_templates import shown
 from minidistil.errors import UserError
 
 _NAMESPACE = re.compile(rb'<namespace key="(-2|6|14)"[^<>]*>([^<>]*)</namespace>')  # Media, File, Category
+_REDIRECT = re.compile(r"\s*#redirect\b", re.IGNORECASE)
 _DROPPED_LINKS = {"media", "file", "image", "category"}
 
 
@@ -30,7 +38,8 @@ def articles(payload):
     documents = []
     for page in root:
         if page.findtext("ns", "0") == "0" and page.find("redirect") is None:
-            documents += [plain(text.text or "", dropped) for text in page.findall("revision/text")[-1:]]
+            texts = [text.text or "" for text in page.findall("revision/text")[-1:]]
+            documents += [plain(text, dropped) for text in texts if not _REDIRECT.match(text)]
     return documents
 
 
@@ -42,7 +51,10 @@ _TOKEN = re.compile(
 )
 _OPENS = {"}}": "{{", "]]": "[[", "|}": "{|"}
 _DEEPEST = 100  # deeper nesting is noise, and its text would be copied at every level
-_EXTERNAL = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]]*[ \t]*([^\[\]\n]*)\]")
+_EXTERNAL = re.compile(r"\[(?:(?:https?:|ftp:)?//|mailto:)[^\s\[\]]*[ \t]*([^\[\]\n]*)\]")
+_LANGUAGE = re.compile(r"\s*(?:[a-z]{2,3}(?:-[a-z-]+)?|simple):\S")  # [[fr:Chat]], but not [[Up: A film]]
+_MARKUP = str.maketrans({c: f"&#{ord(c)};" for c in "'<>[]{}|=*#:;_!-"})
+_INNER = str.maketrans({c: f"&#{ord(c)};" for c in "|="})  # what would part the arguments of an outer template
 
 
 def plain(markup, dropped=frozenset(_DROPPED_LINKS)):
@@ -60,7 +72,7 @@ def _nested(markup, dropped):
     def close():
         opener, parts = frames.pop()
         depth[opener] -= 1
-        return "".join(parts)
+        return opener, "".join(parts)
 
     position = 0
     while token := _TOKEN.search(markup, position):
@@ -78,112 +90,72 @@ def _nested(markup, dropped):
                     endless.add(name)
                 else:
                     if name == "nowiki":
-                        frames[-1][1].append(markup[position : end.start()])
+                        frames[-1][1].append(markup[position : end.start()].translate(_MARKUP))
                     position = end.end()
         elif mark in depth and len(frames) < _DEEPEST:
             frames.append((mark, []))
             depth[mark] += 1
         elif mark in _OPENS and depth[_OPENS[mark]]:
             while frames[-1][0] != _OPENS[mark]:  # opened inside but never closed: plain text
-                inner = close()
+                inner = _unclosed(*close())
                 frames[-1][1].append(inner)
-            text = close()
-            shown = _link(text, dropped) if mark == "]]" else _template(text) if mark == "}}" else ""
-            frames[-1][1].append(shown)
+            text = close()[1]
+            text = _link(text, dropped) if mark == "]]" else shown(text) if mark == "}}" else ""
+            frames[-1][1].append(text.translate(_INNER) if depth["{{"] else text)
     frames[-1][1].append(markup[position:])
-    return "".join(part for _, parts in frames for part in parts)
+    return "".join(_unclosed(opener, "".join(parts)) for opener, parts in frames)
+
+
+def _unclosed(opener, text):
+    """Returns the text after a mark that nothing closes; the first line of a table is its attributes."""
+    return text.partition("\n")[2] if opener == "{|" else text
 
 
 def _link(text, dropped):
     """Returns what [[text]] shows: "cats" for [[Felidae|cats]], nothing for a file, a category or another language."""
     target, _, label = text.partition("|")
     prefix = target.partition(":")[0].strip().lower() if ":" in target else ""
-    if prefix in dropped or (2 <= len(prefix) <= 3 and not label):  # [[fr:Chat]]
+    if prefix in dropped or _LANGUAGE.match(target) and not label:
         return ""
     return label or target.lstrip(":")
 
 
-_FIRST = set(  # templates that show their first argument
-    """formatnum num val nowrap nobr j small smaller big larger abbr abbrlink tooltip nihongo nihongo2 quote blockquote
-    quotation cquote rquote quote_box bquote sic angbr strong em b i italic smallcaps sc sc2 sup sub mvar math var
-    underline u kbd code typo ill interlanguage_link illm visible_anchor vanchor tq linktext nts number""".split()
-)
-_LAST = set("lang langx transl transliteration translit script color colour font_color colored_text".split())
-_FIXED = {
-    "nbsp": " ", "space": " ", "spaced ndash": " – ", "snd": " – ", "spnd": " – ", "ndash": "–", "mdash": "—", "'": "'",
-    "'s": "'s", "=": "=", "·": " · ", "•": " • ", "minus": "−", "times": "×", "degree": "°", "ellipsis": "...",
-    "pi": "π", "mu": "µ", "prime": "′", "pprime": "″", "half": "1/2",
-}  # fmt: skip
-_PREFIXES = {"us$": "US$", "usd": "US$", "$": "$", "gbp": "£", "£": "£", "eur": "€", "€": "€", "inr": "₹", "¥": "¥",
-             "circa": "c. ", "c.": "c. ", "as of": "As of "}  # fmt: skip
-_RANGES = {"to": "to", "-": "to", "–": "to", "to(-)": "to", "and": "and", "and(-)": "and", "or": "or", "x": "by",
-           "by": "by", "×": "by", "+/-": "±", "±": "±"}  # fmt: skip
-_PARSER_FUNCTION = re.compile(r"(?:formatnum|uc|lc|ucfirst|lcfirst):(.*)", re.IGNORECASE | re.DOTALL)  # MediaWiki's
-_NAME_OF_ARGUMENT = re.compile(r"([\w -]*)=(.*)", re.DOTALL)
-
-
-def _template(text):
-    """Returns what a template shows inside a sentence; "" for an unknown template."""
-    name, *arguments = (part.strip() for part in text.split("|"))
-    if function := _PARSER_FUNCTION.match(name):
-        return function[1].strip()
-    name, shown, named = name.lower().replace("_", " "), [], {}
-    for argument in arguments:
-        if key := _NAME_OF_ARGUMENT.match(argument):
-            named[key[1].strip()] = key[2].strip()
-        else:
-            shown.append(argument)
-    shown += [named[key] for key in ("1", "2", "3", "text", "quote") if named.get(key)]
-    if name in _FIXED or not shown:
-        return _FIXED.get(name, "")
-    if name in ("convert", "cvt"):
-        return _quantity(shown)
-    if name in ("frac", "fraction", "sfrac"):
-        return _fraction(shown)
-    if name in _PREFIXES:
-        return _PREFIXES[name] + shown[0]
-    if name.replace(" ", "_") in _LAST:
-        return shown[-1] if name not in ("lang", "langx") else shown[min(1, len(shown) - 1)]
-    if name.replace(" ", "_") in _FIRST or re.fullmatch("lang-[a-z-]+", name):  # {{lang-fr|mot}}
-        return f"{shown[0]} {named.get('u', named.get('ul', '')) if name == 'val' else ''}".strip()
-    return ""
-
-
-def _quantity(arguments):
-    """Returns the quantity that {{convert}} is given, and its unit: "5 km", "2 to 3 ft"."""
-    first, *rest = arguments
-    shown = [first]
-    while len(rest) > 1 and rest[0] in _RANGES:
-        shown += [_RANGES[rest[0]], rest[1]]
-        rest = rest[2:]
-    return " ".join(shown + rest[:1])
-
-
-def _fraction(arguments):
-    """Returns {{frac|1|2}} as "1/2", {{frac|3|1|2}} as "3 1/2" and {{frac|2}} as "1/2"."""
-    *whole, above, below = ["1", *arguments] if len(arguments) == 1 else arguments[:3]
-    return " ".join([*whole, f"{above}/{below}"])
-
-
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-_BREAK = re.compile(r"<br\b[^<>]*>", re.IGNORECASE)
+_BREAK = re.compile(r"<(?:br|hr|/?p|/?div|/?blockquote|/?li)\b[^<>]*>", re.IGNORECASE)
+_POWER = re.compile(r"(?<=\d)<sup\b[^<>]*>\s*(?=[+−–-]?\d+\s*</sup>)", re.IGNORECASE)
 _HEADING = re.compile(r"={1,6}[^=]")
+_REMNANTS = [  # of dropped parts in parentheses: "Rome ( ; ) is"
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r" ?\( ?(?:[,;:] ?)*\)", ""),
+        (r"\( ?(?:[,;] ?)+", "("),
+        (r"(?: ?[,;])+ ?\)", ")"),
+        (r"; ?(?:; ?)+", "; "),
+    )
+]
 
 
 def _lines(text):
     """Returns text without inline markup, blank lines, and headings without text below."""
-    text = _TAG.sub("", _BREAK.sub("\n", _EXTERNAL.sub(r"\1", text)))
+    text = _TAG.sub("", _POWER.sub("^", _BREAK.sub("\n", _EXTERNAL.sub(r"\1", text))))
     kept, heading = [], []
-    for line in html.unescape(text).replace("\xa0", " ").split("\n"):
+    for line in text.split("\n"):
         line = line.strip()
         if _HEADING.match(line) and line.endswith("="):
-            heading = [line.strip("= ")]
-            continue
-        line = re.sub("'{2,}|__[A-Z]+__", "", line.lstrip("*#:; "))
-        line = re.sub(r"\( ?[,;:]? ?\)", "", line)  # left by a dropped template: "Rome ( ; ) is"
-        line = re.sub(r"\( ?[,;] ?", "(", line)
-        line = re.sub(r" {2,}", " ", line).strip()
-        if line and line[0] not in "|!{}":  # rows of a table that was never closed
-            kept += [*heading, line]
-            heading = []
+            heading = [_readable(line.strip("= "))]
+        elif line and line[0] not in "|!{}" and line.strip("-"):  # rows of a table that was never closed, rules
+            term, mark, definition = line.partition(" : ") if line[0] == ";" else (line, "", "")
+            for part in (term, definition):
+                if part := _readable(part.lstrip("*#:; ")):
+                    kept += [*heading, part]
+                    heading = []
     return "\n".join(kept)
+
+
+def _readable(line):
+    """Returns a line without quotes for bold and italics, magic words, entities and remnants."""
+    line = html.unescape(re.sub("'{2,}|__[A-Z]+__", "", line)).replace("\xa0", " ")
+    if "(" in line or ";" in line:
+        for pattern, new in _REMNANTS:
+            line = pattern.sub(new, line)
+    return re.sub(" {2,}", " ", line).strip()

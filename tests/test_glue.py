@@ -170,6 +170,23 @@ def acl_imdb(tmp_path):
     return tmp_path / "aclImdb"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("tail", ["", "\0", "\0\0", "{0}", "{0}{0} {0}", "{0}\0"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_mark_at_the_start_and_nothing_at_the_end(tmp_path, end, tail, suffix):
+    """A BOM, "\\r\\n", NUL bytes and blank last lines belong to no example, nor a missing last line end."""
+    for name, header in (("CoLA", []), ("SST-2", [["sentence", "label"]])):
+        rows = [["Good.", "1"], ["Bad.", "0"]] if header else [["gj04", "1", "", "Good."], ["gj04", "0", "*", "Bad."]]
+        text = end.join("\t".join(row) for row in header + rows)
+        for file, last in (("train.tsv", end), ("dev.tsv", "" if "{" not in tail else end)):
+            data = ("\ufeff" + text + last + tail.format(end)).encode()
+            path = tmp_path / name / (file + suffix)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(gzip.compress(data) if suffix else data)
+        train, dev = load({"CoLA": "cola", "SST-2": "sst2"}[name], tmp_path)
+        assert train == dev["dev"] == [("Good.", None, 1), ("Bad.", None, 0)]
+
+
 def test_acl_imdb(acl_imdb):
     train, dev = load("imdb", acl_imdb)
     assert train == [
@@ -211,6 +228,7 @@ def refusal(name, data):
         ("sst2", "sentence\tlabel\n", "train.tsv holds no examples"),
         ("sst2", "sentence\tgold\nbad\t0\n", "train.tsv has no column 'label'"),
         ("rte", "index\tsentence1\tlabel\n0\tA\tentailment\n", "train.tsv has no column 'sentence2'"),
+        ("sst2", "sentence\tlabel\nbad\t0\n\nbad\t0\n", "train.tsv, line 3: 1 columns instead of 2"),
         ("sst2", "sentence\tlabel\nbad\t0\nbad 0\n", "train.tsv, line 3: 1 columns instead of 2"),
         ("sst2", "sentence\tlabel\nbad\t0\nvery\tbad\t0\n", "train.tsv, line 3: 3 columns instead of 2"),
         ("sst2", "sentence\tlabel\nbad\t2\n", "train.tsv, line 2: the label is '2', not 0 or 1"),

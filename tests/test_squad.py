@@ -335,6 +335,16 @@ def test_a_folder_of_the_official_files(tmp_path):
     assert train[0] == dev[0] and train[1].answers == (("Paris", 0), ("a city", 17))
 
 
+def test_marks_line_ends_and_nulls_are_not_json(tmp_path):
+    path = tmp_path / "questions.json"
+    write(path, DOCUMENT)
+    expected = squad.read(path)
+    indented = json.dumps(DOCUMENT, indent=2).replace("\n", "\r\n")
+    for text in ("\ufeff" + indented, indented + "\r\n\r\n", indented + "\r\n\0\0", "\ufeff" + indented + "\0"):
+        path.write_bytes(text.encode())
+        assert squad.read(path) == expected
+
+
 def broken(change):
     """Writes DOCUMENT after `change(document, paragraph, question)`."""
 

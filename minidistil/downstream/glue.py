@@ -141,13 +141,17 @@ def _find(task, folder, name):
 
 
 def _lines(path):
-    """Yields (number, text) of each line of a file, without its end."""
-    number = 0
+    """Yields (number, text) of each line of a file, without its end, nor blank lines and NUL bytes at the end."""
+    number, blank = 0, []
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):  # lines of bytes end at b"\n" only
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text.removesuffix("\n").removesuffix("\r")
+                text = text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text.rstrip("\0")
+                blank.append((number, text))
+                if text.strip(" ") or number == 1:
+                    yield from blank
+                    blank = []
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path} is cut short or no .gz: copy or download it again") from None
     except UnicodeDecodeError:

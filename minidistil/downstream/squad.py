@@ -50,7 +50,7 @@ def read(path):
     """Returns the Questions of a JSON file in SQuAD v1.1's format; raises UserError for anything else."""
     path = pathlib.Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig").rstrip("\0"))
     except (FileNotFoundError, NotADirectoryError):
         form = "a folder with train-v1.1.json and dev-v1.1.json, or one file in their form"
         raise UserError(f"there is no {path}: name {form}") from None
