@@ -28,8 +28,8 @@ class RunReport:
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
         ranks.print0(
             f"{teacher}{self.role} {num_params(self.student.config):,} parameters; "
-            f"{len(corpus.train):,} tokens of text; {total} updates of {several}{A} x {B} x {T} = {self.progress.tokens:,} tokens; {self.dtype} on "
-            f"{self.device}; {self.run.out}"
+            f"{len(corpus.train):,} tokens of text; {total} updates of {several}{A} x {B} x {T} = "
+            f"{self.progress.tokens:,} tokens; {self.dtype} on {self.device}; {self.run.out}"
         )
         if ranks.first and held_out.teacher_metrics:
             ranks.print0(f"held-out, teacher: {format_metrics(held_out.teacher_metrics)}")
