@@ -37,6 +37,7 @@ from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, fitted, measured
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, versions
+from minidistil.errors import UserError
 
 
 def kernel_case(case):
@@ -105,8 +106,12 @@ def main(argv):
         return 2
     description = f"python bench.py {name}: see also python bench.py --help"
     settings = classes[name](**parse_args(classes[name], flags, description))
+    if getattr(settings, "rounds", 1) < 1:
+        raise UserError(f"--rounds is {settings.rounds}: it must be at least 1")
     if name in ("readme", "pictures"):
         folder = pathlib.Path(settings.out)
+        if not any(folder.glob("*.json")):
+            raise UserError(f"there are no results in {folder}: name the folder of the JSON files with --out")
         if name == "readme":
             print("\n\n".join(CASES[case].table(results_of(folder, case)) for case in README))
             return 0

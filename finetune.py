@@ -215,7 +215,7 @@ def finetune_tasks(settings, names, out):
     tokenizer = Tokenizer.load(folder)
     check_vocabulary("model", config, tokenizer)
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
-    teachers = [folder for folder in (settings.teacher or "").split(",") if folder]
+    teachers = settings.teacher.split(",") if settings.teacher else []
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "model": "bilstm" if as_bilstm else "encoder",

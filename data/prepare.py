@@ -25,6 +25,7 @@ import socket
 import sys
 import time
 
+import filelock
 import numpy as np
 import tqdm
 
@@ -118,7 +119,11 @@ def _building(out):
         owner = leftover.name.removeprefix(prefix).removesuffix(".tmp")
         if leftover.name == f"{prefix}{owner}.tmp" and not _alive(owner):  # from a killed run
             shutil.rmtree(leftover, ignore_errors=True)
-    folder = out.with_name(f"{prefix}{os.getpid()}.tmp")
+    folder, lock = out.with_name(f"{prefix}{os.getpid()}.tmp"), filelock.FileLock(out.with_name(f".{out.name}.writer"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is writing {out}: wait for its end, or choose another --out") from None
     try:
         folder.mkdir()
         yield folder
@@ -130,6 +135,9 @@ def _building(out):
         files.sync_folder(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def _alive(owner):

@@ -119,7 +119,8 @@ def _serve():
         except MemoryError:
             answer = None, UserError("a worker ran out of memory: try fewer --workers")
         except Exception as error:
-            error.add_note(f"in a worker: {traceback.format_exc()}")
+            if hasattr(error, "add_note"):  # not before Python 3.11
+                error.add_note(f"in a worker: {traceback.format_exc()}")
             answer = None, error
         pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
         answers.flush()

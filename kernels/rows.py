@@ -79,8 +79,8 @@ def combine(m_s, m_t, Z_s, Z_t, Z_1, c, k, HAS_LABELS: tl.constexpr, TAU: tl.con
 @triton.jit
 def load_inside(ptr, at, skip, stop, end):
     """Loads fp32 logits at positions skip ... stop, -inf elsewhere; loads up to `end` are wide where 16 divides it."""
-    x = tl.load(ptr + at, mask=at < end, other=float("-inf"))
-    return tl.where((at >= skip) & (at < stop), x, float("-inf")).to(tl.float32)
+    x = tl.load(ptr + at, mask=at < end, other=float("-inf")).to(tl.float32)
+    return tl.where((at >= skip) & (at < stop), x, float("-inf"))  # of fp32: Triton 3.7 interprets no bf16 constant
 
 
 @triton.jit

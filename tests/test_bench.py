@@ -38,6 +38,16 @@ def run(case, out, capsys):
     return report["results"]
 
 
+def test_nothing_to_measure_or_draw_is_said(tmp_path):
+    for words, message in (
+        (["demo", "--tiny", "--rounds", "0"], "--rounds is 0: it must be at least 1"),
+        (["pictures", "--out", str(tmp_path)], "there are no results in"),
+        (["readme", "--out", str(tmp_path)], "there are no results in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bench.main(words)
+
+
 @pytest.mark.parametrize("name", bench.README)
 def test_printed_tables_fit_the_terminal(name):
     """Every word of the README's table is there, in lines of at most 80 columns."""

@@ -322,6 +322,7 @@ def long_model(tiny):
     (dict(seq_len=64, task="sst2", words="x"), "--words is for --model bilstm"),
     (dict(model="bilstm"), "--model bilstm needs word vectors"),
     (dict(model="bilstm", words="TEACHER", task="squad"), "--model bilstm classifies sentences"),
+    (dict(teacher=","), "--teacher ,: name one folder"),
     (dict(teacher="TEACHER"), "is not a fine-tuned model"),
     (dict(task="rte", teacher="SST2"), "(labels found: negative, positive; wanted: entailment, not_entailment)"),
     (dict(task="stsb,sst2,rte", teacher="SST2"), "labels found: negative, positive; wanted: score"),

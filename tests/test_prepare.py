@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 
+import filelock
 import numpy as np
 import pytest
 
@@ -952,3 +953,15 @@ def test_memory_does_not_grow_with_the_text(tmp_path, line_length):
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["peak_rss_mib"] < (100 if line_length == 1_000 else 160), summary
+
+
+def test_two_writers_of_one_corpus(tmp_path):
+    """The second is refused before it begins, not when it has ended; the first is not disturbed."""
+    (tmp_path / "text.txt").write_text("one two three\n" * 50 + "four five six\n")
+    out = tmp_path / "out"
+    arguments = dict(val_share=0.5, workers=1, progress=False)
+    with filelock.FileLock(tmp_path / ".out.writer"), pytest.raises(UserError, match="another process is writing .*out"):
+        prepare([tmp_path / "text.txt"], ROOT / "data" / "demo", out, **arguments)
+    assert not out.exists()
+    prepare([tmp_path / "text.txt"], ROOT / "data" / "demo", out, **arguments)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]

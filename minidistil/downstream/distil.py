@@ -57,6 +57,8 @@ def with_copies(task, copies, tokenizer):
 
 def find_teachers(folders, task):
     """Returns the folders of a task's teachers: `folders`, or their subfolders named after the task."""
+    if not all(folders):
+        raise UserError(f"--teacher {','.join(folders)}: name one folder, or several with commas between them")
     pairs = [(pathlib.Path(folder) / task.name, pathlib.Path(folder)) for folder in folders]
     return [inner if inner.is_dir() else outer for inner, outer in pairs]
 
