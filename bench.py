@@ -106,8 +106,8 @@ def main(argv):
         return 2
     description = f"python bench.py {name}: see also python bench.py --help"
     settings = classes[name](**parse_args(classes[name], flags, description))
-    if getattr(settings, "rounds", 1) < 1:
-        raise UserError(f"--rounds is {settings.rounds}: it must be at least 1")
+    if (rounds := getattr(settings, "rounds", None)) is not None and rounds < 1:
+        raise UserError(f"--rounds is {rounds}: it must be at least 1")
     if name in ("readme", "pictures"):
         folder = pathlib.Path(settings.out)
         if not any(folder.glob("*.json")):

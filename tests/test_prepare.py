@@ -960,7 +960,8 @@ def test_two_writers_of_one_corpus(tmp_path):
     (tmp_path / "text.txt").write_text("one two three\n" * 50 + "four five six\n")
     out = tmp_path / "out"
     arguments = dict(val_share=0.5, workers=1, progress=False)
-    with filelock.FileLock(tmp_path / ".out.writer"), pytest.raises(UserError, match="another process is writing .*out"):
+    held = filelock.FileLock(tmp_path / ".out.writer")
+    with held, pytest.raises(UserError, match="another process is writing .*out"):
         prepare([tmp_path / "text.txt"], ROOT / "data" / "demo", out, **arguments)
     assert not out.exists()
     prepare([tmp_path / "text.txt"], ROOT / "data" / "demo", out, **arguments)
