@@ -28,7 +28,7 @@ from minidistil import hub, weights
 from minidistil.checks import check_fit, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, choose_dtype
+from minidistil.device import choose_device
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
@@ -37,6 +37,7 @@ from minidistil.folder import CHECKPOINT, check_room, claimed, command
 from minidistil.losses import Denominators, Objective
 from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
+from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
@@ -247,7 +248,9 @@ def distil(settings, out, device, ranks):
         return summary if ranks.first else None
     if ranks.first:
         check_room(out, run.size(student))
-    state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
+    if not state.dtype:  # once: a resumed run keeps its dtype
+        state.dtype, why = ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
+        ranks.print0(f"matrix products in {state.dtype}{why and f': {why}'}")
     # the teacher is evaluated in fp32 here, before Distiller casts it
     held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, device) if ranks.first else None
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)

@@ -8,8 +8,8 @@ import torch
 from kernels.dropout import Key
 from kernels.linear_distill_kl import decoder_for
 from minidistil.data import IGNORE
-from minidistil.device import DTYPES, cast_products, precision
 from minidistil.losses import distillation_loss
+from minidistil.precision import DTYPES, cast_products, precision
 
 
 class Distiller:

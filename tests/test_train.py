@@ -24,11 +24,11 @@ import train
 from data import docstrings
 from minidistil import distiller, files, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.device import cast_products
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT
 from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM, num_params
+from minidistil.precision import cast_products
 from minidistil.progress import lr_at
 from minidistil.report import format_metrics
 from minidistil.run import load_checkpoint, read_metrics
