@@ -75,6 +75,7 @@ class Settings:
     alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
     kd_rows: str = option("all", "tokens on which the student learns the teacher's logits", choices=("all", "masked"))
+    mask_share: float = option(0.15, "share of the tokens that are masked, in training; held-out text: 0.15")
     mask_smoothing: float = option(0.7, "prefer rare words for masking: weights count^-FLOAT; 0: uniform")
     # student
     student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
@@ -225,7 +226,7 @@ def distil(settings, out, device, ranks):
     T, share = settings.seq_len, settings.batch * settings.accum
     G = share * ranks.size
     sequences = Sequences(
-        corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
+        corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, True, settings.mask_share
     )
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
@@ -260,7 +261,7 @@ def distil(settings, out, device, ranks):
     distiller.distribute()
 
     progress, stop = Progress(total, G * T, state.update, state.seconds), SignalFlag()
-    report = RunReport(run, progress, distiller, state.dtype, T, settings.price_per_hour, ranks)
+    report = RunReport(run, progress, distiller, state.dtype, T, settings.mask_share, settings.price_per_hour, ranks)
     run.open(state.update if settings.resume else None)
     report.begin(corpus, share // B, B, held_out)
 

@@ -679,6 +679,7 @@ def test_wrong_command_line():
         ({"temperature": -1.0}, "--temperature"),
         ({"alpha_ce": 0.0, "alpha_mlm": 0.0, "alpha_cos": 0.0}, "--alpha-"),
         ({"dropout": 1.0}, "--dropout"),
+        *(({"mask_share": share}, "--mask-share") for share in (0.0, 1.0, -0.15, 0.999, 0.01, float("nan"), 15.0)),
         ({"seq_len": 64}, "--seq-len 32"),
         ({"seq_len": 4}, "at least 8"),
         ({"batch": 10_000}, "fewer than one update"),
