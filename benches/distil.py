@@ -15,9 +15,10 @@ from minidistil import plot
 from minidistil.cli import option
 from minidistil.run import read_metrics
 
-# name -> settings of train.py: the demo and its baselines, with the same student, data and number of updates
+# name -> settings of train.py: the demo, longer, and its baselines with the same student, data and number of updates
 VARIANTS = {
     "distilled": [],
+    "distilled, 1,700 updates": ["--steps", "1700"],
     "same start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0"],
     "random start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0", "--student-init", "random"],
 }
@@ -29,6 +30,7 @@ ABLATIONS = {
     "no masked-LM loss": (["--alpha-mlm", "0"], -0.31),
     "random start": (["--student-init", "random"], -3.69),
 }
+PUBLISHED_MASKS = ("--mask-share", "0.15")
 METRICS = ("top1", "mlm_loss", "kl", "agreement")
 
 
@@ -48,7 +50,7 @@ def train_variants(case, variants, settings, flags=()):
     A variant's row is yielded again after each seed: a metric is [mean, standard deviation] over the seeds so far,
     `curve` is [update, mean held-out top-1, mean masked-LM loss] of each evaluation.
     """
-    flags = [*flags, *(["--steps", "2", "--eval-tokens", "512"] if settings.tiny else [])]
+    short = ["--steps", "2", "--eval-tokens", "512"] if settings.tiny else []
     rows, runs, curves = {}, {name: [] for name in variants}, {name: [] for name in variants}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(settings.rounds):
@@ -56,7 +58,7 @@ def train_variants(case, variants, settings, flags=()):
                 row = rows.setdefault(name, {"case": case, "provider": name})
                 out = pathlib.Path(folder) / f"{name}-{seed}".replace(" ", "-")
                 with attempt(row):
-                    runs[name].append(script("train.py", *flags, *more, "--seed", seed, "--out", out))
+                    runs[name].append(script("train.py", *flags, *more, *short, "--seed", seed, "--out", out))
                     curves[name].append([m for m in read_metrics(out / "metrics.jsonl") if "held_out" in m])
                     if "teacher" not in rows:
                         rows["teacher"] = {"case": case, "provider": "teacher", **runs[name][0]["teacher"]}
@@ -81,9 +83,9 @@ def summarise(row, summaries, curves):
 
 
 def bench_ablation(settings):
-    """The demo, or with --train another run of train.py, without one part at a time."""
+    """The demo with masks as published, or with --train another run of train.py, without one part at a time."""
     variants, whole = {name: flags for name, (flags, _) in ABLATIONS.items()}, None
-    for row in train_variants("ablation", variants, settings, shlex.split(settings.train or "")):
+    for row in train_variants("ablation", variants, settings, [*PUBLISHED_MASKS, *shlex.split(settings.train or "")]):
         if row["provider"] in ABLATIONS and "error" not in row:
             whole = row if row["provider"] == next(iter(ABLATIONS)) else whole
             row["paper"] = ABLATIONS[row["provider"]][1]
@@ -101,13 +103,14 @@ def with_spread(row, metric, form):
 def demo_table(results):
     """Markdown: means over seeds, with standard deviations if there is more than one."""
     teacher, *students = measured(results)
-    lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | |")
+    lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher "
+             "| seconds |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | | |")
     for r in students:
         row = [f"student, {r['provider']}", f"{r['parameters']:,}", with_spread(r, "top1", ".1%")]
         row += [f"{r['top1'][0] / teacher['top1']:.1%}", with_spread(r, "mlm_loss", ".3f")]
-        lines.append(f"| {' | '.join([*row, with_spread(r, 'agreement', '.1%')])} |")
+        row += [with_spread(r, "agreement", ".1%"), f"{r['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
