@@ -29,7 +29,7 @@ import torch
 from minidistil import files, hub, weights
 from minidistil.checks import check_seeds, check_vocabulary
 from minidistil.cli import option, parse_args, run_script
-from minidistil.device import choose_device, choose_dtype, precision, versions
+from minidistil.device import choose_device, versions
 from minidistil.downstream import distil
 from minidistil.downstream.batches import batches, padded, predict
 from minidistil.downstream.glue import GLUE, TASKS
@@ -40,6 +40,7 @@ from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, claimed, command, inheritable
 from minidistil.memory import keep_freed_memory, peak_rss_mib
+from minidistil.precision import choose_dtype, precision
 from minidistil.progress import Progress, lr_at
 from minidistil.rng import mix
 from minidistil.run import SignalFlag, require_same
@@ -176,9 +177,11 @@ def source_folder(settings, names):
     return hub.resolve(str(source))
 
 
-def open_state(settings, out, identity, dtype):
+def open_state(settings, out, identity, device):
     """Returns the contents of scores.json: a new state, or with --resume that of the same run in `out`."""
     if not settings.resume:
+        dtype, why = choose_dtype(settings.dtype, device)
+        print(f"matrix products in {dtype}{why and f': {why}'}", flush=True)
         state = {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
         return {"settings": inheritable(dataclasses.asdict(settings), PATHS), **state}
     state = read_scores(out / "scores.json")
@@ -221,7 +224,7 @@ def finetune_tasks(settings, names, out):
         "model": "bilstm" if as_bilstm else "encoder",
         "weights": weights.digests(folder),
     }
-    state = open_state(settings, out, identity, choose_dtype(settings.dtype, device))
+    state = open_state(settings, out, identity, device)
     for name in names:  # before hours go into the first
         task, folders = outline(name), distil.find_teachers(teachers, outline(name))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:

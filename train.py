@@ -28,7 +28,7 @@ from minidistil import hub, weights
 from minidistil.checks import check_fit, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, choose_dtype
+from minidistil.device import choose_device
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
@@ -37,6 +37,7 @@ from minidistil.folder import CHECKPOINT, check_room, claimed, command
 from minidistil.losses import Denominators, Objective
 from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
+from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
@@ -74,6 +75,7 @@ class Settings:
     alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
     kd_rows: str = option("all", "tokens on which the student learns the teacher's logits", choices=("all", "masked"))
+    mask_share: float = option(0.15, "share of the tokens that are masked, in training; held-out text: 0.15")
     mask_smoothing: float = option(0.7, "prefer rare words for masking: weights count^-FLOAT; 0: uniform")
     # student
     student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
@@ -224,7 +226,7 @@ def distil(settings, out, device, ranks):
     T, share = settings.seq_len, settings.batch * settings.accum
     G = share * ranks.size
     sequences = Sequences(
-        corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, shuffle=True
+        corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, True, settings.mask_share
     )
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
@@ -247,7 +249,9 @@ def distil(settings, out, device, ranks):
         return summary if ranks.first else None
     if ranks.first:
         check_room(out, run.size(student))
-    state.dtype = state.dtype or ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
+    if not state.dtype:  # once: a resumed run keeps its dtype
+        state.dtype, why = ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
+        ranks.print0(f"matrix products in {state.dtype}{why and f': {why}'}")
     # the teacher is evaluated in fp32 here, before Distiller casts it
     held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, device) if ranks.first else None
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
@@ -257,7 +261,7 @@ def distil(settings, out, device, ranks):
     distiller.distribute()
 
     progress, stop = Progress(total, G * T, state.update, state.seconds), SignalFlag()
-    report = RunReport(run, progress, distiller, state.dtype, T, settings.price_per_hour, ranks)
+    report = RunReport(run, progress, distiller, state.dtype, T, settings.mask_share, settings.price_per_hour, ranks)
     run.open(state.update if settings.resume else None)
     report.begin(corpus, share // B, B, held_out)
 

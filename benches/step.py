@@ -28,9 +28,10 @@ from kernels import cosine, dropout, layer_norm, linear_distill_kl
 from minidistil import distiller, plot, weights
 from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
-from minidistil.device import choose_device, peak_mib, precision
+from minidistil.device import choose_device, peak_mib
 from minidistil.losses import Objective
 from minidistil.model import Config, MaskedLM
+from minidistil.precision import precision
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
 from minidistil.student import student_from_teacher, student_layers

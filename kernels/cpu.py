@@ -104,8 +104,10 @@ def backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
     return ds
 
 
-def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
+def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch, db=None):
     """Adds the losses of a chunk to `losses` (1, 3) and overwrites `s` with their gradient; `t` is scratch.
+
+    The sum of the gradient over rows is added to `db` (V,), unless that is None.
 
     s, t (R, V): logits divided by tau, without the biases (V,), which are divided by tau too; t is None without a
     teacher. Single passes over a few megabytes in cache, into existing memory: allocating would cost more than exp.
@@ -149,6 +151,8 @@ def loss_and_gradient_rows(s, t, biases, labels, tau, weights, losses, scratch):
                 e_1 = e[rows].pow_(tau)  # exp(s) = exp(s / tau)^tau
                 a[rows].addcmul_(e_1, ce_weight / torch.sum(e_1, -1, keepdim=True, out=Z_1[rows]))
             a.scatter_add_(1, y_, minus)
+        if db is not None:
+            db += a.sum(0)
         if a.dtype != s.dtype:
             s_.copy_(a)
     m_s, _, *Z = stats
@@ -180,10 +184,16 @@ class Dropout(torch.autograd.Function):
         # 0 below the threshold, else 1: conversions and arithmetic are vectorised, comparisons are not
         keep = draws.view(x.shape).float().sub_(threshold - 2 ** (BITS - 1) - 1).clamp_(0, 1)
         ctx.scale = 2**BITS / (2**BITS - threshold)
-        ctx.save_for_backward(keep.to(torch.uint8))
-        return keep.mul_(ctx.scale).mul_(x) if x.dtype == keep.dtype else x * keep.mul_(ctx.scale).to(x.dtype)
+        if x.dtype == keep.dtype:
+            ctx.save_for_backward(keep.to(torch.uint8))
+            return keep.mul_(ctx.scale).mul_(x)
+        factor = keep.mul_(ctx.scale).to(x.dtype)  # in bf16 a factor takes two bytes and saves two passes
+        ctx.save_for_backward(factor)
+        return x * factor
 
     @staticmethod
     def backward(ctx, dy):
-        (keep,) = ctx.saved_tensors
-        return keep.to(dy.dtype).mul_(ctx.scale).mul_(dy), None, None, None
+        (saved,) = ctx.saved_tensors
+        if saved.is_floating_point():
+            return dy * saved, None, None, None
+        return saved.to(dy.dtype).mul_(ctx.scale).mul_(dy), None, None, None

@@ -316,16 +316,16 @@ _operator = differentiable(
 def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0):
     """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
 
-    x, residual (..., C) any float; weight, bias (C,). On a GPU one kernel each way, with fp32 arithmetic and
-    statistics; the result has autocast's dtype, or that of x without autocast. Elsewhere PyTorch's LayerNorm. p, key,
-    site: see `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
+    x, residual (..., C) any float; weight, bias (C,). The result has autocast's dtype, or that of x without autocast.
+    On a GPU one kernel each way, elsewhere PyTorch's LayerNorm, with fp32 arithmetic and statistics. p, key, site: see
+    `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
     """
-    p = p if training else 0.0
+    p, device, C = p if training else 0.0, x.device.type, x.shape[-1]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if not on_triton(x) or x.dtype == torch.float64:
         z = dropout(x, p, True, key, site)
-        return F.layer_norm(z if residual is None else z + residual, weight.shape, weight, bias, eps)
-    device, C = x.device.type, x.shape[-1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        z = z if residual is None else z + residual
+        return F.layer_norm(z, weight.shape, weight, bias, eps).to(dtype)
     data = (key or Key.drawn(x.device)).data if p else None
     rows = [None if t is None else t.reshape(-1, C).contiguous() for t in (x, residual)]
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))

@@ -193,13 +193,16 @@ def _loss_and_gradients(
             else:
                 # the division by tau is free here; the bias is added later, with the rows in cache
                 s, *t = (torch.addmm(out, h, W, beta=0, alpha=1 / tau, out=out) for h, W, _, out in inputs)
-                cpu.loss_and_gradient_rows(s, t[0] if t else None, biases, labels[rows], tau, weights, losses, scratch)
+                of_rows = labels[rows], tau, weights, losses, scratch, db if wants_dW else None
+                cpu.loss_and_gradient_rows(s, t[0] if t else None, biases, *of_rows)
             G = s
             if wants_dh:
                 _multiply(G, models[0][1], unit if G.is_cuda else 1.0, dh[rows])
             if wants_dW:
                 _multiply(G[:, :V].t(), inputs[0][0], unit, dW, add=start > 0)
-                db.add_(G[:, :V].sum(0, dtype=wide), alpha=unit)
+                if kernel:
+                    db += G[:, :V].sum(0, dtype=wide)
+    db.mul_(unit)
     if wants_dh and not h_s.is_cuda:
         dh.mul_(unit)  # once: a CPU's product would round its factor into each of several partial sums
     sums = losses.sum(0)

@@ -21,6 +21,9 @@ def check_settings(settings):
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.dropout is not None and not 0 <= settings.dropout < 1:
         raise UserError(f"--dropout is {settings.dropout}: it is a probability, 0 or more and below 1")
+    share = settings.mask_share
+    if not (0 < share < 1 and 1 <= round(share * settings.seq_len) < settings.seq_len):
+        raise UserError(f"--mask-share is {share}: a sequence of {settings.seq_len} needs one masked token or more")
     if settings.micro_batch not in (None, "auto"):
         size = int(settings.micro_batch) if settings.micro_batch.isdecimal() else 0
         if size < 1 or settings.batch * settings.accum % size:

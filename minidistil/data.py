@@ -6,8 +6,9 @@
 The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...
 (u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
 
-Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence, never special ones, drawn
-without replacement with weight count^-smoothing, which prefers rare words: 80 % become [MASK], 10 % random, 10 % stay.
+Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence (or another share), never
+special ones, drawn without replacement with weight count^-smoothing, which prefers rare words: 80 % become [MASK], 10 %
+random, 10 % stay.
 """
 
 import concurrent.futures
@@ -101,7 +102,7 @@ class Sequences:
     (evaluation), sequence g is block g. `smoothing`: 0 masks uniformly, 0.7 is the published preference for rare words.
     """
 
-    def __init__(self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False):
+    def __init__(self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False, mask_share=MASK_SHARE):
         self.tokens, self.T, self.tokenizer, self.seed, self.shuffle = tokens, T, tokenizer, seed, shuffle
         self.vocab_size = len(tokenizer.vocab)
         self.block = T - 2  # [CLS] and [SEP] take two places
@@ -111,7 +112,7 @@ class Sequences:
         self.weights = counts.astype(np.float64) ** -smoothing
         special = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
         self.weights[special] = 0.0
-        self.masked_per_sequence = round(MASK_SHARE * T)
+        self.masked_per_sequence = round(mask_share * T)
 
     def batch(self, first, n):
         """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where not masked."""

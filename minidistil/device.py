@@ -1,6 +1,5 @@
-"""Device, precision, peak memory and software versions."""
+"""Device, peak memory and software versions."""
 
-import contextlib
 import pathlib
 import platform
 import subprocess
@@ -26,38 +25,6 @@ def choose_device(name):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported: use cpu or cuda")
     return device
-
-
-def choose_dtype(name, device):
-    """Returns "fp32", "bf16" or "fp16": `name`, or for "auto" the dtype that is fast on this device.
-
-    On a CPU bf16 is fast with AMX; with AVX512-BF16 alone it is half as fast as fp32 (LOG.md). The choice does not
-    depend on a timing, because a busy computer would change a run's precision.
-    """
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def precision(dtype, device):
-    """Returns (context of a forward pass, loss scaler) for a dtype by name; only fp16 scales the loss."""
-    autocast = contextlib.nullcontext if dtype == "fp32" else lambda: torch.autocast(device.type, DTYPES[dtype])
-    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
-
-
-def cast_products(model, dtype):
-    """Casts the weights of a frozen model's linear layers to fp32, bf16 or fp16 by name.
-
-    Autocast would cast them to the same bits in each forward pass: it caches only weights that require gradients.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(DTYPES[dtype])
 
 
 def peak_mib(device):

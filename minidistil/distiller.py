@@ -8,8 +8,8 @@ import torch
 from kernels.dropout import Key
 from kernels.linear_distill_kl import decoder_for
 from minidistil.data import IGNORE
-from minidistil.device import DTYPES, cast_products, precision
 from minidistil.losses import distillation_loss
+from minidistil.precision import DTYPES, cast_products, precision
 
 
 class Distiller:
@@ -56,7 +56,8 @@ class Distiller:
                 self.objective, denominators, labels, self.student, h_s, self.teacher, h_t, self.teacher_decoder, masked
             )
         # undoes DistributedDataParallel's division by the number of ranks: the loss is a share of a mean already
-        self.scaler.scale(loss * self.ranks.size).backward()
+        with torch.autocast(self.device.type, enabled=False):
+            self.scaler.scale(loss * self.ranks.size).backward()
         return torch.cat([loss.detach().float()[None], terms])
 
     def accumulate(self, ids, labels, B, denominators, seed, proceed):
@@ -67,13 +68,14 @@ class Distiller:
         it returned False.
         """
         micro_batches, terms = list(zip(ids.split(B), labels.split(B), strict=True)), []
-        for x, y in micro_batches:
-            last = len(terms) == len(micro_batches) - 1
-            first = self.ranks.rank * len(ids) + len(terms) * B
-            with self.ranks.no_sync(self.run_student, last):  # ranks exchange gradients in the last backward pass
-                terms.append(self.backward(x, y, int((y != IGNORE).sum()), denominators, seed, first))
-            if not proceed(len(terms), len(micro_batches)):
-                return None
+        with self.autocast():  # around all micro-batches: the student's weights are cast once an update
+            for x, y in micro_batches:
+                last = len(terms) == len(micro_batches) - 1
+                first = self.ranks.rank * len(ids) + len(terms) * B
+                with self.ranks.no_sync(self.run_student, last):  # ranks exchange gradients in the last backward pass
+                    terms.append(self.backward(x, y, int((y != IGNORE).sum()), denominators, seed, first))
+                if not proceed(len(terms), len(micro_batches)):
+                    return None
         return terms
 
     def clip(self, optimizer, max_norm):

@@ -120,7 +120,7 @@ def attention(q, k, v, mask=None, p=0.0, key=None, site=0):
     if q.is_cuda:
         with sdpa_kernel(GPU_ATTENTION), flash_dropout(q, k, v, mask, p, key, site):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    if p:  # on a CPU PyTorch computes the same with a slower dropout
+    if p or q.dtype == torch.bfloat16:  # on a CPU PyTorch's dropout is slower, and so is its attention in bf16
         return attention_ref(q, k, v, mask, p, key, site)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

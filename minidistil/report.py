@@ -12,12 +12,12 @@ from minidistil.run import draw_curve
 class RunReport:
     """Prints and logs the progress of a run, and writes its result."""
 
-    def __init__(self, run, progress, distiller, dtype, T, price_per_hour, ranks):
+    def __init__(self, run, progress, distiller, dtype, T, mask_share, price_per_hour, ranks):
         self.run, self.progress, self.dtype, self.price, self.ranks = run, progress, dtype, price_per_hour, ranks
         self.device, self.student, self.teacher = distiller.device, distiller.student, distiller.teacher
         self.objective, self.T, self.peak = distiller.objective, T, peak_tflops(self.device, dtype)
         shapes = self.teacher and self.teacher.config, self.student.config
-        self.flops = training_flops_per_token(self.objective, *shapes, T)  # per token
+        self.flops = training_flops_per_token(self.objective, *shapes, T, mask_share)  # per token
 
     def begin(self, corpus, A, B, held_out):
         """Prints what will run: A micro-batches of B sequences in an update of each rank."""

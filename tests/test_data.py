@@ -85,12 +85,13 @@ def test_every_block_once_an_epoch_and_other_blocks_in_the_next(tokenizer):
     assert one[0] % block != two[0] % block and one != sorted(one)
 
 
-def test_shape_of_a_sequence(tokenizer):
-    ids, labels = make(tokenizer).batch(0, 50)
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.02, 0.8])
+def test_shape_of_a_sequence(tokenizer, share):
+    ids, labels = make(tokenizer, mask_share=share).batch(0, 50)
     assert ids.dtype == labels.dtype == np.int64 and ids.shape == labels.shape == (50, 64)
     assert (ids[:, 0] == tokenizer.cls_id).all() and (ids[:, -1] == tokenizer.sep_id).all()
     masked = labels != IGNORE
-    assert (masked.sum(1) == round(0.15 * 64)).all()
+    assert (masked.sum(1) == round(share * 64)).all()
     assert labels[masked].min() >= 5  # never a special token
 
 

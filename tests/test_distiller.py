@@ -18,7 +18,7 @@ CPU, SEED, G = torch.device("cpu"), 2**61 + 12345, 8
 SPLITS = {"8 x 1": (8, 1, 1), "1 x 8": (1, 8, 1), "2 x 4": (2, 4, 1), "2 ranks, 2 x 2": (2, 2, 2)}
 
 
-def gradients(tiny, batch, accum, ranks, device=CPU, attention=True, T=31):
+def gradients(tiny, batch, accum, ranks, device=CPU, attention=True, T=31, dtype="fp32"):
     """{parameter: gradient of an update of 8 sequences, dropout 0.1}: the mean over ranks."""
     teacher = weights.load_model(tiny / "teacher").eval().requires_grad_(False).to(device)
     sequences = Sequences(Corpus(tiny / "corpus").train, T, Tokenizer.load(tiny / "teacher"), seed=0)
@@ -32,7 +32,7 @@ def gradients(tiny, batch, accum, ranks, device=CPU, attention=True, T=31):
             for block in student.encoder.blocks:
                 block.attention.dropout = 0.0
         group = types.SimpleNamespace(rank=rank, size=ranks, no_sync=lambda model, last: contextlib.nullcontext())
-        distiller = Distiller(Objective(), teacher, student, "fp32", device, group)
+        distiller = Distiller(Objective(), teacher, student, dtype, device, group)
         share = slice(rank * batch * accum, (rank + 1) * batch * accum)
         assert len(ids[share]) * ranks == G
         distiller.accumulate(ids[share], labels[share], batch, counts, SEED, lambda done, A: True)
@@ -48,6 +48,27 @@ def distance(a, b):
 @pytest.mark.parametrize("split", [name for name in SPLITS if name != "8 x 1"])
 def test_the_split_changes_nothing_but_rounding_with_dropout(split, tiny):
     assert distance(gradients(tiny, *SPLITS["8 x 1"]), gradients(tiny, *SPLITS[split])) < 1e-5
+
+
+@pytest.mark.parametrize("split", [name for name in SPLITS if name != "8 x 1"])
+def test_the_split_in_bf16(split, tiny):
+    """Each micro-batch rounds its gradients to bf16, 8 bits: as far apart as a bf16 gradient is from the fp32 one."""
+    whole = gradients(tiny, *SPLITS["8 x 1"], dtype="bf16")
+    rounding = distance(gradients(tiny, *SPLITS["8 x 1"]), whole)
+    assert 1e-4 < rounding < 0.05 and distance(whole, gradients(tiny, *SPLITS[split], dtype="bf16")) < 1.5 * rounding
+
+
+def test_weights_are_cast_once_an_update(tiny):
+    """Autocast makes as many bf16 copies of the MLPs' matrices (32, 64) for four micro-batches as for one."""
+
+    def casts(accum):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            gradients(tiny, 8 // accum, accum, 1, dtype="bf16")
+        copies = [event for event in profile.events() if event.name == "aten::_to_copy"]
+        forward = [event for event in copies if "Backward" not in str(event.cpu_parent and event.cpu_parent.cpu_parent)]
+        return sum(event.input_shapes[0] == [32, 64] for event in forward)
+
+    assert casts(1) == casts(4) >= 2 + 4  # the student's layers, and once for all the teacher's
 
 
 def test_one_mask_for_all_micro_batches_would_show(tiny, monkeypatch):

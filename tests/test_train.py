@@ -24,11 +24,11 @@ import train
 from data import docstrings
 from minidistil import distiller, files, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
-from minidistil.device import cast_products
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT
 from minidistil.losses import Denominators, Objective, distillation_loss
 from minidistil.model import Config, MaskedLM, num_params
+from minidistil.precision import cast_products
 from minidistil.progress import lr_at
 from minidistil.report import format_metrics
 from minidistil.run import load_checkpoint, read_metrics
@@ -679,6 +679,7 @@ def test_wrong_command_line():
         ({"temperature": -1.0}, "--temperature"),
         ({"alpha_ce": 0.0, "alpha_mlm": 0.0, "alpha_cos": 0.0}, "--alpha-"),
         ({"dropout": 1.0}, "--dropout"),
+        *(({"mask_share": share}, "--mask-share") for share in (0.0, 1.0, -0.15, 0.999, 0.01, float("nan"), 15.0)),
         ({"seq_len": 64}, "--seq-len 32"),
         ({"seq_len": 4}, "at least 8"),
         ({"batch": 10_000}, "fewer than one update"),
