@@ -6,7 +6,7 @@ An item is (ids, types): token ids and segment numbers, two lists or arrays of e
 import numpy as np
 import torch
 
-from minidistil.device import precision
+from minidistil.precision import precision
 from minidistil.rng import mix
 
 WINDOW = 50  # batches in a window that is sorted by length: enough for little padding, few enough for random batches

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from kernels.distill_kl import distill_kl
 from minidistil.checks import check_vocabulary
 from minidistil.data import IGNORE
-from minidistil.device import cast_products
 from minidistil.downstream.batches import predict
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, load_finetuned, read_finetuned
 from minidistil.downstream.tasks import check_pairs, check_positions
 from minidistil.errors import UserError
+from minidistil.precision import cast_products
 from minidistil.rng import mix, uniform
 from minidistil.tokenizer import Tokenizer
 
