@@ -9,7 +9,7 @@
     python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
     python bench.py demo          the demo against the same student without a teacher, three seeds
     python bench.py ablation      the demo without each part of the recipe, three seeds
-    python bench.py infer         latency, throughput and size of teacher, student and int8 student, and transformers'
+    python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'
     python bench.py retention --teacher DIR --student DIR --data GLUE    GLUE scores of teacher and students
     python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
     python bench.py all           all cases except retention, which needs two models
@@ -52,6 +52,7 @@ CASES = {
     "ablation": distil.ABLATION, "retention": retention,
 }  # fmt: skip
 ON_CPU = ("prepare", "tokenizer", "infer")  # the other cases without --device run our scripts, which choose the device
+QUALITY = ("demo", "ablation", "retention")  # their results do not depend on the device, except by rounding
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
 
 
@@ -68,7 +69,15 @@ class FilesSettings:
 def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cpu.get_capabilities().get("cpu_name") or f"{platform.machine()} CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def table(name, rows):
+    """Returns the Markdown table of a case, in its corner the device that its rows name."""
+    corner, rest = CASES[name].table(rows)[1:].split("|", 1)
+    words = ", ".join(filter(None, [corner.strip(), measured(rows)[0].get("device")]))
+    return f"| {words} |{rest}" if words else f"| |{rest}"
 
 
 def measure(name, settings):
@@ -78,10 +87,12 @@ def measure(name, settings):
     print(f"{name}, on {device}, into {folder}", flush=True)
     report = Report(folder, name, {"device": device, "versions": versions()})
     for row in case.bench(settings):
-        report.put(row)
+        if name not in QUALITY:
+            row["device"] = device
+        report.put(row)  # the same object, where a case updates it
     report.finish()
     width = shutil.get_terminal_size().columns
-    print(fitted(case.table(report.rows), width) if measured(report.rows) else "nothing was measured", flush=True)
+    print(fitted(table(name, report.rows), width) if measured(report.rows) else "nothing was measured", flush=True)
     if hasattr(case, "draw") and measured(report.rows):
         case.draw(folder / f"{name}.svg", report.rows)
     return report
@@ -113,7 +124,7 @@ def main(argv):
         if not any(folder.glob("*.json")):
             raise UserError(f"there are no results in {folder}: name the folder of the JSON files with --out")
         if name == "readme":
-            print("\n\n".join(CASES[case].table(results_of(folder, case)) for case in README))
+            print("\n\n".join(table(case, results_of(folder, case)) for case in README))
             return 0
         for case, module in CASES.items():
             if hasattr(module, "draw") and (folder / f"{case}.json").exists():

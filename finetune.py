@@ -152,7 +152,7 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
             where = f"update {progress.update:>5}/{total}"
             print(f"{trial.key}: {where}  loss {loss.item():.4f}  {progress.left} left", flush=True)
         if progress.update % per_epoch == 0 or progress.done:
-            metrics = task.evaluate([predict(model, split, pad_id, device) for split in task.dev])
+            metrics = task.evaluate([predict(model, split, pad_id, device, dtype) for split in task.dev])
             trial.epochs.append(metrics)
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             print(f"{trial.key}: dev after {progress.update / per_epoch:.3g} epochs: {shown}", flush=True)
@@ -247,7 +247,8 @@ def finetune_tasks(settings, names, out):
             if settings.augment:
                 task.train = distil.with_copies(task, settings.augment, tokenizer)
             if teachers:
-                task.teacher = distil.teacher_logits(teachers, task, tokenizer, settings.temperature, device)
+                given = teachers, task, tokenizer, settings.temperature, device, state["dtype"]
+                task.teacher = distil.teacher_logits(*given)
             files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})

@@ -1,4 +1,4 @@
-"""Latency, throughput and size on a CPU: teacher, student and int8 student, ours and transformers'.
+"""Latency, throughput and size on a CPU: teacher and student in fp32 and bf16, int8 student, and transformers'.
 
 The measurement is that of DistilBERT's authors (Sanh et al. 2019, table 3): one pass over STS-B's dev set, 1,500 pairs
 of sentences, one at a time; and also the same pairs in batches of 32, sorted by length. All providers get the same
@@ -7,6 +7,7 @@ tensors, so tokenisation is not timed; their measurements are interleaved.
 Legend:  n pairs   B batch   T tokens of the longest example   K labels, 1 for a regression
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -40,7 +41,7 @@ INT8 = "student int8"
 BATCH = 32
 TURN = 150  # single examples per turn of a provider: the first, on cold caches, must not determine the p99
 CHECKED = 2 * BATCH  # examples whose logits are compared
-WRONG = 1e-4  # maximum error of an fp32 logit; a provider beyond it is not timed
+WRONG = {"fp32": 1e-4, "bf16": 0.3, "int8": math.inf}  # maximum error of a logit; a provider beyond it is not timed
 
 
 @dataclasses.dataclass
@@ -75,6 +76,20 @@ def quantised(model):
         return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
 
 
+def in_bf16(model):
+    """Returns a copy with bf16 weights and activations, cast once; LayerNorm's parameters and statistics are fp32."""
+    model = copy.deepcopy(model).bfloat16()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.float()
+    return model
+
+
+def has_bf16():
+    """Returns whether oneDNN, which computes PyTorch's products on a CPU, has products in bf16 for this processor."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def of_transformers(folder):
     """Returns transformers' model of a folder as a function like ours, with its default attention, sdpa."""
     import transformers
@@ -93,12 +108,17 @@ def providers_of(folders, models, work):
     """Returns {name: (ids, mask, types) -> logits} of the available providers, and bytes on disk of our models."""
     functions = dict(models)
     sizes = {name: sum(path.stat().st_size for path in weights.weight_files(folders[name])) for name in models}
+    if has_bf16():
+        functions |= {f"{name} bf16": in_bf16(model) for name, model in models.items()}
+    else:
+        print("no bf16: this PyTorch has no products in bf16 for this processor")
     if torch.backends.quantized.engine == "none":
         print("no int8: this PyTorch has no engine for it on this processor")
     else:
         functions[INT8] = quantised(models["student"])
-        torch.save(functions[INT8].state_dict(), work / "int8.pt")
-        sizes[INT8] = (work / "int8.pt").stat().st_size
+    for name in functions.keys() - models.keys():
+        torch.save(functions[name].state_dict(), work / "weights.pt")
+        sizes[name] = (work / "weights.pt").stat().st_size
     try:
         functions |= {f"transformers, {name}": of_transformers(folder) for name, folder in folders.items()}
     except ImportError:
@@ -109,6 +129,11 @@ def providers_of(folders, models, work):
 def original(provider):
     """Returns which of our fp32 models a provider computes."""
     return "teacher" if "teacher" in provider else "student"
+
+
+def dtype_of(provider):
+    """Returns the dtype of a provider's weights, by name."""
+    return next((dtype for dtype in ("bf16", "int8") if provider.endswith(dtype)), "fp32")
 
 
 def pairs_of(settings):
@@ -178,19 +203,21 @@ def bench(settings):
     for name, function in functions.items():
         of = original(name)
         rows[name] = row = {
-            "case": "infer", "provider": name, "weights": "fine-tuned" if getattr(settings, of) else "random",
+            "case": "infer", "provider": name, "dtype": dtype_of(name),
+            "weights": "fine-tuned" if getattr(settings, of) else "random",
             "pairs": what, "examples": len(items), "tokens": round(tokens, 1),
             "parameters": sum(p.numel() for p in models[of].parameters()), "bytes": sizes.get(name, sizes[of]),
         }  # fmt: skip
         with attempt(row):
             error = largest_error(function, truth[of], singles[:CHECKED], batches(range(len(items))[:CHECKED]))
             row["max_error"] = float(f"{error:.1e}")
-            if not error <= (math.inf if name == INT8 else WRONG):
+            if not error <= WRONG[dtype_of(name)]:
                 raise UserError(f"{name} is wrong by {error:.1e}: no time is reported for a wrong result")
         if "error" in row:
             yield row
     functions = {name: function for name, function in functions.items() if "error" not in rows[name]}
-    accuracy = accuracies(settings, {name: functions[name] for name in ("student", INT8) if name in functions}, T)
+    students = {name: f for name, f in functions.items() if name.startswith("student")}
+    accuracy = accuracies(settings, students, T)
     rounds = 1 if settings.tiny else settings.rounds
     alone = timed(functions, singles, rounds, TURN)
     together = timed(functions, batches(np.argsort([len(ids) for ids, _ in items], kind="stable")), rounds, 1)
@@ -225,10 +252,11 @@ def table(results):
 
 
 def draw(path, results):
-    """Bars of the seconds of a pass: the same model by ours, in int8, and by transformers."""
+    """Bars of the seconds of a pass: the same model by ours, in bf16, in int8, and by transformers."""
     series, first = {}, measured(results)[0]
     for r in measured(results):
-        by = "ours, int8" if r["provider"] == INT8 else r["provider"].partition(", ")[0]
-        series.setdefault("ours" if by in ("teacher", "student") else by, {})[original(r["provider"])] = r["seconds"]
+        of, dtype = original(r["provider"]), dtype_of(r["provider"])
+        by = "transformers" if r["provider"].startswith("transformers") else "ours"
+        series.setdefault(by if dtype == "fp32" else f"{by}, {dtype}", {})[of] = r["seconds"]
     title = f"{first['examples']:,} pairs ({first['pairs']}) one at a time: median, p20 to p80"
     plot.draw(path, plot.bars(title, "seconds", series, "{:,.1f}".format))

@@ -9,6 +9,7 @@ import torch
 from minidistil.downstream.batches import batches, encode_pair, padded, predict
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
+CPU = torch.device("cpu")
 TOKENIZER = Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(95))])
 
 
@@ -76,9 +77,28 @@ def test_predictions_come_in_the_order_of_the_items():
 
     items = [([1] * n, [0] * n) for n in np.random.default_rng(0).integers(1, 50, 300)]
     model = Longest().train()
-    rows = predict(model, items, 0, "cpu", tokens=70)
+    rows = predict(model, items, 0, CPU, tokens=70)
     assert [row.tolist() for row in rows] == [[len(ids), len(ids)] for ids, _ in items]
     assert model.training
+
+
+def test_predictions_in_bf16_cast_each_weight_once():
+    class Words(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(50, 3)
+
+        def forward(self, ids, mask, types):
+            sizes.append(ids.numel())
+            return self.out(torch.nn.functional.one_hot(ids, 50).float()).sum(1)
+
+    items, sizes, model = [([7] * n, [0] * n) for n in range(1, 49)], [], Words()
+    with torch.profiler.profile(record_shapes=True) as profiled:
+        rows = predict(model, items, 0, CPU, "bf16")
+    casts = [e for e in profiled.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == [3, 50]]
+    assert len(casts) == 1 and len(sizes) > 2 and max(sizes) < 1024 and rows[0].dtype == np.float32
+    exact = predict(model, items, 0, CPU)
+    assert 0 < max(abs(a - b).max() for a, b in zip(rows, exact, strict=True)) < 0.3
 
 
 def test_spans_are_predicted_without_padding():
@@ -87,5 +107,5 @@ def test_spans_are_predicted_without_padding():
             return torch.stack([ids.float(), -ids.float()], 1)
 
     items = [(list(range(n)), [0] * n) for n in (3, 17, 9)]
-    for row, (ids, _) in zip(predict(Positions(), items, 0, "cpu"), items, strict=True):
+    for row, (ids, _) in zip(predict(Positions(), items, 0, CPU), items, strict=True):
         assert row.tolist() == [ids, [-i for i in ids]]

@@ -290,6 +290,21 @@ def test_a_later_failure_keeps_the_earlier_rounds(tmp_path, monkeypatch):
     assert every["tokens_per_second"][1] == 20.0 and "died" in every["error"]
 
 
+def test_the_device_stands_in_the_corner(tmp_path, capsys):
+    """The rows of a speed bench name their device, and the table does; rows of before, and scores, name none."""
+    (row, *_) = run("loss", tmp_path, capsys)
+    device = row["device"]
+    assert device.endswith(f", {torch.get_num_threads()} threads") and "cpu_name" in torch.cpu.get_capabilities()
+    assert torch.cpu.get_capabilities()["cpu_name"] in device
+    assert bench.table("loss", [row]).startswith(f"| {device} | shape | ")
+    del row["device"]
+    assert bench.table("loss", [row]).startswith("| | shape | ")
+    workers = bench.table("prepare", [r | {"device": device} for r in bench.results_of(RESULTS, "prepare")])
+    assert workers.startswith(f"| workers, {device} | MB/s | ")
+    assert bench.main(["readme", "--out", str(RESULTS)]) == 0
+    assert capsys.readouterr().out.startswith("| | parameters | held-out top-1 |")
+
+
 # ---- the command line
 
 

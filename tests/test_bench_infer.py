@@ -19,7 +19,8 @@ from minidistil.errors import UserError
 from minidistil.model import Config
 from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-PROVIDERS = ["teacher", "student", "student int8", "transformers, teacher", "transformers, student"]
+HALF = ["teacher bf16", "student bf16"] if infer.has_bf16() else []
+PROVIDERS = ["teacher", "student", *HALF, "student int8", "transformers, teacher", "transformers, student"]
 SMALL = Config(vocab_size=105, positions=32, layers=2, heads=2, width=32, mlp_width=64)
 
 
@@ -48,13 +49,16 @@ def test_figures_hold_together(results):
 
 
 def test_sizes(results):
-    teacher, student, int8, *theirs = results.values()
+    teacher, student, *half, int8 = (r for name, r in results.items() if "transformers" not in name)
+    theirs = [r for name, r in results.items() if "transformers" in name]
     for r in (teacher, student):
         assert 4 * r["parameters"] < r["bytes"] < 4 * r["parameters"] + 20_000
     # the student lacks 2 of 4 layers (4 matrices (64, 64), 2 of (64, 128), biases, 2 norms) and the token types
     layer = 4 * 64 * 65 + 64 * 129 + 128 * 65 + 4 * 64
     assert teacher["parameters"] - student["parameters"] == 2 * layer + 2 * 64
     assert int8["bytes"] < student["bytes"] - 2 * layer
+    for r, whole in zip(half, (teacher, student), strict=bool(half)):
+        assert r["parameters"] == whole["parameters"] and whole["bytes"] / 2 < r["bytes"] < whole["bytes"] / 2 + 30_000
     assert [(r["parameters"], r["bytes"]) for r in theirs] == [
         (r["parameters"], r["bytes"]) for r in (teacher, student)
     ]
@@ -70,10 +74,27 @@ def test_int8_is_quiet_and_leaves_the_model_alone():
     assert sum(isinstance(module, torch.nn.Linear) for module in model.modules()) == 2 * 4 + 2
 
 
+def test_bf16_is_cast_once_and_leaves_the_model_alone():
+    """Every weight but LayerNorm's is bf16 before the first call, and so is what LayerNorm, with fp32 sums, returns."""
+    model = Classifier(SMALL, 1, seed=0).eval()
+    copy = infer.in_bf16(model)
+    wide = {name for name, parameter in copy.named_parameters() if parameter.dtype == torch.float32}
+    assert wide == {name for name, _ in model.named_parameters() if "norm" in name}
+    assert {p.dtype for p in copy.parameters()} == {torch.float32, torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    hidden = []
+    copy.encoder.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    ids = torch.arange(5, 29)[None]
+    with torch.no_grad():
+        assert (copy(ids) - model(ids)).abs().max() < 5e-3
+    assert hidden[0].dtype == torch.bfloat16
+
+
 def test_outputs_are_those_of_transformers(results):
+    limits = {"fp32": (0, 1e-6), "bf16": (1e-6, 5e-3), "int8": (1e-6, 0.1)}
     for name, r in results.items():
-        low, high = (1e-6, 0.1) if name == "student int8" else (0, 1e-6)
-        assert low <= r["max_error"] <= high
+        low, high = limits[r["dtype"]]
+        assert low <= r["max_error"] <= high and r["dtype"] == infer.dtype_of(name)
 
 
 @pytest.mark.parametrize("fault", ["mask", "types", "logits"])
@@ -100,9 +121,11 @@ def test_a_wrong_result_is_not_timed(fault, monkeypatch):
 def test_what_is_not_here_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(torch.backends, "quantized", types.SimpleNamespace(engine="none"))
+    monkeypatch.setattr(infer, "has_bf16", lambda: False)
     assert [r["provider"] for r in measure()] == PROVIDERS[:2]
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and said[0].startswith("no int8") and said[1].startswith("transformers is not installed")
+    starts = ("no bf16", "no int8", "transformers is not installed")
+    assert len(said) == 3 and all(line.startswith(start) for line, start in zip(said, starts, strict=True))
 
 
 def test_providers_take_turns():
@@ -125,7 +148,8 @@ def test_table_and_chart(results, tmp_path):
     assert "40 pairs" in lines[0] and "1.00x" in lines[2] and "2.1M" in lines[2]
     infer.draw(tmp_path / "infer.svg", rows)
     texts = svg_texts(tmp_path / "infer.svg")
-    assert {"ours", "ours, int8", "transformers", "teacher", "student", "seconds"} <= set(texts)
+    half = {"ours, bf16"} if HALF else set()
+    assert {"ours", "ours, int8", "transformers", "teacher", "student", "seconds", *half} <= set(texts)
     assert all(f"{row['seconds'][1]:,.1f}" in texts for row in rows)
 
 
@@ -157,14 +181,16 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_accuracy_of_int8(world):
+def test_accuracy_of_lower_precisions(world):
     results = {r["provider"]: r for r in measure(student=world / "sst2", data=world / "glue")}
     words = [3 + i % 7 for i in range(41)]
     tokens = sum(a + b + 3 for a, b in itertools.pairwise(words)) / 40
     for r in results.values():
         assert (r["pairs"], r["examples"], r["tokens"]) == ("STS-B dev", 40, round(tokens, 1))
     assert results["student"]["accuracy"] == 80.0 and 25 <= results["student int8"]["accuracy"] <= 100
-    assert [name for name, r in results.items() if "accuracy" in r] == ["student", "student int8"]
+    assert [name for name, r in results.items() if "accuracy" in r] == ["student", *HALF[1:], "student int8"]
+    for name in HALF[1:]:
+        assert 70 <= results[name]["accuracy"] <= 90  # a logit or two of fifty may be nearly 0
     assert (results["teacher"]["weights"], results["student"]["weights"]) == ("random", "fine-tuned")
     table = infer.table(list(results.values())).splitlines()
     assert len({line.count("|") for line in table}) == 1

@@ -73,7 +73,7 @@ def test_the_best_run_is_kept(tiny, glue, tmp_path):
     figures = tuned(tiny, glue, tmp_path / "out", lr="1e-9,3e-3,2e-9", examples=160, epochs=2.0)["tasks"]["sst2"]
     model, _ = load_finetuned(tmp_path / "out" / "sst2")
     work = open_task("sst2", glue, Tokenizer.load(tmp_path / "out" / "sst2"))
-    kept = work.evaluate([predict(model, work.dev[0], 0, "cpu")])["score"]
+    kept = work.evaluate([predict(model, work.dev[0], 0, torch.device("cpu"))])["score"]
     assert figures["lr"] == 3e-3 and kept == pytest.approx(figures["score"], abs=0.01) and kept > 70
 
 
@@ -82,6 +82,28 @@ def test_same_seed_same_bits(tiny, glue, tmp_path):
         tuned(tiny, glue, tmp_path / name, examples=40, epochs=1.0)
     a, b = ((tmp_path / name / "sst2" / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
+
+
+def test_bf16_learns_like_fp32(tiny, glue, sst2, tmp_path):
+    """The teacher and the scores are in bf16, too; the model that is kept, and what it learns, are fp32."""
+    used = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classifier, "__call__", lambda model, *inputs: called(model, used, *inputs))
+        figures = tuned(tiny, glue, tmp_path / "out", dtype="bf16", teacher=str(sst2[1]))["tasks"]["sst2"]
+    assert abs(figures["score"] - sst2[0]["tasks"]["sst2"]["score"]) < 5
+    assert len(used) > 150 and set(used) == {torch.bfloat16}
+    tensors, _ = read_safetensors(tmp_path / "out" / "sst2" / "model.safetensors")
+    rounded = sum(torch.equal(t, t.bfloat16().float()) for t in tensors.values())
+    assert {t.dtype for t in tensors.values()} == {torch.float32} and rounded < len(tensors) / 10
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["dtype"] == "bf16"
+
+
+def called(model, used, *inputs):
+    logits = torch.nn.Module.__call__(model, *inputs)
+    used.append(logits.dtype)
+    if not model.pool.weight.requires_grad:  # a teacher, which autocast would cast again in each call
+        used.append(model.pool.weight.dtype)
+    return logits
 
 
 def test_a_share_of_the_examples_and_of_an_epoch(tiny, glue, tmp_path):
@@ -237,9 +259,11 @@ def interrupted_at(n, monkeypatch):
     monkeypatch.setattr(finetune, "padded", counted)
 
 
-@pytest.mark.parametrize("n", [1, 5, 7, 12])  # in the first epoch, at its end, in the second seed
-def test_resumed_is_uninterrupted(n, tiny, glue, tmp_path, monkeypatch, capsys):
-    few = dict(examples=24, epochs=2.0, seeds=2)
+@pytest.mark.parametrize("n, dtype", [  # in the first epoch, at its end, in the second seed
+    (1, "fp32"), (5, "fp32"), (7, "fp32"), (12, "fp32"), (5, "bf16"),
+])  # fmt: skip
+def test_resumed_is_uninterrupted(n, dtype, tiny, glue, tmp_path, monkeypatch, capsys):
+    few = dict(examples=24, epochs=2.0, seeds=2, dtype=dtype)
     expected = tuned(tiny, glue, tmp_path / "a", **few)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         interrupted_at(n, patch)

@@ -6,9 +6,11 @@ An item is (ids, types): token ids and segment numbers, two lists or arrays of e
 import numpy as np
 import torch
 
+from minidistil.precision import precision
 from minidistil.rng import mix
 
 WINDOW = 50  # batches in a window that is sorted by length: enough for little padding, few enough for random batches
+TOKENS = {"cuda": 8192, "cpu": 512}  # in a batch of `predict`; on a CPU its activations must fit the caches (LOG.md)
 
 
 def encode_pair(tokenizer, first, second, T):
@@ -48,19 +50,24 @@ def padded(items, chosen, pad_id, device):
 
 
 @torch.no_grad()
-def predict(model, items, pad_id, device, tokens=8192):
+def predict(model, items, pad_id, device, dtype="fp32", tokens=None):
     """Returns a model's logits for each item, fp32 numpy arrays: (K,) of a classifier, (2, T) of a reader.
 
     Batches have about `tokens` tokens, the longest items first, so that memory runs out in the first batch or never.
+    dtype, by name, is the precision of matrix products; autocast casts weights that require gradients once, and keeps
+    them until its context ends.
     """
     training, results, done = model.training, [None] * len(items), 0
     model.eval()
+    tokens = tokens or TOKENS[device.type]
     order = np.argsort([-len(ids) for ids, _ in items], kind="stable")
-    while done < len(items):
-        chosen = order[done : done + max(1, tokens // len(items[order[done]][0]))]
-        done += len(chosen)
-        logits = model(*padded(items, chosen, pad_id, device)).float().cpu().numpy()
-        for row, i in enumerate(chosen):
-            results[i] = logits[row] if logits.ndim == 2 else logits[row][:, : len(items[i][0])].copy()
+    autocast, _ = precision(dtype, device)
+    with autocast():
+        while done < len(items):
+            chosen = order[done : done + max(1, tokens // len(items[order[done]][0]))]
+            done += len(chosen)
+            logits = model(*padded(items, chosen, pad_id, device)).float().cpu().numpy()
+            for row, i in enumerate(chosen):
+                results[i] = logits[row] if logits.ndim == 2 else logits[row][:, : len(items[i][0])].copy()
     model.train(training)
     return results

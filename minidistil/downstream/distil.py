@@ -21,6 +21,7 @@ from minidistil.downstream.batches import predict
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, load_finetuned, read_finetuned
 from minidistil.downstream.tasks import check_pairs, check_positions
 from minidistil.errors import UserError
+from minidistil.precision import cast_products
 from minidistil.rng import mix, uniform
 from minidistil.tokenizer import Tokenizer
 
@@ -115,12 +116,16 @@ def ensemble(logits, tau):
     return soft, mean
 
 
-def teacher_logits(folders, task, tokenizer, tau, device):
-    """Returns the `ensemble` of the teachers' logits on each training item; prints their dev scores."""
+def teacher_logits(folders, task, tokenizer, tau, device, dtype="fp32"):
+    """Returns the `ensemble` of the teachers' logits on each training item; prints their dev scores.
+
+    dtype, by name, is the precision of matrix products.
+    """
     logits = []
     for teacher in load_teachers(folders, task):
-        logits.append(predict(teacher.to(device), task.train[0], tokenizer.pad_id, device))
-        dev_logits = [predict(teacher, split, tokenizer.pad_id, device) for split in task.dev]
+        cast_products(teacher.to(device), dtype)
+        logits.append(predict(teacher, task.train[0], tokenizer.pad_id, device, dtype))
+        dev_logits = [predict(teacher, split, tokenizer.pad_id, device, dtype) for split in task.dev]
         print(f"{task.name}: the teacher's dev score is {task.evaluate(dev_logits)['score']:.2f}", flush=True)
     return ensemble(logits, tau)
 
