@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
-from minidistil.checks import check_seeds, check_vocabulary
+from minidistil.checks import check_needs_teacher, check_seeds, check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, versions
 from minidistil.downstream import distil
@@ -267,6 +267,9 @@ def finetune_tasks(settings, names, out):
     summaries = {name: summarise(state["runs"][name]) for name in names}
     for name, s in summaries.items():
         print(f"{name:>6} {s['score']:6.2f}  [{s['lowest']:.2f}, {s['highest']:.2f}]  lr {s['lr']:g}")
+    if (before := state.get("summary", {})).get("tasks") == summaries:
+        print(f"{out} is finished: all runs are done, and nothing is changed")
+        return {**before, "out": str(out)}  # it may have been moved
     in_glue = [summaries[name]["score"] for name in names if name in GLUE]
     macro = round(statistics.mean(in_glue), 2) if in_glue else None
     summary = {"out": str(out), "tasks": summaries, "macro": macro}
@@ -278,9 +281,7 @@ def finetune_tasks(settings, names, out):
 
 def main(argv):
     values = parse_args(Settings, argv, __doc__)
-    for name in ("temperature", "alpha_task", "alpha_ce", "alpha_mse", "augment"):
-        if name in values and not values.keys() & {"teacher", "resume"}:
-            raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
+    check_needs_teacher(values.keys() & {"teacher", "resume"}, values)
     if values.keys() >= {"out", "resume"} and (state := pathlib.Path(values["out"]) / "scores.json").is_file():
         values = json.loads(state.read_text(encoding="utf-8")).get("settings", {}) | values
     print(json.dumps(finetune(Settings(**values)), separators=(",", ":")))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from minidistil import hub, weights
-from minidistil.checks import check_fit, check_settings, score_words
+from minidistil.checks import check_fit, check_needs_teacher, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device
@@ -338,6 +338,7 @@ def distil(settings, out, device, ranks):
 
 def main(argv):
     values = parse_args(Settings, argv, __doc__)
+    check_needs_teacher(values.get("teacher") != "none", values)
     begun = inherited(values["out"]) if values.keys() >= {"out", "resume"} else {}
     demo = DEMO if not begun and values.get("teacher", "demo") == "demo" else {}
     summary = train(Settings(**{**demo, **begun, **values}))

@@ -4,6 +4,9 @@ import math
 
 from minidistil.errors import UserError
 
+# settings of train.py or finetune.py that say how a teacher is learnt from
+OF_TEACHER = "temperature", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_task", "augment", "kd_rows"
+
 
 def check_settings(settings):
     """Raises UserError for settings of train.py that cannot work, before anything is read."""
@@ -48,6 +51,13 @@ def check_settings(settings):
     of_teacher = settings.teacher != "none" and (settings.alpha_ce or settings.alpha_cos or settings.alpha_mse)
     if not (settings.alpha_mlm or of_teacher):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
+
+
+def check_needs_teacher(has_teacher, given):
+    """Raises UserError where one of OF_TEACHER is among the settings `given` without a teacher."""
+    for name in OF_TEACHER:
+        if name in given and not has_teacher:
+            raise UserError(f"--{name.replace('_', '-')} is for a teacher: name one with --teacher, or leave it out")
 
 
 def check_seeds(first, n=1):

@@ -291,9 +291,15 @@ def test_killed_without_warning(tiny, glue, tmp_path, monkeypatch):
     assert a == b and not (tmp_path / "b" / CHECKPOINT).exists()
 
 
-def test_more_seeds_later(tiny, glue, tmp_path):
+def test_more_seeds_later(tiny, glue, tmp_path, capsys):
+    """And with nothing more to do, a resumption changes nothing, not even the seconds that the runs took."""
     few = dict(examples=24, epochs=1.0)
-    tuned(tiny, glue, tmp_path / "out", **few)
+    first = tuned(tiny, glue, tmp_path / "out", **few)
+    scores = (tmp_path / "out" / "scores.json").read_bytes()
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    again = tuned(tiny, glue, tmp_path / "copy", **few, resume=True)
+    assert again == {**first, "out": str(tmp_path / "copy")} and "is finished" in capsys.readouterr().out
+    assert (tmp_path / "copy" / "scores.json").read_bytes() == scores
     summary = tuned(tiny, glue, tmp_path / "out", **few, seeds=3, resume=True)
     assert summary["tasks"]["sst2"]["seeds"] == 3
 
