@@ -1,5 +1,8 @@
 """The output of a run: progress lines, metrics, model, curve and run.json."""
 
+import re
+import shutil
+
 from minidistil import files, weights
 from minidistil.device import peak_mib, versions
 from minidistil.folder import CHECKPOINT, command
@@ -25,10 +28,9 @@ class RunReport:
         teacher = self.teacher and f"teacher {num_params(self.teacher.config):,} parameters, student {size}"
         ranks.print0(teacher or f"model {size}, no teacher")
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
-        ranks.print0(
-            f"{len(corpus.train):,} tokens of text; {self.progress.total} updates of {several}{A} x {B} x {self.T} = "
-            f"{self.progress.tokens:,} tokens; {self.dtype} on {self.device}"
-        )
+        ranks.print0(f"{len(corpus.train):,} tokens of text; {self.dtype} on {self.device}")
+        sizes = f"{several}{A} x {B} x {self.T} = {self.progress.tokens:,} tokens"
+        ranks.print0(f"{self.progress.total} updates of {sizes}")
         if ranks.first and held_out.teacher_metrics:
             ranks.print0(f"held-out, teacher: {format_metrics(held_out.teacher_metrics)}")
 
@@ -53,14 +55,14 @@ class RunReport:
         share = f"  {cost['utilisation']:.0%} of peak" if self.peak else ""
         price = "" if cost["cost"] is None else f"  {cost['cost']:,.2f} in all"
         width = len(str(progress.total))
-        self.ranks.print0(
+        self.ranks.print0(folded(
             f"{progress.update:>{width}}/{progress.total}  {format_metrics(terms, 3)}  {speed:,.0f} tokens/s{share}"
             f"{price}  {progress.left} left"
-        )
+        ))  # fmt: skip
 
     def evaluated(self, metrics):
         self.run.log({"step": self.progress.update, "held_out": metrics})
-        self.ranks.print0(f"held-out, after {self.progress.update}: {format_metrics(metrics)}")
+        self.ranks.print0(folded(f"held-out, after {self.progress.update}: {format_metrics(metrics)}"))
 
     def finish(self, corpus, tokenizer, teacher_metrics, ended_by, resume):
         """Writes the student, its tokenizer, run.json and the curve; returns the summary.
@@ -100,7 +102,7 @@ class RunReport:
             reason, done = "--time-limit" if ended_by == "time limit" else "a signal", progress.update
             self.ranks.print0(
                 f"{reason} ended the run after {done} of {progress.total} updates; {progress.left} were left\n"
-                f"{run.out} holds the student of this moment\nresume with: {resume}"
+                f"{run.out} holds the {'student' if teacher else 'model'} of this moment\nresume with: {resume}"
             )
         return summary
 
@@ -110,14 +112,26 @@ def format_metrics(metrics, digits=4):
     return "  ".join(f"{name} {value:.{digits}g}" for name, value in metrics.items())
 
 
+def folded(line):
+    """Returns a line, whose parts stand two spaces apart, folded between parts to the width of the terminal."""
+    first, *parts = re.split(r"(?<=\S)  (?=\S)", line)
+    lines, width = [first], shutil.get_terminal_size().columns
+    for part in parts:
+        if len(lines[-1]) + 2 + len(part) > width:
+            lines.append("    " + part)
+        else:
+            lines[-1] += "  " + part
+    return "\n".join(lines)
+
+
 def conclusion(summary):
     """Returns what a finished run has achieved, where it is, and what to run next, as text."""
     student, teacher, out = summary["student"], summary["teacher"], summary["out"]
-    what = f"the model predicts {student['top1']:.1%} of the masked words of held-out text"
+    what = f"the model predicts {student['top1']:.1%} of the masked words\nof held-out text"
     if teacher:
         size = student["parameters"] / teacher["parameters"]
         what = (
-            f"the student has {size:.0%} of its teacher's parameters and predicts\n{student['top1']:.1%} of the masked "
+            f"the student has {size:.0%} of its teacher's parameters and\npredicts {student['top1']:.1%} of the masked "
             f"words of held-out text, the teacher {teacher['top1']:.1%}"
         )
     return (
@@ -129,11 +143,11 @@ def conclusion(summary):
 
 
 def already_finished(summary):
-    """Returns what --resume says of a finished run, and how to train its student further, as text."""
-    out = summary["out"]
+    """Returns what --resume says of a finished run, and how to train its model further, as text."""
+    out, model = summary["out"], "its student" if summary["teacher"] else "the model"
     return (
         f"{out} is finished: all {summary['steps']} updates are done, and nothing is changed\n"
-        f"to train its student further, with a learning rate that rises and falls anew:\n"
+        f"to train {model} further, with a learning rate that rises and falls anew:\n"
         f"  {command('train.py', '--student-init', out)} ... (and the settings of that run)"
     )
 

@@ -19,6 +19,7 @@ from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HELD_OUT = {"mlm_loss", "top1"}, {"mlm_loss", "top1", "kl", "agreement"}  # metrics without and with a teacher
 PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # settings of train.py that may be paths
 
 
@@ -123,7 +124,7 @@ class Run:
         """Returns the summary of a run whose `total` updates and evaluation are done, else None."""
         path = self.out / "run.json"
         summary = json.loads(path.read_text(encoding="utf-8"))["summary"] if path.is_file() else {}
-        return summary if summary.get("steps") == total else None
+        return {**summary, "out": str(self.out)} if summary.get("steps") == total else None  # it may have been moved
 
     @property
     def evaluation(self):
@@ -146,12 +147,16 @@ def read_metrics(path):
     records, lines = [], path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-            records[-1]["step"] + 0  # TypeError where it is no number
-        except (ValueError, TypeError, LookupError, RecursionError):
+            record = json.loads(line)
+            if "held_out" in record and record["held_out"].keys() not in HELD_OUT:
+                raise ValueError
+            drawn = [record[name] for name in ("step", "loss", "kl", "ce") if name in record or name == "step"]
+            sum([*drawn, *record.get("held_out", {}).values()])  # TypeError where one is no number
+            records.append(record)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}, line {number}: it is no record of an update: remove that line") from None
-            return records[: number - 1]
+                what = "it is no whole record of an update or an evaluation"
+                raise UserError(f"{path}, line {number}: {what}: remove that line") from None
     return records
 
 

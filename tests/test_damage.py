@@ -197,7 +197,8 @@ def test_scores_of_a_fine_tuning(tmp_path):
 def test_metrics_of_a_run(tmp_path):
     """A record that was cut at the end is dropped; damage before it is no reason to drop what follows."""
     path = tmp_path / "metrics.jsonl"
-    good = [{"step": i, "loss": 1.0 / i, "lr": 0.1} for i in range(1, 9)] + [{"step": 8, "held_out": {"top1": 0.5}}]
+    good = [{"step": i, "loss": 1.0 / i, "lr": 0.1} for i in range(1, 9)]
+    good += [{"step": 8, "held_out": {"mlm_loss": 2.5, "top1": 0.5}}]
     path.write_text("".join(json.dumps(record) + "\n" for record in good))
     survives(path, lambda: [record["step"] + 1 for record in read_metrics(path)])
     raw = path.read_bytes()
@@ -209,3 +210,18 @@ def test_metrics_of_a_run(tmp_path):
     path.write_bytes(raw.replace(b'{"step": 4', b'{"step: 4'))
     with pytest.raises(UserError, match=r"metrics.jsonl, line 4: .*remove that line"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize("lacking", [
+    {"step": 2, "held_out": {"mlm_loss": 2.5}}, {"step": 2, "held_out": {"mlm_loss": 2.5, "top1": 0.5, "kl": 0.1}},
+    {"step": 2, "held_out": {"mlm_loss": None, "top1": 0.5}}, {"step": 2, "held_out": 5}, {"step": 2, "held_out": None},
+    {"loss": 1.0}, {"step": "2", "loss": 1.0}, {"step": 2, "loss": None}, {"step": 2, "loss": 1.0, "kl": "x"}, 5, None,
+])  # fmt: skip
+def test_a_record_that_lacks_a_metric(lacking, tmp_path):
+    """It is named before the curve of a long run needs it; at the end, it is as if cut."""
+    path, good = tmp_path / "metrics.jsonl", [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 0.5, "cost": None}]
+    path.write_text("\n".join(map(json.dumps, [good[0], lacking, good[1]])))
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: .*remove that line"):
+        read_metrics(path)
+    path.write_text("\n".join(map(json.dumps, [*good, lacking])))
+    assert read_metrics(path) == good

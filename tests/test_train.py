@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from data import docstrings
-from minidistil import distiller, files, run, weights
+from minidistil import distiller, files, progress, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT
@@ -423,8 +423,8 @@ def test_last_line_is_the_promised_object(uninterrupted):
     assert accounts["device_hours"] == pytest.approx(summary["tokens"] / summary["tokens_per_second"] / 3600, abs=1e-4)
     assert f"MFLOP a token; at {summary['tokens_per_second']:,.0f} tokens/s the 12 updates take" in stdout
     # a sentence for people: what came out, where it is, what to run next
-    assert re.search(r"the student has 6\d% of its teacher's parameters and predicts\n0.0% of the masked", stdout)
-    commands = [shlex.split(line) for line in stdout.splitlines() if line.startswith("  ")]
+    assert re.search(r"the student has 6\d% of its teacher's parameters and\npredicts 0.0% of the masked", stdout)
+    commands = [shlex.split(line) for line in stdout.splitlines() if re.match("  .*python", line)]
     assert [pathlib.Path(words[1]).name for words in commands] == ["sample.py", "finetune.py"]
     assert all(pathlib.Path(words[1]).is_file() and str(whole) in words for words in commands)
     assert accounts["tflops_per_second"] > 0 and accounts["cost"] is None
@@ -480,8 +480,9 @@ def test_resume_of_a_finished_run_changes_nothing(tiny, uninterrupted, tmp_path)
     again = call(command(tiny, copy, "--resume"))
     assert again.returncode == 0, again.stderr
     assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
-    assert json.loads(again.stdout.splitlines()[-1]) == json.loads(stdout.splitlines()[-1])
-    assert "is finished: all 12 updates are done" in again.stdout and "--student-init" in again.stdout
+    last = json.loads(again.stdout.splitlines()[-1])
+    assert last == {**json.loads(stdout.splitlines()[-1]), "out": str(copy)}  # where it is, not where it was
+    assert f"{copy} is finished: all 12 updates are done" in again.stdout and f"--student-init {copy} " in again.stdout
 
 
 def test_a_run_that_ended_before_its_result_gets_it(tiny, uninterrupted, tmp_path):
@@ -642,6 +643,32 @@ def test_terms_that_were_not_computed_are_not_logged(changes, terms, tiny, tmp_p
     alone = "teacher" in changes
     assert ("student" in printed.replace(str(tmp_path), "")) != alone and ("student" in names) != alone
     assert "held-out, after 2: mlm_loss" in printed
+    train.train(settings(tiny, tmp_path / "out", steps=2, student_layers=None, resume=True, **changes))
+    printed = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "to train its student further" in printed if not alone else "to train the model further" in printed
+    train.train(settings(tiny, tmp_path / "cut", steps=90, student_layers=None, time_limit=1e-4, **changes))
+    assert f"holds the {'model' if alone else 'student'} of this moment" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--alpha-ce", "--alpha-cos", "--alpha-mse", "--kd-rows"])
+def test_settings_of_a_teacher_need_one(flag):
+    with pytest.raises(UserError, match=f"{flag} is for a teacher: name one with --teacher"):
+        train.main(["--teacher", "none", flag, "all" if flag == "--kd-rows" else "0"])
+
+
+def test_no_line_is_wider_than_the_terminal(tiny, tmp_path, monkeypatch, capsys):
+    """But for paths and the last one, an object. A narrow terminal shows more lines, of the same words."""
+    monkeypatch.setattr(progress.Progress, "line_due", lambda self: True)
+    shown = []
+    for columns in (80, 60):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = tmp_path / str(columns)
+        train.train(settings(tiny, out, steps=3, alpha_mse=1e6, price_per_hour=1e9, lr=1e-30, dropout=0.0))
+        lines = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) not in line]
+        assert max(map(len, lines)) <= 80 and all(len(line) <= columns for line in lines if "loss" in line)
+        updates = "\n".join(lines).partition("held-out, after 0:")[2].partition("MFLOP")[0]
+        shown.append(re.findall(r"(?:loss|mse|kl|cos|top1) [\d.e+-]+", updates))
+    assert shown[0] == shown[1] and len(shown[0]) > 15
 
 
 def test_a_metric_that_is_0_is_shown(capsys):
