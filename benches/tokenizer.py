@@ -40,7 +40,8 @@ def providers_of(texts):
         "tokenizers, one text at a time": lambda: [rust.encode(text, add_special_tokens=False).ids for text in texts],
         "tokenizers, encode_batch": lambda: [e.ids for e in rust.encode_batch(texts, add_special_tokens=False)],
         "tokenizers, encode_batch_fast": lambda: [
-            e.ids for e in rust.encode_batch_fast(texts, add_special_tokens=False)  # the same, without offsets
+            e.ids
+            for e in rust.encode_batch_fast(texts, add_special_tokens=False)  # the same, without offsets
         ],
     }
 

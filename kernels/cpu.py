@@ -90,9 +90,7 @@ def backward_rows(g_kl, g_ce, s, t, labels, stats, tau, ds):
     y = s.new_full((N, 1), IGNORE, dtype=torch.int64) if labels is None else labels[:, None]
     g_1, y = g_ce[:, None].where(y != IGNORE, 0.0), y.where(y != IGNORE, 0)
     per_row = -m_s, -m_t, weight / Z_s, -weight / Z_t, g_1 / Z_1, y, -g_1
-    for d, s_, t_, n_s, n_t, w_s, w_t, w_1, y, minus in zip(
-        *(x.split(R) for x in (ds, s, t, *per_row)), strict=True
-    ):
+    for d, s_, t_, n_s, n_t, w_s, w_t, w_1, y, minus in zip(*(x.split(R) for x in (ds, s, t, *per_row)), strict=True):
         g, *e_s = scratch[:, : len(d)]
         e_s = e_s[0] if e_s else d  # in the memory of the result where its dtype is as wide
         _divided(s_, tau, n_s, e_s).exp_()

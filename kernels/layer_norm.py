@@ -308,9 +308,7 @@ def _backward_of_forward(ctx, dy, *_):
 
 
 _backward_operator = opaque("dropout_add_layer_norm_backward", _backward, _empty_gradients)
-_operator = differentiable(
-    "dropout_add_layer_norm", _forward, _empty_results, _setup_context, _backward_of_forward
-)
+_operator = differentiable("dropout_add_layer_norm", _forward, _empty_results, _setup_context, _backward_of_forward)
 
 
 def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0):

@@ -1,6 +1,6 @@
 """Pictures in one style, as SVG: panels side by side. matplotlib is imported when one is drawn, not before.
 
-    draw("curve.svg", lines("training loss", "nats", {"loss": [(1, 9.1), (2, 7.4)]}), bars(...))
+draw("curve.svg", lines("training loss", "nats", {"loss": [(1, 9.1), (2, 7.4)]}), bars(...))
 """
 
 import itertools

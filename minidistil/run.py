@@ -71,6 +71,7 @@ def restore(tensors, model, optimizer, adam_steps):
 
 # ---- the run of train.py
 
+
 @dataclasses.dataclass
 class State:
     """The state of a run besides its tensors; the defaults are those of a new run."""

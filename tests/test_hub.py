@@ -138,7 +138,19 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "here" / "empty").mkdir()
     refused("empty", "empty has no config.json")
     (tmp_path / "here" / "file").write_text("")
-    for name in ("file", "./absent", "/absent/folder", "~/absent", "a/b/c", "", "a b", "a/../b", "..", "-x", "http://a"):
+    for name in (
+        "file",
+        "./absent",
+        "/absent/folder",
+        "~/absent",
+        "a/b/c",
+        "",
+        "a b",
+        "a/../b",
+        "..",
+        "-x",
+        "http://a",
+    ):
         refused(name, name)
 
 

@@ -252,9 +252,7 @@ def test_distillation_beats_training_without_a_teacher(tiny, tmp_path):
     start = shallow(tiny, tmp_path / "start")
     # all that is held out, and enough updates: rounding differs from one number of threads to another
     common = dict(lr=1e-2, mask_smoothing=0.0, dropout=0.0, batch=16, accum=1, eval_tokens=8192, eval_every=1000)
-    teacher = train.train(
-        settings(tiny, tmp_path / "teacher", teacher="none", student_init=start, steps=500, **common)
-    )
+    teacher = train.train(settings(tiny, tmp_path / "teacher", teacher="none", student_init=start, steps=500, **common))
     assert teacher["student"]["top1"] > 0.12 and teacher["teacher"] is None
     common |= dict(teacher=str(tmp_path / "teacher"), steps=120)
     student = train.train(settings(tiny, tmp_path / "student", **common))
@@ -333,7 +331,7 @@ def test_killed_20_times_and_resumed_is_bitwise_the_same(tiny, uninterrupted, tm
     arguments = command(tiny, tmp_path / "run")[2:]
     done = call([sys.executable, str(script), str(ROOT), json.dumps(arguments), str(tmp_path / "run"), "20"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{\"kill")]
+    kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kill')]
     assert len(kills) == 20 and len({k["killed_at"] for k in kills}) > 5
     for i in range(len({k["run"] for k in kills})):
         assert same_bits(whole, tmp_path / f"run{i}")

@@ -472,8 +472,10 @@ def shard(folder, suffix, write, parts=3):
 
 FILES = {
     "shards": lambda folder: shard(folder, "safetensors", lambda part, path: write_safetensors(path, part)),
-    "bin": lambda folder: shard(folder, "bin", torch.save, 1)[0].unlink()
-    or next(folder.glob("*.bin")).rename(folder / "pytorch_model.bin"),
+    "bin": lambda folder: (
+        shard(folder, "bin", torch.save, 1)[0].unlink()
+        or next(folder.glob("*.bin")).rename(folder / "pytorch_model.bin")
+    ),
     "bin shards": lambda folder: shard(folder, "bin", torch.save),
     "legacy bin": lambda folder: (
         torch.save(stored(folder), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False),
