@@ -30,8 +30,9 @@ class Distiller:
 
     def compile(self):
         """Compiles both models for the one shape of training; evaluation, with another shape, runs uncompiled."""
-        self.run_teacher, self.run_student = (m and torch.compile(m, dynamic=False) for m in (self.teacher,
-        self.student))
+        self.run_teacher, self.run_student = (
+            m and torch.compile(m, dynamic=False) for m in (self.teacher, self.student)
+        )
 
     def distribute(self):
         """Makes the backward pass average gradients over all ranks."""

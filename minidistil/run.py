@@ -14,6 +14,7 @@ import time
 import torch
 
 from minidistil import files, plot
+from minidistil.data import MASK_SHARE
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
@@ -97,7 +98,8 @@ class Run:
         """Restores student and optimiser; returns the State. Raises UserError for another run."""
         saved, tensors = load_checkpoint(self.out)
         wanted = self.identity if dtype == "auto" else {**self.identity, "dtype": dtype}
-        require_same({**saved["identity"], "dtype": saved["dtype"]}, wanted, self.out)
+        before = {"mask_share": MASK_SHARE, **saved["identity"], "dtype": saved["dtype"]}  # once there was no other
+        require_same(before, wanted, self.out)
         restore(tensors, student, optimizer, saved["adam_steps"])
         return State(**{field.name: saved[field.name] for field in dataclasses.fields(State)})
 
