@@ -459,8 +459,9 @@ def test_a_run_begun_with_other_masks_goes_on_without_dropout_only(tiny, tmp_pat
     assert train.train(went_on)["steps"] == 60
 
 
-def test_costs_while_it_runs(tiny, tmp_path, capsys):
+def test_costs_while_it_runs(tiny, tmp_path, monkeypatch, capsys):
     """Each update's line of metrics.jsonl, and of progress, says what the whole run will take and cost."""
+    monkeypatch.setenv("COLUMNS", "120")  # a line is not folded
     train.train(settings(tiny, tmp_path / "out", steps=3, price_per_hour=1e6))
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for r in (r for r in records if "loss" in r):
