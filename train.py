@@ -329,10 +329,10 @@ def distil(settings, out, device, ranks):
             evaluate()
         ended_by = "signal" if interrupted else "completion" if progress.done else "time limit"
         teacher_metrics = held_out.teacher_metrics if ranks.first else None
+        ranks.leave()  # before rank 0 writes its results: no rank keeps a connection that others have closed
         summary = report.finish(corpus, tokenizer, teacher_metrics, ended_by, how_to_resume) if ranks.first else None
     if interrupted:
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-    ranks.leave()
     return summary
 
 

@@ -237,7 +237,7 @@ def test_no_row_is_lost(tmp_path, monkeypatch, capsys):
     def on_disk(name):
         return json.loads((tmp_path / f"{name}.json").read_text())["results"]
 
-    case = types.SimpleNamespace(Settings=kernels.Settings, bench=rows, table=lambda rows: "table")
+    case = types.SimpleNamespace(Settings=kernels.Settings, bench=rows, table=lambda rows: "| |\n|---|")
     monkeypatch.setitem(bench.CASES, "loss", case)
     killed = False
     assert bench.main(["loss", "--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 1

@@ -98,8 +98,8 @@ def test_ablation_leaves_out_one_part_at_a_time(monkeypatch):
     calls = []
     monkeypatch.setattr(distil, "script", fake_script(calls))
     results = last_rows(distil.bench_ablation(settings(train="--steps 5", rounds=2)))
-    assert len(calls) == 10 and all(words[:2] == ["--steps", "5"] for words in calls)
-    assert [words[2:4] for words in calls[1:5]] == [
+    assert len(calls) == 10 and all(words[:4] == ["--mask-share", "0.15", "--steps", "5"] for words in calls)
+    assert [words[4:6] for words in calls[1:5]] == [
         ["--alpha-ce", "0"], ["--alpha-cos", "0"], ["--alpha-mlm", "0"], ["--student-init", "random"],
     ]  # fmt: skip
     whole, *_, random = results[1:]
