@@ -27,7 +27,8 @@ from minidistil.checks import score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.errors import UserError
 from minidistil.model import num_params
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 PROMPT = "Returns the [MASK] of the elements along the given axis."
 BLANK = SPECIAL_TOKENS["mask"]

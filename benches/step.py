@@ -35,7 +35,9 @@ from minidistil.precision import precision
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
 from minidistil.student import student_from_teacher, student_layers
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 STEP = dict(
     layers=4, width=256, heads=4, mlp_width=1024, vocab_size=30522, T=128, batch=8, accum=5, updates=12, padding=6
@@ -61,7 +63,7 @@ def make_teacher(folder, shape, seed=0):
     """Writes a random teacher."""
     config = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
     weights.save_model(folder, MaskedLM(Config(**config), seed=seed))
-    Tokenizer(vocabulary(shape["vocab_size"]), max_length=512).save(folder, "bert")
+    WordPiece(vocabulary(shape["vocab_size"]), max_length=512).save(folder, "bert")
 
 
 def make_corpus(folder, shape, words=400_000, seed=0):
@@ -72,7 +74,7 @@ def make_corpus(folder, shape, words=400_000, seed=0):
     with tempfile.TemporaryDirectory() as scratch:
         text = pathlib.Path(scratch) / "text.txt"
         text.write_text("\n".join(" ".join(drawn[i : i + 200]) for i in range(0, words, 200)))
-        Tokenizer(vocab, max_length=512).save(pathlib.Path(scratch), "bert")
+        WordPiece(vocab, max_length=512).save(pathlib.Path(scratch), "bert")
         prepare([str(text)], scratch, folder, val_share=0.05, progress=False)
 
 

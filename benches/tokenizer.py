@@ -11,6 +11,7 @@ from data.docstrings import harvest, python_files
 from minidistil.cli import option
 from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
 
 
 @dataclasses.dataclass
@@ -31,7 +32,7 @@ def providers_of(texts):
     rust.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
 
     def cold():
-        fresh = Tokenizer(mine.vocab, mine.lowercase)
+        fresh = WordPiece(mine.vocab, mine.lowercase)
         return [fresh.encode(text) for text in texts]
 
     return {

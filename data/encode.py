@@ -8,6 +8,7 @@ import numpy as np
 HASHES = 1 << 63  # document hashes are below this
 PIECE = 1 << 16  # characters of a document to split at once: the list of words takes 15 times the memory of the text
 _SPACE = re.compile(r"[ \t\r\n]")
+_CUT = re.compile(r"(?<=\S)[ \t\r\n]")  # the first of several spaces: byte-level BPE splits them all but the last off
 
 
 def token_dtype(vocab_size):
@@ -49,10 +50,10 @@ def document_hash(data):
 
 
 def pieces(text):
-    """Yields a long text in pieces, split at white space, where a split changes no token."""
+    """Yields a long text in pieces, split where white space begins: there a split changes no token of any tokenizer."""
     start = 0
     while len(text) - start > PIECE:
-        space = _SPACE.search(text, start + PIECE)
+        space = _CUT.search(text, start + PIECE)
         if not space:
             break
         yield text[start : space.start()]

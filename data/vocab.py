@@ -31,7 +31,8 @@ from data.workers import cores, ordered_map
 from minidistil import cli, files
 from minidistil.cli import option
 from minidistil.errors import UserError
-from minidistil.tokenizer import LONGEST_WORD, SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import LONGEST_WORD, SPECIAL_TOKENS
 
 HELD_OUT = 0.02  # share of the documents on which the reported metrics are computed
 COVERAGE = 0.99999  # share of all characters that belong to the alphabet, in which any word can be spelled
@@ -124,7 +125,7 @@ def _byte_pairs(words, size):
 
 def usage(vocab, words, lowercase):
     """Returns a Counter: how often each entry of `vocab` is used for words with these counts."""
-    tokenizer = Tokenizer(vocab, lowercase)
+    tokenizer = WordPiece(vocab, lowercase)
     used = collections.Counter()
     for word, n in words.items():
         for i in tokenizer.encode(word):
@@ -187,7 +188,7 @@ def main(argv):
     out = pathlib.Path(settings.out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} already exists, and models may depend on it: choose another --out")
-    splitter = Tokenizer(list(SPECIAL_TOKENS.values()), lowercase=not settings.cased)
+    splitter = WordPiece(list(SPECIAL_TOKENS.values()), lowercase=not settings.cased)
     sources = text_sources.paths_first(settings.source)
     counts, held_out, cuts = count_words(
         sources, splitter, settings.sample_bytes, cores(settings.workers), settings.field, settings.encoding
@@ -200,7 +201,7 @@ def main(argv):
     if out.suffix == ".txt":
         files.write_text(out, "".join(f"{token}\n" for token in vocab))
     else:
-        Tokenizer(vocab, lowercase=not settings.cased).save(out, "bert")
+        WordPiece(vocab, lowercase=not settings.cased).save(out, "bert")
     words = held_out or counts  # with few documents, none may be held out
     used = usage(vocab, words, not settings.cased)
     summary = {

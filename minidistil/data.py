@@ -110,8 +110,7 @@ class Sequences:
         self.per_epoch = max(0, (len(tokens) - spare) // self.block)
         counts = np.ones(self.vocab_size) if counts is None else np.maximum(counts, 1)
         self.weights = counts.astype(np.float64) ** -smoothing
-        special = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
-        self.weights[special] = 0.0
+        self.weights[tokenizer.special_ids] = 0.0
         self.masked_per_sequence = round(mask_share * T)
 
     def batch(self, first, n):

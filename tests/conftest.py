@@ -45,13 +45,14 @@ def tiny(tmp_path_factory):
     from data.prepare import prepare
     from minidistil import weights
     from minidistil.model import Config, MaskedLM
-    from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+    from minidistil.tokenizers.wordpiece import WordPiece
+    from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
     folder = tmp_path_factory.mktemp("tiny")
     rng = random.Random(0)
     words = sorted({"".join(rng.choices("abcdefgh", k=rng.randint(1, 4))) for _ in range(400)})
     vocab = [*SPECIAL_TOKENS.values(), *words]
-    tokenizer = Tokenizer(vocab, max_length=32)
+    tokenizer = WordPiece(vocab, max_length=32)
     config = Config(vocab_size=len(vocab), positions=32, layers=4, heads=2, width=32, mlp_width=64)
     weights.save_model(folder / "teacher", MaskedLM(config, seed=1))
     tokenizer.save(folder / "teacher", "bert")

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from minidistil.downstream.batches import batches, encode_pair, padded, predict
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 CPU = torch.device("cpu")
-TOKENIZER = Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(95))])
+TOKENIZER = WordPiece([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(95))])
 
 
 @pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 5000])

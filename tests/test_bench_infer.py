@@ -17,7 +17,8 @@ from minidistil.downstream.batches import encode_pair
 from minidistil.downstream.heads import Classifier, SpanReader, load_finetuned
 from minidistil.errors import UserError
 from minidistil.model import Config
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 HALF = ["teacher bf16", "student bf16"] if infer.has_bf16() else []
 PROVIDERS = ["teacher", "student", *HALF, "student int8", "transformers, teacher", "transformers, student"]
@@ -161,7 +162,7 @@ def world(tmp_path_factory):
     """Models and data with 100 words: "sst2" and "reader", fine-tuned; SST-2, of which "sst2" knows four in five."""
     folder = tmp_path_factory.mktemp("world")
     words = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=2)]
-    tokenizer = Tokenizer([*SPECIAL_TOKENS.values(), *words], max_length=32)
+    tokenizer = WordPiece([*SPECIAL_TOKENS.values(), *words], max_length=32)
     model = Classifier(SMALL.student(2), 2, seed=3).eval()
     weights.save_model(folder / "sst2", model, finetuning_task="sst2", id2label={"0": "negative", "1": "positive"})
     weights.save_model(folder / "reader", SpanReader(SMALL.student(2), seed=3))

@@ -17,8 +17,10 @@ from minidistil.downstream.grid import next_run, read_scores, summarise
 from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
 from minidistil.run import read_metrics
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minidistil.tokenizer_files import AddedToken, tokenizer_json
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.added_tokens import AddedToken
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS, tokenizer_json
 
 MUTATIONS = 200  # of bytes, and as many of values, for each file
 WORDS = [*SPECIAL_TOKENS.values(), *"a b ab cd ##a ##b ##c ##d é".split()]
@@ -88,7 +90,7 @@ def folder(tmp_path):
     folder = tmp_path / "model"
     config = Config(vocab_size=len(WORDS) + 1, positions=32, layers=1, heads=1, width=4, mlp_width=4)
     weights.save_model(folder, MaskedLM(config))
-    Tokenizer(WORDS, max_length=32, added=[AddedToken("<url>", special=False)]).save(folder, "bert")
+    WordPiece(WORDS, max_length=32, added=[AddedToken("<url>", special=False)]).save(folder, "bert")
     return folder
 
 
@@ -155,7 +157,7 @@ def test_squad(tmp_path):
     questions = [{"id": str(i), "question": "ab?", "answers": [{"text": "cd", "answer_start": 3}]} for i in range(20)]
     articles = [{"title": q["id"], "paragraphs": [{"context": text, "qas": [q]}]} for q in questions]
     (tmp_path / "all.json").write_text(json.dumps({"data": articles}))
-    tokenizer = Tokenizer(WORDS, max_length=80)
+    tokenizer = WordPiece(WORDS, max_length=80)
 
     def load():
         for part in squad.load(tmp_path / "all.json"):

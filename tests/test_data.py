@@ -11,14 +11,16 @@ from minidistil.data import IGNORE, Corpus, Sequences, TokenFile
 from minidistil.errors import UserError
 from minidistil.memory import status_kib
 from minidistil.rng import mix, permuted, uniform
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 V = 500
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(V - 5))])
+    return WordPiece([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(V - 5))])
 
 
 def stream(tokenizer, n=20_000, seed=0):
@@ -161,7 +163,7 @@ def test_corpus_reads_what_prepare_wrote(tiny):
     corpus.check_tokenizer(tokenizer, "teacher")
     assert len(corpus.train) == corpus.meta["tokens"]["train"] > 1000 < corpus.counts.sum() + 1
     assert np.array_equal(np.bincount(corpus.train[:], minlength=len(tokenizer.vocab)), corpus.counts)
-    other = Tokenizer([*tokenizer.vocab[:-1], "zzz"])
+    other = WordPiece([*tokenizer.vocab[:-1], "zzz"])
     with pytest.raises(UserError, match="another vocabulary"):
         corpus.check_tokenizer(other, "other")
 

@@ -9,7 +9,8 @@ from minidistil import weights
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, SpanReader, load_finetuned, load_pretrained
 from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 BERT = Config(vocab_size=60, positions=24, layers=2, heads=2, width=16, mlp_width=32, init_range=0.3)
 DISTILBERT = BERT.student(2)
@@ -110,7 +111,7 @@ def test_folders_that_are_not_fine_tuned_are_refused(tmp_path):
 def test_pipeline_gives_the_same_answer(config, tmp_path):
     transformers = pytest.importorskip("transformers")
     vocab = [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(55))]
-    tokenizer = Tokenizer(vocab, max_length=24)
+    tokenizer = WordPiece(vocab, max_length=24)
     model = Classifier(config, 2, seed=1).eval()
     weights.save_model(tmp_path, model, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
     tokenizer.save(tmp_path, config.family)

@@ -20,6 +20,7 @@ from hub_server import hub_server
 from minidistil import weights
 from minidistil.model import Config, MaskedLM
 from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -134,7 +135,7 @@ def test_tables_are_those_of_the_results():
 def bert(tmp_path_factory):
     """A folder like bert-base-uncased's, of another size: random weights, 512 positions, the commonest words."""
     folder = tmp_path_factory.mktemp("bert")
-    tokenizer = Tokenizer(Tokenizer.load(ROOT / "data" / "demo").vocab[:1200], max_length=512)
+    tokenizer = WordPiece(Tokenizer.load(ROOT / "data" / "demo").vocab[:1200], max_length=512)
     config = Config(vocab_size=len(tokenizer.vocab), layers=4, heads=2, width=16, mlp_width=32)
     weights.save_model(folder, MaskedLM(config, seed=0))
     tokenizer.save(folder, "bert")

@@ -15,7 +15,9 @@ import sample
 from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.model import Config, MaskedLM
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 ROOT = pathlib.Path(sample.__file__).parent
 WORDS = "a an axis elements mean of paris returns sum the town 山 ##s ##ing . ,".split()
@@ -29,7 +31,7 @@ def make(folder, seed, token_types, vocab=VOCAB, vocab_size=None):
     shape = dict(layers=2, heads=2, width=8, mlp_width=12, init_range=0.8, family=family)
     config = Config(vocab_size or len(vocab), 16, token_types, **shape)
     weights.save_model(folder, MaskedLM(config, seed=seed))
-    Tokenizer(vocab, max_length=16).save(folder, config.family)
+    WordPiece(vocab, max_length=16).save(folder, config.family)
     return folder
 
 
@@ -284,7 +286,7 @@ def test_rows_without_a_word_are_never_shown(tmp_path, capsys, teacher):
     state["head.bias"] = torch.cat([state["head.bias"], torch.full((3,), 50.0)])
     wide.load_state_dict(state)
     weights.save_model(tmp_path / "wide", wide)
-    Tokenizer(VOCAB, max_length=16).save(tmp_path / "wide", "bert")
+    WordPiece(VOCAB, max_length=16).save(tmp_path / "wide", "bert")
     for prompt in PROMPTS:
         said = [answer(capsys, prompt, "--model", f, "--teacher", "none", "-k", len(VOCAB)) for f in ("wide", teacher)]
         assert said[0] == said[1]

@@ -14,9 +14,11 @@ import pytest
 from minidistil.downstream import squad
 from minidistil.downstream.squad import Question
 from minidistil.errors import UserError
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
-WORDS = Tokenizer([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(1000))])  # w7 is one token
+WORDS = WordPiece([*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(1000))])  # w7 is one token
 
 
 def ask(context, *answers, question="w0"):
@@ -159,7 +161,7 @@ def check_windows(question, tokenizer, found, length, longest_question):
     ],
 )
 def test_spans_by_hand(context, text, covering):
-    tokenizer = Tokenizer([*SPECIAL_TOKENS.values(), "cafe", "de", "flore", ",", "est"])
+    tokenizer = WordPiece([*SPECIAL_TOKENS.values(), "cafe", "de", "flore", ",", "est"])
     (window,) = squad.windows(ask(context, (text, context.index(text))), tokenizer)
     start, end = (place - window.first for place in window.span)
     assert (context[window.starts[start] : window.ends[end]] if window.span != (0, 0) else None) == covering

@@ -12,10 +12,12 @@ import unicodedata
 import numpy as np
 import pytest
 
-from minidistil import tokenizer as module
 from minidistil.errors import UserError
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minidistil.tokenizer_files import AddedToken
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers import caches, wordpiece
+from minidistil.tokenizers.added_tokens import AddedToken
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 SPECIAL = list(SPECIAL_TOKENS.values())
 CODE_POINTS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
@@ -65,7 +67,7 @@ def test_words_of_every_code_point(settings):
     forms = ["a%sb", "%s"]
     if settings[0]:
         forms.append("a\u0345\u0334%s\u0345\u0334")  # marks change places according to combining classes
-    tokenizer, truth = Tokenizer(SPECIAL, *settings), oracle(SPECIAL, *settings)
+    tokenizer, truth = WordPiece(SPECIAL, *settings), oracle(SPECIAL, *settings)
     for start in range(0, len(CODE_POINTS), 200):
         characters = CODE_POINTS[start : start + 200]
         for form in forms:
@@ -110,7 +112,7 @@ def vocabulary_of(texts):
 def test_ids_of_random_unicode(many_texts, settings):
     texts = many_texts[:20_000] if settings == SETTINGS["odd"] else many_texts
     vocab = vocabulary_of(texts)
-    tokenizer, truth = Tokenizer(vocab, *settings), oracle(vocab, *settings)
+    tokenizer, truth = WordPiece(vocab, *settings), oracle(vocab, *settings)
     assert differences(tokenizer, truth, texts) == []
     share = sum(tokenizer.encode(text).count(tokenizer.unk_id) for text in texts[:2000]) / 2000
     assert 0 < share < 0.5  # [UNK] per text
@@ -143,7 +145,7 @@ def offset_differences(tokenizer, oracle, texts):
 def test_offsets_of_random_unicode(settings):
     texts = [*TEXTS, *random_texts(seed=20160616, count=4000)]
     vocab = vocabulary_of(texts)
-    tokenizer = Tokenizer(vocab, *settings)
+    tokenizer = WordPiece(vocab, *settings)
     found = list(offset_differences(tokenizer, oracle(vocab, *settings), texts))
     # The crate places what NFD moved by count, not by character. Where a mark that stays changed places with one that
     # goes, it points at the latter, or beside it; ours is the mark that stays.
@@ -175,15 +177,15 @@ def test_offsets_of_imdb(assets, settings):
     ],
 )
 def test_offsets_by_hand(text, surfaces):
-    ids, starts, ends = Tokenizer(SMALL).encode_with_offsets(text)
+    ids, starts, ends = WordPiece(SMALL).encode_with_offsets(text)
     assert " ".join(text[start:end] for start, end in zip(starts, ends, strict=True)) == surfaces
-    assert ids == Tokenizer(SMALL).encode(text)
+    assert ids == WordPiece(SMALL).encode(text)
 
 
 def test_offsets_where_marks_that_stay_change_places():
     marks = [c for c in CODE_POINTS if unicodedata.combining(c) and unicodedata.category(c) == "Mc"]
     vocab = vocabulary_of(marks)
-    tokenizer, truth = Tokenizer(vocab), oracle(vocab, *SETTINGS["uncased"])
+    tokenizer, truth = WordPiece(vocab), oracle(vocab, *SETTINGS["uncased"])
     text = "the a\u302e\u1b44b end"
     ids, starts, ends = tokenizer.encode_with_offsets(text)
     assert [vocab[i] for i in ids][1:5] == ["a", "##\u1b44", "##\u302e", "##b"]
@@ -211,11 +213,11 @@ def test_offsets_where_marks_that_stay_change_places():
     ],
 )
 def test_corners(text, words):
-    assert Tokenizer(SPECIAL)._words(text) == words.split()
+    assert WordPiece(SPECIAL)._words(text) == words.split()
 
 
 def test_the_longest_word_is_counted_after_normalisation():
-    tokenizer = Tokenizer([*SPECIAL, "a", "##a"])
+    tokenizer = WordPiece([*SPECIAL, "a", "##a"])
     a, piece, unk = 5, 6, tokenizer.unk_id
     assert tokenizer.encode("A\u0301" * 100 + " " + "a" * 101) == [a] + [piece] * 99 + [unk]
     assert tokenizer.encode("a" * 150 + "-" + "a\u200b" * 100) == [unk, unk, a] + [piece] * 99  # "-" is [UNK] by itself
@@ -226,14 +228,14 @@ def test_continuations_need_a_character():
     # "##" and "#" are entries, and must not be taken for a piece of "ab" that is no longer than its prefix
     vocab, settings = [*SPECIAL, "a", "#", "##", "", "##c"], SETTINGS["uncased"]
     texts = ["ab", "ac", "a#", "##c", "acac", "b"]
-    assert differences(Tokenizer(vocab, *settings), oracle(vocab, *settings), texts) == []
+    assert differences(WordPiece(vocab, *settings), oracle(vocab, *settings), texts) == []
 
 
 @cased_and_not
 def test_prompts(settings):
     transformers = pytest.importorskip("transformers")
     lowercase, _, _ = settings
-    ours = Tokenizer(SMALL, lowercase)
+    ours = WordPiece(SMALL, lowercase)
     theirs = transformers.BertTokenizer(vocab=ours.ids, do_lower_case=lowercase)
     prompts = ["Paris is the [MASK] of France.", "[MASK][MASK]a[SEP]", "[mask] [ MASK ] [[MASK]]", "[mask]", "x[CLS"]
     for prompt in [*prompts, *TEXTS, *random_texts(seed=3, count=2000)]:
@@ -242,7 +244,7 @@ def test_prompts(settings):
 
 
 def test_decode():
-    ours, theirs = Tokenizer(SMALL), oracle(SMALL, *SETTINGS["uncased"])
+    ours, theirs = WordPiece(SMALL), oracle(SMALL, *SETTINGS["uncased"])
     draw = random.Random(5)
     for ids in ([], [9], *(draw.choices(range(len(SMALL)), k=12) for _ in range(2000))):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=False), [SMALL[i] for i in ids]
@@ -250,7 +252,7 @@ def test_decode():
 
 
 def test_documents_in_one_array():
-    tokenizer = Tokenizer(SMALL)
+    tokenizer = WordPiece(SMALL)
     ids, end = tokenizer.encode_documents(["the capital", "", " \n", "\u200b", "unable"]), tokenizer.sep_id
     assert ids.dtype == np.uint32
     assert ids.tolist() == [*tokenizer.encode("the capital"), end, *tokenizer.encode("unable"), end]
@@ -259,27 +261,27 @@ def test_documents_in_one_array():
 
 def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
     texts = list(random_texts(seed=11, count=3000)) + ["the capital of france " * 3] * 100
-    expected = [Tokenizer(SMALL).encode(text) for text in texts]
-    monkeypatch.setattr(module, "CACHE_ENTRIES", 64)
-    small = Tokenizer(SMALL)
+    expected = [WordPiece(SMALL).encode(text) for text in texts]
+    monkeypatch.setattr(wordpiece, "CACHE_ENTRIES", 64)
+    small = WordPiece(SMALL)
     cache = small._cache
     for text, ids in zip(texts, expected, strict=True):
         assert small.encode(text) == ids
         assert len(cache) + len(cache.older) <= 64
     assert "capital" in cache and small.encode("x" * 1000) == [small.unk_id]
-    assert max(map(len, cache)) <= module.CACHED_LENGTH  # nor do long chunks stay
+    assert max(map(len, cache)) <= caches.CACHED_LENGTH  # nor do long chunks stay
 
 
 def test_a_word_is_computed_once(monkeypatch):
-    tokenizer = Tokenizer(SMALL)
+    tokenizer = WordPiece(SMALL)
     first = tokenizer.encode("The capital, unables")
     monkeypatch.setattr(Tokenizer, "_words", None)
     assert tokenizer.encode("unables The capital, unables")[-len(first) :] == first
 
 
 def test_what_is_asked_for_again_survives(monkeypatch):
-    monkeypatch.setattr(module, "CACHE_ENTRIES", 8)
-    tokenizer, computed = Tokenizer(SMALL), []
+    monkeypatch.setattr(wordpiece, "CACHE_ENTRIES", 8)
+    tokenizer, computed = WordPiece(SMALL), []
     compute = tokenizer._cache.compute
     monkeypatch.setattr(tokenizer._cache, "compute", lambda chunk: computed.append(chunk) or compute(chunk))
     for i in range(50):
@@ -288,7 +290,7 @@ def test_what_is_asked_for_again_survives(monkeypatch):
 
 
 def test_pickle_for_worker_processes():
-    tokenizer = Tokenizer(SMALL, False, True, False, 77)
+    tokenizer = WordPiece(SMALL, False, True, False, 77)
     tokenizer.encode("the capital")
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert (copy.digest, copy.max_length, len(copy._cache)) == (tokenizer.digest, 77, 0)
@@ -297,7 +299,7 @@ def test_pickle_for_worker_processes():
 
 def test_digest_follows_all_that_changes_ids():
     digests = [
-        Tokenizer(*arguments).digest
+        WordPiece(*arguments).digest
         for arguments in (
             (SMALL,),
             (SMALL, False),
@@ -309,7 +311,7 @@ def test_digest_follows_all_that_changes_ids():
         )  # fmt: skip
     ]
     assert len(set(digests)) == len(digests) and all(len(digest) == 64 for digest in digests)
-    assert digests[0] == Tokenizer(tuple(SMALL), 1, True, True, max_length=128).digest
+    assert digests[0] == WordPiece(tuple(SMALL), 1, True, True, max_length=128).digest
 
 
 @pytest.mark.parametrize("model_type", ["bert", "distilbert"])
@@ -318,7 +320,7 @@ def test_digest_follows_all_that_changes_ids():
 def test_saved_for_transformers(tmp_path, model_type, settings, absent):
     transformers = pytest.importorskip("transformers")
     vocab = list(dict.fromkeys([*SMALL, *"AÜéü中国", "##é"]))
-    ours = Tokenizer(vocab, *settings, max_length=99)
+    ours = WordPiece(vocab, *settings, max_length=99)
     ours.save(tmp_path, model_type)
     files = {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"}
     assert {path.name for path in tmp_path.iterdir()} == files
@@ -338,7 +340,7 @@ def test_saved_for_transformers(tmp_path, model_type, settings, absent):
 
 def test_tokenizer_json_alone_serves_the_crate(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    ours = Tokenizer(SMALL, *SETTINGS["odd"])
+    ours = WordPiece(SMALL, *SETTINGS["odd"])
     ours.save(tmp_path, "bert")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in [*TEXTS, *random_texts(seed=9, count=300)]:
@@ -349,7 +351,7 @@ def test_tokenizer_json_alone_serves_the_crate(tmp_path):
 
 def test_an_entry_twice(tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours = Tokenizer([*SMALL, "the", "", "end"])
+    ours = WordPiece([*SMALL, "the", "", "end"])
     assert ours.encode("the end") == [len(SMALL), len(SMALL) + 2]
     ours.save(tmp_path, "bert")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("the end")["input_ids"] == ours.encode_prompt("the end")
@@ -387,7 +389,7 @@ def test_where_settings_come_from(tmp_path):
         assert (found.lowercase, found.strip_accents, found.chinese, found.max_length) == (False, True, False, 512)
     (tmp_path / "vocab.txt").rename(tmp_path / "other.txt")  # another name stands for itself
     assert Tokenizer.load(tmp_path / "other.txt").lowercase
-    Tokenizer(cased, True, False, False).save(tmp_path, "bert")
+    WordPiece(cased, True, False, False).save(tmp_path, "bert")
     (tmp_path / "tokenizer_config.json").unlink()  # then tokenizer.json says it
     found = Tokenizer.load(tmp_path)
     assert (found.lowercase, found.strip_accents, found.chinese) == (True, False, False)
@@ -399,7 +401,7 @@ def test_where_settings_come_from(tmp_path):
 def test_the_class_decides_which_file_decides(tmp_path, kind, says, model_type):
     transformers = pytest.importorskip("transformers")
     for in_json in (True, False):
-        Tokenizer(SMALL, in_json).save(tmp_path, "bert")
+        WordPiece(SMALL, in_json).save(tmp_path, "bert")
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "do_lower_case": says}))
         if says is None:  # transformers does not take null for an answer
             (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
@@ -434,9 +436,9 @@ def test_what_editors_leave_is_harmless(tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8-sig")
         for end in ("\n\n", "\r\n\r\n\r\n", "", " \n \t\n"):
             (tmp_path / "vocab.txt").write_text("\n".join(SMALL) + end, encoding="utf-8-sig", newline="")
-            assert Tokenizer.load(tmp_path).digest == Tokenizer(SMALL).digest
+            assert Tokenizer.load(tmp_path).digest == WordPiece(SMALL).digest
             assert Tokenizer.load(tmp_path).max_length == 512
-    Tokenizer([*SMALL, ""]).save(tmp_path, "bert")  # what transformers makes of a blank line
+    WordPiece([*SMALL, ""]).save(tmp_path, "bert")  # what transformers makes of a blank line
     (tmp_path / "vocab.txt").unlink()
     assert Tokenizer.load(tmp_path).vocab == SMALL
 
@@ -500,7 +502,7 @@ def test_tokens_that_a_file_adds(tmp_path, write, absent):
         each.mkdir()
         (each / "config.json").write_text('{"model_type": "bert"}')
     write_vocab(folder, ADDED_VOCAB, do_lower_case=True)
-    known = Tokenizer(ADDED_VOCAB, added=ADDED).ids
+    known = WordPiece(ADDED_VOCAB, added=ADDED).ids
     ids = {token.content: known[token.content] for token in ADDED}
     write(folder, [dataclasses.asdict(token) for token in ADDED], ids)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer.load(folder)
@@ -524,11 +526,11 @@ def test_tokens_that_a_file_adds(tmp_path, write, absent):
             assert [text[start:end] for start, end in zip(starts, ends, strict=True)] == surfaces[1:-1]
     again = Tokenizer.load(export)
     assert again.digest == ours.digest == pickle.loads(pickle.dumps(ours)).digest
-    assert again.digest != Tokenizer(ours.base).digest and len(again.vocab) == len(theirs)
+    assert again.digest != WordPiece(ours.base).digest and len(again.vocab) == len(theirs)
 
 
 def test_an_entry_beside_the_vocabulary_is_no_piece():
-    ours = Tokenizer([*SPECIAL, "a", "##b"], added=[AddedToken("ab", single_word=True)])
+    ours = WordPiece([*SPECIAL, "a", "##b"], added=[AddedToken("ab", single_word=True)])
     assert ours.vocab[-1] == "ab" and ours.encode("ab, abb") == [7, ours.unk_id, 5, 6, 6]
     assert ours.encode("[SEP]") != [ours.sep_id]  # plain text, still
 
@@ -547,7 +549,7 @@ def test_lines_end_as_they_like_and_no_length_means_512(tmp_path):
 
 
 def broken_tokenizer_json(folder, change):
-    Tokenizer(SMALL).save(folder, "bert")
+    WordPiece(SMALL).save(folder, "bert")
     data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     change(data)
     (folder / "tokenizer.json").write_text(json.dumps(data))
@@ -570,7 +572,7 @@ BROKEN = {
     "no length": (lambda folder: write_vocab(folder, model_max_length="long"), "model_max_length is 'long'"),
     "another class": (lambda folder: write_vocab(folder, tokenizer_class="BertJapaneseTokenizer"), "BertJapanese"),
     "two vocabularies": (
-        lambda folder: (Tokenizer(SMALL).save(folder, "bert"), write_vocab(folder, SMALL[:-1])), "disagree",
+        lambda folder: (WordPiece(SMALL).save(folder, "bert"), write_vocab(folder, SMALL[:-1])), "disagree",
     ),
     "BPE": (
         lambda folder: broken_tokenizer_json(folder, lambda data: data["model"].update(type="BPE")), "type is 'BPE'",
@@ -614,7 +616,7 @@ def test_what_cannot_be_loaded(tmp_path, breaks, message):
 
 
 def test_a_failed_save_keeps_the_old_vocabulary(tmp_path, monkeypatch):
-    Tokenizer(SMALL).save(tmp_path, "bert")
+    WordPiece(SMALL).save(tmp_path, "bert")
     before = (tmp_path / "vocab.txt").read_bytes()
 
     def refuse(*_):
@@ -622,6 +624,6 @@ def test_a_failed_save_keeps_the_old_vocabulary(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", refuse)
     with pytest.raises(OSError, match="disk full"):
-        Tokenizer(SMALL[:-1]).save(tmp_path, "bert")
+        WordPiece(SMALL[:-1]).save(tmp_path, "bert")
     assert (tmp_path / "vocab.txt").read_bytes() == before
     assert not list(tmp_path.glob(".*"))

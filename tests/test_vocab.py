@@ -11,7 +11,9 @@ import pytest
 
 from data import vocab as learner
 from minidistil.errors import UserError
-from minidistil.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEMS = "walk talk jump play look rain work help turn call Naïve Zürich über point paint print".split()
@@ -62,14 +64,14 @@ def test_every_entry_can_be_reached(learned):
     for i, entry in enumerate(lines[5:], 5):
         word = "a" + entry[2:] if entry.startswith("##") else entry
         assert tokenizer.encode(word)[-1] == i or entry.startswith("##") and word in lines
-        assert Tokenizer([*SPECIAL_TOKENS.values(), word]).encode(word) == [5]  # normalised already, and one word
+        assert WordPiece([*SPECIAL_TOKENS.values(), word]).encode(word) == [5]  # normalised already, and one word
 
 
 def test_the_figures_are_true(learned, text):
     lines, summary, folder = learned
     tokenizer = Tokenizer.load(folder)
     contents = text.read_text(encoding="utf-8")
-    words = collections.Counter(Tokenizer([*SPECIAL_TOKENS.values()])._words(contents))
+    words = collections.Counter(WordPiece([*SPECIAL_TOKENS.values()])._words(contents))
     ids = tokenizer.encode(contents)
     assert summary["words"] + 0.05 * summary["words"] > sum(words.values()) > summary["words"]  # without the held-out
     assert summary["tokens_per_word"] == pytest.approx(len(ids) / sum(words.values()), rel=0.02)
@@ -108,7 +110,7 @@ def test_shorter_than_byte_pairs_alone():
     for _ in range(3000):
         syllables = draw.choices(["ba", "ri", "tos", "quen", "li", "mar", "e"], k=draw.randint(2, 5))
         words["".join(syllables)] += draw.randint(1, 9)
-    splitter = Tokenizer([*SPECIAL_TOKENS.values()])
+    splitter = WordPiece([*SPECIAL_TOKENS.values()])
     ours = learner.learn(words, 240, splitter)
     base = ours[:5] + [entry for entry in ours[5:] if len(entry.removeprefix("##")) == 1]
     plain = list(dict.fromkeys(base + learner._byte_pairs(words, 300)))[:240]
@@ -124,7 +126,7 @@ def test_sizes_that_do_not_fit_the_text(text, tmp_path, size, message):
 
 def test_many_rare_characters_do_not_take_the_vocabulary():
     words = collections.Counter({"common": 10**7, "word": 10**7} | {chr(code): 1 for code in range(0x1000, 0x1250)})
-    splitter = Tokenizer([*SPECIAL_TOKENS.values()])
+    splitter = WordPiece([*SPECIAL_TOKENS.values()])
     entries = learner.learn(words, 120, splitter)
     assert len(entries) == 120 and {"common", "word"} <= set(entries)
     with pytest.raises(UserError, match="too small"):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from minidistil import weights  # noqa: E402
 from minidistil.model import MaskedLM, initialise  # noqa: E402
-from minidistil.tokenizer import Tokenizer  # noqa: E402
+from minidistil.tokenizers.wordpiece import WordPiece  # noqa: E402
 
 OFFSETS = [(-1, 1, -2, 2), (-3, 3, -4, 4)]  # per block, per head
 WORD_STD = 0.05  # of all random matrices: about 1 / sqrt(width)
@@ -56,5 +56,5 @@ def fresh(config, seed=0):
 if __name__ == "__main__":
     config = weights.read_config(ROOT / "data" / "demo")
     weights.save_model(sys.argv[1], fresh(config))
-    vocab = Tokenizer.load(ROOT / "data" / "demo" / "vocab.txt").vocab
-    Tokenizer(vocab, max_length=config.positions).save(sys.argv[1], "bert")
+    vocab = WordPiece.load(ROOT / "data" / "demo" / "vocab.txt").vocab
+    WordPiece(vocab, max_length=config.positions).save(sys.argv[1], "bert")

@@ -1,61 +1,29 @@
-"""The files of a tokenizer, read and written: vocab.txt, tokenizer.json, tokenizer_config.json and their kin.
+"""The files of a WordPiece tokenizer, read and written: vocab.txt, tokenizer.json, tokenizer_config.json and their kin.
 
 Added tokens may stand in any of them. As in transformers, the class of the tokenizer decides which file's settings
 count: BertTokenizer's come from tokenizer_config.json, those of a TokenizersBackend from tokenizer.json.
 """
 
 import dataclasses
-import json
 import re
 
 from minidistil.errors import UserError
+from minidistil.tokenizers.added_tokens import AddedToken
+from minidistil.tokenizers.json_files import added_token, as_list, read_json, read_text, switches, token_id
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
 
 
-@dataclasses.dataclass(frozen=True)
-class AddedToken:
-    """A token that is matched in the text before WordPiece sees it; the flags are those of the crate `tokenizers`."""
-
-    content: str
-    single_word: bool = False
-    lstrip: bool = False  # this and the next: take white space along, which makes no tokens here
-    rstrip: bool = False
-    normalized: bool = False  # matched in normalised text
-    special: bool = True
-
-
-def _read(path):
-    """The text of a UTF-8 file, without the mark that some editors put at its beginning."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: name the vocabulary itself, or save it as UTF-8") from None
-
-
 def read_vocab(path):
     """The entries of a vocabulary file."""
-    return [line.rstrip(" \t") for line in _read(path).removesuffix("\n").split("\n")]
-
-
-def _read_json(path):
-    """The object in a JSON file without its null values; {} where there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return {key: item for key, item in value.items() if item is not None}
+    return [line.rstrip(" \t") for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def read_folder(folder):
     """(path of the vocabulary, entries without added tokens, settings with them) of a model's folder."""
     path, json_path, config_path = (folder / n for n in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"))
-    data, config, model = _read_json(json_path), _read_json(config_path), _read_json(folder / "config.json")
+    data, config, model = read_json(json_path), read_json(config_path), read_json(folder / "config.json")
     kind = config.get("tokenizer_class") or model.get("tokenizer_class") or ("model_type" in model and "BertTokenizer")
     kind = str(kind or "TokenizersBackend")
     if not re.fullmatch("(Distil)?BertTokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend", kind):
@@ -110,35 +78,19 @@ def _read_tokenizer_json(path, data):
         if re.search("[\n\r\ud800-\udfff]|[ \t]$", token):
             raise UserError(f"{path}: a vocab.txt cannot hold the entry {token!r}: use a BERT model's tokenizer")
     names = {"lowercase": "lowercase", "strip_accents": "strip_accents", "handle_chinese_chars": "chinese"}
-    return ids, _switches(path, data["normalizer"], names)
+    return ids, switches(path, data["normalizer"], names)
 
 
 def _read_tokenizer_config(path, config):
     """The settings of a tokenizer_config.json."""
     names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "chinese"}
-    settings = _switches(path, config, names)
+    settings = switches(path, config, names)
     length = config.get("model_max_length", config.get("max_len", 512))
     if type(length) not in (int, float) or not length >= 1:
         raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
     if length < 1e9:  # transformers writes 1e30 for "unknown"
         settings["max_length"] = int(length)
     return settings
-
-
-def _switches(path, values, names):
-    """Returns {ours: bool} for names {theirs: ours} that `values` has; raises UserError where one is no bool."""
-    found = {ours: (theirs, values[theirs]) for theirs, ours in names.items() if values.get(theirs) is not None}
-    for theirs, value in found.values():
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {theirs} is {value!r}: make it true or false")
-    return {ours: value for ours, (_, value) in found.items()}
-
-
-def _list(path, key, values):
-    """Returns a list or the values of an object; raises UserError for anything else that `key` may hold."""
-    if values and not isinstance(values, (list, dict)):
-        raise UserError(f"{path}: {key} is {values!r}, which is no list of tokens: fetch it again")
-    return list(values.values()) if isinstance(values, dict) else values or []
 
 
 def _read_added_tokens(folder, vocab, data, config, in_config):
@@ -149,7 +101,7 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
     a token. Raises UserError where a token would have another id than its file says.
     """
     path, json_path, legacy = (folder / n for n in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"))
-    in_json = _list(json_path, "added_tokens", data.get("added_tokens"))
+    in_json = as_list(json_path, "added_tokens", data.get("added_tokens"))
     in_json = [(json_path, token.get("id") if isinstance(token, dict) else None, token) for token in in_json]
     if (config_lists := config.get("added_tokens_decoder")) is not None:
         named = _named_tokens(path, config, {})
@@ -158,18 +110,18 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
         numbered = [(path, i, token) for i, token in config_lists.items()]
         numbered = numbered if in_config else in_json + numbered
     else:
-        special_map = _read_json(folder / "special_tokens_map.json")
+        special_map = read_json(folder / "special_tokens_map.json")
         named = _named_tokens(path, config, special_map)
         special_map.pop("additional_special_tokens", None)  # do not make those of added_tokens.json special
         contents = {token.content for token in _named_tokens(path, config, special_map)}
         numbered = [
             (legacy, i, {"content": content, "special": content in contents})
-            for content, i in _read_json(legacy).items()
+            for content, i in read_json(legacy).items()
         ]
         numbered += in_json
     added, known = {}, set(vocab)
-    for i, (path, value) in sorted({_id(path, i): (path, token) for path, i, token in numbered}.items()):
-        token = _added_token(path, value)
+    for i, (path, value) in sorted({token_id(path, i): (path, token) for path, i, token in numbered}.items()):
+        token = added_token(path, value)
         if token.content not in known and token.content not in added:
             if i < len(vocab) and not any(vocab[i:]):
                 del vocab[i:]
@@ -186,35 +138,20 @@ def _read_added_tokens(folder, vocab, data, config, in_config):
     return new
 
 
-def _id(path, i):
-    if type(i) not in (int, str) or not re.fullmatch("[0-9]{1,9}", str(i)):
-        raise UserError(f"{path} adds a token with the id {i!r}, which is no number: fetch it again")
-    return int(i)
-
-
 def _named_tokens(path, config, special_map):
     """The AddedTokens that the configuration names by their purpose; the five of BERT must be BERT's."""
     named = []
     for key, value in (config | special_map).items():
         if key.endswith("_token") and isinstance(value, (str, dict)):
-            token = _added_token(path, value)
+            token = added_token(path, value)
             wanted = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
             if token.content != wanted:
                 raise UserError(f"{path}: {key} is {token.content!r}, in BERT {wanted!r}: use a BERT model's tokenizer")
             named.append(token)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     for values in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):
-        named += [_added_token(path, value) for value in _list(path, "extra_special_tokens", values)]
+        named += [added_token(path, value) for value in as_list(path, "extra_special_tokens", values)]
     return named
-
-
-def _added_token(path, value):
-    """The AddedToken that a JSON file spells as a string or as an object."""
-    value = {"content": value} if isinstance(value, str) else value
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise UserError(f"{path} adds {value!r}, which is no token: fetch it again")
-    flags = _switches(path, value, {field.name: field.name for field in dataclasses.fields(AddedToken)[1:]})
-    return AddedToken(value["content"], **{"normalized": not flags.get("special", True)} | flags)
 
 
 def added_tokens_json(tokenizer):
