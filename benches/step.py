@@ -30,7 +30,7 @@ from minidistil.cli import option
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device, peak_mib
 from minidistil.losses import Objective
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.precision import precision
 from minidistil.progress import estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import read_metrics
@@ -62,7 +62,7 @@ def vocabulary(size):
 def make_teacher(folder, shape, seed=0):
     """Writes a random teacher."""
     config = {k: shape[k] for k in ("vocab_size", "layers", "width", "heads", "mlp_width")}
-    weights.save_model(folder, MaskedLM(Config(**config), seed=seed))
+    weights.save_model(folder, LanguageModel(Config(**config), seed=seed))
     WordPiece(vocabulary(shape["vocab_size"]), max_length=512).save(folder, "bert")
 
 
@@ -209,7 +209,7 @@ def phases(folder, shape, device, flags):
     """Runs train.py's `train` in this process; returns milliseconds an update of each phase."""
     watch = Stopwatch(shape["updates"] + 1)
     watch.watch(Prefetcher, "__call__", "data")
-    watch.watch(MaskedLM, "forward", lambda model: "student forward" if model.training else "teacher")
+    watch.watch(LanguageModel, "forward", lambda model: "student forward" if model.training else "teacher")
     watch.watch(distiller, "distillation_loss", "loss")
     watch.watch(torch.Tensor, "backward", "backward")
     watch.watch(torch.nn.utils, "clip_grad_norm_", "optimiser")

@@ -68,7 +68,7 @@ def dropout(x, p, training=True, key=None, site=0):
 
 
 @contextlib.contextmanager
-def flash_dropout(q, k, v, mask, p, key, site):
+def flash_dropout(q, k, v, mask, p, key, site, causal=False):
     """A context in which flash attention drops by `key` and `site`, and after which PyTorch's generator is as before.
 
     Flash attention on an NVIDIA GPU takes 32 offsets of the generator for each head of each sequence, in order, and
@@ -76,7 +76,7 @@ def flash_dropout(q, k, v, mask, p, key, site):
     compiled models, draw from the generator as they find it, in the order of their calls.
     """
     eager = p and key is not None and torch.version.cuda and not torch.compiler.is_compiling()
-    if not eager or torch._fused_sdp_choice(q, k, v, mask, p, False) != SDPBackend.FLASH_ATTENTION.value:
+    if not eager or torch._fused_sdp_choice(q, k, v, mask, p, causal) != SDPBackend.FLASH_ATTENTION.value:
         yield
         return
     generator = torch.cuda.default_generators[q.device.index]

@@ -311,7 +311,9 @@ _backward_operator = opaque("dropout_add_layer_norm_backward", _backward, _empty
 _operator = differentiable("dropout_add_layer_norm", _forward, _empty_results, _setup_context, _backward_of_forward)
 
 
-def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0):
+def dropout_add_layer_norm(
+    x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0, with_sum=False
+):  # fmt: skip
     """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
 
     x, residual (..., C) any float; weight, bias (C,). The result has autocast's dtype, or that of x without autocast.
@@ -323,7 +325,8 @@ def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True,
     if not on_triton(x) or x.dtype == torch.float64:
         z = dropout(x, p, True, key, site)
         z = z if residual is None else z + residual
-        return F.layer_norm(z, weight.shape, weight, bias, eps).to(dtype)
+        y = F.layer_norm(z, weight.shape, weight, bias, eps).to(dtype)
+        return (y, z) if with_sum else y
     data = (key or Key.drawn(x.device)).data if p else None
     rows = [None if t is None else t.reshape(-1, C).contiguous() for t in (x, residual)]
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))

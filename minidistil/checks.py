@@ -82,7 +82,7 @@ def check_vocabulary(role, config, tokenizer, say=print):
 
 
 def score_words(role, model, tokenizer, say=print):
-    """Runs `check_vocabulary` for a MaskedLM, and makes it score and learn real words only from here on."""
+    """Runs `check_vocabulary` for a LanguageModel, and makes it score and learn real words only from here on."""
     check_vocabulary(role, model.config, tokenizer, say)
     model.words = len(tokenizer.vocab)
 

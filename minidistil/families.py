@@ -1,8 +1,8 @@
 """What differs between model families: keys of config.json, tensor names, and fine-tuning heads.
 
-Each family has one table, and `Config.family` names it. A new family also needs its tokenizer's files
-(tokenizer_files.py) and, where it computes something else, model.py.
-Source: transformers' BertConfig, DistilBertConfig and their models, arXiv 1810.04805 and 1910.01108.
+Each family has one table, and `Config.family` names it. A new family also needs its tokenizer (tokenizers/) and, where
+it computes something else, model.py.
+Source: transformers' BertConfig, DistilBertConfig, RobertaConfig, XLMRobertaConfig, GPT2Config and their models.
 """
 
 import dataclasses
@@ -13,19 +13,26 @@ class Family:
     """One family, as its checkpoints on the Hugging Face Hub are."""
 
     architecture: str  # prefix of the class names in transformers
+    language_model: str  # suffix of that of the language model
     config_keys: dict  # field of Config -> key of config.json
     config_only: tuple  # like SUPPORTED below, for this family
+    config_defaults: dict  # field of Config -> its value where the key is absent, unless it is that of Config
     config_constants: dict  # other keys to write, which describe our model in transformers' terms
     tensors: dict  # our module -> theirs; `query|key|value`: one matrix of ours is three of theirs, in this order
+    transposed: str  # pattern of the names of matrices that files hold as (inputs, outputs)
+    first_position: bool  # whether the first token's position is pad_id + 1: files hold rows that no token uses
     tied: tuple  # (name of a copy in some files, name of the tensor that it must equal)
-    head_activation: str  # of the classifier's dense layer on [CLS]
+    head_activation: str | None  # of the classifier's dense layer on [CLS]; None: there is no classifier
     classifier_dropout: float | None  # None: the encoder's
     span_dropout: float
     keeps_pooler: bool  # whether a new classifier starts from the checkpoint's `pool`: BERT's pooler is trained
 
 
+NONE = r"(?!)"  # matches nothing
+
 BERT = Family(
     architecture="Bert",
+    language_model="ForMaskedLM",
     config_keys={
         "vocab_size": "vocab_size", "positions": "max_position_embeddings",
         "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -34,6 +41,7 @@ BERT = Family(
         "norm_eps": "layer_norm_eps", "init_range": "initializer_range", "pad_id": "pad_token_id",
     },
     config_only=(),
+    config_defaults={},
     config_constants={
         "hidden_act": "gelu", "position_embedding_type": "absolute", "classifier_dropout": None, "use_cache": True,
     },
@@ -55,6 +63,8 @@ BERT = Family(
         "classify": "classifier",
         "answer": "qa_outputs",
     },
+    transposed=NONE,
+    first_position=False,
     tied=(
         ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
         ("cls.predictions.decoder.bias", "cls.predictions.bias"),
@@ -67,6 +77,7 @@ BERT = Family(
 
 DISTILBERT = Family(
     architecture="DistilBert",
+    language_model="ForMaskedLM",
     config_keys={
         "vocab_size": "vocab_size", "positions": "max_position_embeddings",
         "layers": "n_layers", "heads": "n_heads", "width": "dim", "mlp_width": "hidden_dim",
@@ -74,6 +85,7 @@ DISTILBERT = Family(
         "init_range": "initializer_range", "pad_id": "pad_token_id",
     },
     config_only=(("layer_norm_eps", 1e-12),),  # transformers reads no other, and would compute something else
+    config_defaults={"token_types": 0},
     config_constants={
         "activation": "gelu", "qa_dropout": 0.1, "seq_classif_dropout": 0.2, "sinusoidal_pos_embds": False,
         "tie_weights_": True,
@@ -95,6 +107,8 @@ DISTILBERT = Family(
         "classify": "classifier",
         "answer": "qa_outputs",
     },
+    transposed=NONE,
+    first_position=False,
     tied=(("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),),
     head_activation="relu",
     classifier_dropout=0.2,
@@ -102,7 +116,69 @@ DISTILBERT = Family(
     keeps_pooler=False,
 )  # fmt: skip
 
-FAMILIES = {"bert": BERT, "distilbert": DISTILBERT}
+ROBERTA = dataclasses.replace(
+    BERT,
+    architecture="Roberta",
+    config_defaults={"pad_id": 1},
+    tensors={
+        **{ours: theirs.replace("bert.", "roberta.", 1) for ours, theirs in BERT.tensors.items()},
+        "head.dense": "lm_head.dense",
+        "head.norm": "lm_head.layer_norm",
+        "head": "lm_head",
+        "pool": "classifier.dense",
+        "classify": "classifier.out_proj",
+    },
+    first_position=True,
+    tied=(
+        ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("lm_head.decoder.bias", "lm_head.bias"),
+    ),
+    keeps_pooler=False,
+)
+
+GPT2 = Family(
+    architecture="GPT2",
+    language_model="LMHeadModel",
+    config_keys={
+        "vocab_size": "vocab_size", "positions": "n_positions",
+        "layers": "n_layer", "heads": "n_head", "width": "n_embd", "mlp_width": "n_inner",
+        "dropout": "resid_pdrop", "attention_dropout": "attn_pdrop",
+        "norm_eps": "layer_norm_epsilon", "init_range": "initializer_range",
+    },
+    config_only=(
+        ("activation_function", "gelu_new", "gelu_pytorch_tanh"),
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+    ),
+    config_defaults={"token_types": 0, "norm_eps": 1e-5},
+    config_constants={"activation_function": "gelu_new", "use_cache": True},
+    tensors={
+        "encoder.embeddings.words": "transformer.wte",
+        "encoder.embeddings.positions": "transformer.wpe",
+        "encoder.blocks.{i}.attention_norm": "transformer.h.{i}.ln_1",
+        "encoder.blocks.{i}.attention.qkv": "transformer.h.{i}.attn.c_attn",
+        "encoder.blocks.{i}.attention.out": "transformer.h.{i}.attn.c_proj",
+        "encoder.blocks.{i}.mlp_norm": "transformer.h.{i}.ln_2",
+        "encoder.blocks.{i}.mlp.up": "transformer.h.{i}.mlp.c_fc",
+        "encoder.blocks.{i}.mlp.down": "transformer.h.{i}.mlp.c_proj",
+        "encoder.norm": "transformer.ln_f",
+    },
+    transposed=r"\.c_(attn|proj|fc)\.weight$",
+    first_position=False,
+    tied=(("lm_head.weight", "transformer.wte.weight"),),
+    head_activation=None,
+    classifier_dropout=None,
+    span_dropout=0.0,
+    keeps_pooler=False,
+)  # fmt: skip
+
+FAMILIES = {
+    "bert": BERT,
+    "distilbert": DISTILBERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": dataclasses.replace(ROBERTA, architecture="XLMRoberta"),
+    "gpt2": GPT2,
+}
 
 # keys of config.json that change what a model computes, and the supported values of each, which mean the same
 SUPPORTED = (
@@ -114,7 +190,7 @@ SUPPORTED = (
 )
 # parts of a tensor's name that only say where its module was kept; no module has a name of its own among them
 WRAPPERS = {
-    "bert", "distilbert",  # the encoder, in a model with a head
+    "bert", "distilbert", "roberta", "transformer",  # the encoder, in a model with a head
     "model", "auto_model",  # the whole model, in a user's own class, Lightning's or sentence-transformers'
     "module", "_module", "_orig_mod",  # DataParallel and its kin, Opacus, torch.compile
     "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",  # Lightning, FSDP, checkpointing
@@ -125,7 +201,9 @@ IGNORED = [
     (r"fit_dense(s\.\d+)?\.(weight|bias)", "TinyBERT's projections to its teacher's width, used in its training only"),
     (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
     (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
-    (r"(pre_classifier|classifier|qa_outputs)\.(weight|bias)", "the head of a fine-tuned task"),
+    (r"(pre_classifier|classifier|qa_outputs)\.((dense|out_proj)\.)?(weight|bias)", "the head of a fine-tuned task"),
+    (r"h\.\d+\.attn\.(masked_)?bias", "GPT-2's causal mask, and the score of what it hides"),
+    (r"lm_head\.(dense\.|layer_norm\.|decoder\.)?(weight|bias)", "RoBERTa's masked-LM head"),
     (r"cls\.predictions\.(transform\.(dense|LayerNorm)\.(weight|bias)|(decoder\.)?bias)", "BERT's masked-LM head"),
     (r"vocab_(transform|layer_norm|projector)\.(weight|bias)", "DistilBERT's masked-LM head"),
 ]

@@ -67,8 +67,8 @@ def distillation_loss(
     """Returns one micro-batch's share of the update's loss L, differentiable, and of its terms.
 
     labels (B, T) int64, of which `masked` are not IGNORE (None: counted here, which makes the host wait for a GPU).
-    h_s, h_t (B, T, C) are the last hidden states of the `MaskedLM`s `student` and `teacher`. `teacher_decoder` is the
-    teacher's decoder as `decoder_for` converted it once. The shares of all micro-batches sum to L. Returns (loss,
+    h_s, h_t (B, T, C) are the last hidden states of the LanguageModels `student` and `teacher`. `teacher_decoder` is
+    the teacher's decoder as `decoder_for` converted it once. The shares of all micro-batches sum to L. Returns (loss,
     parts): parts, fp32 (4,), is this micro-batch's share of the unweighted means (kl, ce, cos, mse).
     """
     h_s_rows, row_labels = h_s.flatten(0, 1), labels.flatten()

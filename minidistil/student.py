@@ -6,7 +6,7 @@ import torch
 
 from minidistil import weights
 from minidistil.errors import UserError
-from minidistil.model import MaskedLM
+from minidistil.model import LanguageModel
 
 
 def student_layers(teacher_layers, k=None):
@@ -21,7 +21,7 @@ def student_layers(teacher_layers, k=None):
 
 
 def student_from_teacher(teacher, layers):
-    """Returns a MaskedLM of `Config.student`'s shape in training mode: copies of these teacher layers and the rest.
+    """Returns a model of `Config.student`'s shape in training mode: copies of these teacher layers and of the rest.
 
     BERT adds token-type row 0 to every position of a single segment; in a DistilBERT it is added to the position table,
     so a student with all layers computes what its teacher does. Raises UserError for a layer that does not exist.
@@ -31,7 +31,7 @@ def student_from_teacher(teacher, layers):
         raise UserError(f"student layers {layers}: choose from the teacher's layers 0 to {L - 1}")
     source = teacher.state_dict()
     with torch.device("meta"):
-        student = MaskedLM(teacher.config.student(len(layers)))
+        student = LanguageModel(teacher.config.student(len(layers)))
     state = {}
     for name in student.state_dict():
         theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
@@ -59,9 +59,9 @@ def parse_layers(text, teacher_layers):
 def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout=None):
     """Returns the student, in fp32 on the CPU, in training mode.
 
-    `teacher` is a MaskedLM or None; `source` of the weights is "teacher", "random", the folder of a model, or None: the
-    teacher if there is one and no `shape`. `layers` is the text of --student-layers, `shape` the path of a config.json,
-    `dropout` None for the config's. Raises UserError where these contradict each other or the teacher.
+    `teacher` is a LanguageModel or None; `source` of the weights is "teacher", "random", the folder of a model, or
+    None: the teacher if there is one and no `shape`. `layers` is the text of --student-layers, `shape` the path of a
+    config.json, `dropout` None for the config's. Raises UserError where these contradict each other or the teacher.
     """
     source = source or ("teacher" if teacher and not shape else "random")
     if source == "teacher":
@@ -73,7 +73,7 @@ def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout
             config = teacher.config.student(len(parse_layers(layers, teacher.config.layers)))
         else:
             raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
-        student = MaskedLM(config, seed=seed)
+        student = LanguageModel(config, seed=seed)
     else:
         if layers:
             raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")

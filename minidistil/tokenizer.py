@@ -21,10 +21,11 @@ class Tokenizer:
 
     vocab: tokens in the order of their ids. special: name -> token, of sep (which ends a document) and, where the
     vocabulary has them, cls, pad, unk and mask; their ids are `sep_id` and so on. added: AddedTokens. max_length: the
-    longest sequence of the model. pair_separators: how many sep stand between two texts; pair_types: their token types.
+    longest sequence of the model. pair_separators: how many sep stand between two texts; second_type: the token type of
+    the second one.
     """
 
-    pair_separators, pair_types = 1, (0, 1)
+    pair_separators, second_type = 1, 1
 
     @staticmethod
     def load(path):

@@ -9,11 +9,12 @@ import pathlib
 import re
 
 import torch
+import torch.nn.functional as F
 
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES, IGNORED, SUPPORTED, WRAPPERS
 from minidistil.files import sha256, write_json
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
 
 # the first one present counts
@@ -114,14 +115,15 @@ def read_config(place):
     for key, *supported in (*SUPPORTED, *FAMILIES[family].config_only):
         if values.get(key) not in (*supported, None):
             raise UserError(f"{path}: {key} is {values[key]!r}: use a model with {supported[0]!r}")
-    numbers = {"family": family}
+    numbers = {"family": family, **FAMILIES[family].config_defaults}
+    if family == "gpt2" and values.get("n_inner") is None and isinstance(values.get("n_embd"), int):
+        values["n_inner"] = 4 * values["n_embd"]
     for ours, theirs in FAMILIES[family].config_keys.items():
         if values.get(theirs) is not None:
             numbers[ours] = _number(path, ours, theirs, values[theirs])
         elif ours in REQUIRED:
             raise UserError(f"{path} has no {theirs}: copy or download it again")
-    if "token_types" not in FAMILIES[family].config_keys:
-        numbers["token_types"] = 0
+    numbers["positions"] -= unused_positions(family, numbers.get("pad_id", Config.pad_id))
     try:
         config = Config(**numbers)
     except ValueError as error:
@@ -152,11 +154,11 @@ def _family(path, values):
     """Returns a key of FAMILIES; old files name the family only in `architectures`, or show it only by their keys."""
     family = values.get("model_type")
     if not family and values.get("architectures"):
-        match = re.match(r"\['(\w+?)(?:For|Model)", str(values["architectures"]))
+        match = re.match(r"\['(\w+?)(?:For|Model|LMHead)", str(values["architectures"]))
         known = {table.architecture: name for name, table in FAMILIES.items()}
         family = known.get(match[1], values["architectures"]) if match else values["architectures"]
     elif not family:
-        family = "distilbert" if "n_layers" in values else "bert"
+        family = "distilbert" if "n_layers" in values else "gpt2" if "n_layer" in values else "bert"
     if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{path} describes a {family!r} model: use one of {', '.join(FAMILIES)}")
     return family
@@ -173,13 +175,22 @@ def _number(path, ours, theirs, value):
     return kind(value)
 
 
-def write_config(folder, config, head="MaskedLM", **extra):
-    """Writes config.json as transformers' configuration of this family has it."""
+def unused_positions(family, pad_id):
+    """Returns how many rows at the beginning of a position table no token uses."""
+    return pad_id + 1 if FAMILIES[family].first_position else 0
+
+
+def write_config(folder, config, head=None, **extra):
+    """Writes config.json as transformers' configuration of this family has it; `head` None is the language model's."""
     family = FAMILIES[config.family]
     values = {theirs: getattr(config, ours) for ours, theirs in family.config_keys.items()}
+    values[family.config_keys["positions"]] += unused_positions(config.family, config.pad_id)
     if "norm_eps" not in family.config_keys and config.norm_eps != Config.norm_eps:
         raise ValueError(f"a {config.family}'s config.json cannot say that norm_eps is {config.norm_eps}")
-    values |= {"model_type": config.family, "architectures": [f"{family.architecture}For{head}"]}
+    if config.causal:
+        values["embd_pdrop"] = config.dropout
+    suffix = family.language_model if head is None else f"For{head}"
+    values |= {"model_type": config.family, "architectures": [f"{family.architecture}{suffix}"]}
     values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
 
@@ -204,17 +215,17 @@ def _names(config, parameters):
 
 
 def load_model(folder, fresh_head=False):
-    """Returns the MaskedLM of a Hugging Face folder in fp32 on the CPU, in eval mode.
+    """Returns the LanguageModel of a Hugging Face folder in fp32 on the CPU, in eval mode.
 
     `fresh_head` adds a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder. Raises
     UserError unless every tensor of the file is used or ignored with a reason, and every parameter has a tensor.
     """
     config = read_config(folder)
     with torch.device("meta"):  # allocates and draws nothing: every tensor is replaced below
-        model = MaskedLM(config)
+        model = LanguageModel(config)
     source, names = named_weights(folder, model)
-    fresh = {}
-    if not any(name in source for ours in names if ours.startswith("head.") for name in names[ours]):
+    fresh, of_head = {}, [name for ours in names if ours.startswith("head.") for name in names[ours]]
+    if of_head and not any(name in source for name in of_head):
         if not fresh_head:
             way = f"give it a head with `--teacher none --student-init {folder}`"
             raise UserError(f"{folder} has no masked-LM head: {way}")
@@ -237,13 +248,23 @@ def fill(folder, model, source, names, fresh=()):
         raise UserError(f"{folder} lacks {_some(missing)}: take weights and config.json from the same model")
     empty = model.state_dict()
     for ours in wanted:
-        parts = [source[name] for name in names[ours]]
-        shape = (empty[ours].shape[0] // len(parts), *empty[ours].shape[1:])
-        for name, part in zip(names[ours], parts, strict=True):
-            _check(f"{folder}: {name}", part, shape)
+        rows, *others = empty[ours].shape
+        parts = []
+        for name in names[ours]:
+            transposed, unused = _layout(model.config, name)
+            shape = (rows // len(names[ours]) + unused, *others)
+            _check(f"{folder}: {name}", source[name], shape[::-1] if transposed else shape)
+            parts.append((source[name].t() if transposed else source[name])[unused:])
         state[ours] = torch.cat(parts).float()
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _layout(config, name):
+    """Returns (whether files hold their tensor `name` transposed, its first rows that no token uses)."""
+    family = FAMILIES[config.family]
+    unused = unused_positions(config.family, config.pad_id) if name.endswith("position_embeddings.weight") else 0
+    return bool(re.search(family.transposed, name)), unused
 
 
 def _by_their_names(folder, tensors, places):
@@ -301,12 +322,15 @@ def _fresh_head(config):
 def save_model(folder, model, **extra):
     """Writes config.json and model.safetensors of an fp32 model as transformers does; `load_model` inverts it.
 
-    A MaskedLM becomes a BertForMaskedLM or DistilBertForMaskedLM, by its family; the tied decoder is left out. A
+    A LanguageModel becomes a BertForMaskedLM or, by its family, another; the tied decoder is left out. A
     Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering, `extra` more keys.
     """
     state = model.state_dict()
     tensors = {}
     for ours, theirs in _names(model.config, state).items():
-        tensors |= zip(theirs, state[ours].chunk(len(theirs)), strict=True)
-    write_config(folder, model.config, model.hub_name, **extra)
+        for name, part in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
+            transposed, unused = _layout(model.config, name)
+            part = F.pad(part, (0, 0, unused, 0)) if unused else part
+            tensors[name] = part.t().contiguous() if transposed else part
+    write_config(folder, model.config, getattr(model, "hub_name", None), **extra)
     write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)

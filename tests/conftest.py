@@ -44,7 +44,7 @@ def tiny(tmp_path_factory):
 
     from data.prepare import prepare
     from minidistil import weights
-    from minidistil.model import Config, MaskedLM
+    from minidistil.model import Config, LanguageModel
     from minidistil.tokenizers.wordpiece import WordPiece
     from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
@@ -54,7 +54,7 @@ def tiny(tmp_path_factory):
     vocab = [*SPECIAL_TOKENS.values(), *words]
     tokenizer = WordPiece(vocab, max_length=32)
     config = Config(vocab_size=len(vocab), positions=32, layers=4, heads=2, width=32, mlp_width=64)
-    weights.save_model(folder / "teacher", MaskedLM(config, seed=1))
+    weights.save_model(folder / "teacher", LanguageModel(config, seed=1))
     tokenizer.save(folder / "teacher", "bert")
     # words that predict their neighbours, so that there is something to learn
     text = "\n".join(

@@ -24,7 +24,7 @@ from minidistil import distiller, weights
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.errors import UserError
 from minidistil.losses import Denominators, Objective, distillation_loss
-from minidistil.model import MaskedLM
+from minidistil.model import LanguageModel
 from minidistil.student import student_from_teacher
 from minidistil.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def test_printed_tables_fit_the_terminal(name):
 def test_step(tmp_path, capsys, monkeypatch):
     # in this process, which is quicker; what the stopwatch replaces is put back afterwards
     monkeypatch.setattr(step, "alone", lambda function, *arguments: getattr(step, function)(*arguments))
-    for owner, name in ((Prefetcher, "__call__"), (MaskedLM, "forward"), (distiller, "distillation_loss"),
+    for owner, name in ((Prefetcher, "__call__"), (LanguageModel, "forward"), (distiller, "distillation_loss"),
                         (torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_"),
                         (torch.optim.AdamW, "step")):  # fmt: skip
         monkeypatch.setattr(owner, name, getattr(owner, name))

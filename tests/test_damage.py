@@ -15,7 +15,7 @@ from minidistil import weights
 from minidistil.downstream import glue, squad
 from minidistil.downstream.grid import next_run, read_scores, summarise
 from minidistil.errors import UserError
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.run import read_metrics
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.added_tokens import AddedToken
@@ -89,7 +89,7 @@ def folder(tmp_path):
     """A small model whose vocabulary has an added token."""
     folder = tmp_path / "model"
     config = Config(vocab_size=len(WORDS) + 1, positions=32, layers=1, heads=1, width=4, mlp_width=4)
-    weights.save_model(folder, MaskedLM(config))
+    weights.save_model(folder, LanguageModel(config))
     WordPiece(WORDS, max_length=32, added=[AddedToken("<url>", special=False)]).save(folder, "bert")
     return folder
 

@@ -18,7 +18,7 @@ import train
 from minidistil import cli, launcher
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.run import CHECKPOINT, load_checkpoint, read_metrics
 from minidistil.safetensors import read_safetensors
 
@@ -200,7 +200,7 @@ def test_rank_0_alone_speaks_and_writes(two):
 def test_no_buffers():
     """Ranks exchange gradients only: all else that a model computes with is a parameter."""
     config = Config(vocab_size=11, positions=5, layers=1, heads=1, width=4, mlp_width=4)
-    assert not [*MaskedLM(config).buffers()] and not [*MaskedLM(config.student(1)).buffers()]
+    assert not [*LanguageModel(config).buffers()] and not [*LanguageModel(config.student(1)).buffers()]
 
 
 def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):

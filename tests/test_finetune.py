@@ -20,7 +20,7 @@ from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.progress import lr_at
 from minidistil.run import CHECKPOINT, load_checkpoint
 from minidistil.safetensors import read_safetensors, write_safetensors
@@ -330,7 +330,7 @@ def test_squad(tiny, tmp_path):
 
 def long_model(tiny):
     config = weights.load_model(tiny / "teacher").config
-    return MaskedLM(Config(**{**vars(config), "positions": 96}), seed=0)
+    return LanguageModel(Config(**{**vars(config), "positions": 96}), seed=0)
 
 
 # ---- what a user can get wrong
@@ -381,7 +381,7 @@ def test_settings_of_a_teacher_need_one(flag):
 def test_a_table_may_have_more_rows_than_words(tiny, glue, tmp_path, spare):
     words = Tokenizer.load(tiny / "teacher")
     config = Config(**{**vars(weights.read_config(tiny / "teacher")), "vocab_size": len(words.vocab) + spare})
-    weights.save_model(tmp_path / "model", MaskedLM(config, seed=0))
+    weights.save_model(tmp_path / "model", LanguageModel(config, seed=0))
     words.save(tmp_path / "model", "bert")
     few = dict(model=str(tmp_path / "model"), examples=16, epochs=1.0)
     if spare < 0:
@@ -445,7 +445,7 @@ def test_a_regression_has_one_number_by_any_name(tiny, glue, tmp_path):
 
 def one_type(tiny, folder):
     config = Config(**{**vars(weights.read_config(tiny / "teacher")), "token_types": 1})
-    weights.save_model(folder, MaskedLM(config, seed=0))
+    weights.save_model(folder, LanguageModel(config, seed=0))
     Tokenizer.load(tiny / "teacher").save(folder, "bert")
     return str(folder)
 
@@ -498,7 +498,7 @@ def test_a_resumed_run_compares_contents(tiny, glue, sst2, tmp_path, monkeypatch
         found = tuned(tiny, glue, out, teacher="./tuned/sst2", seeds=2, **again)
         assert found["tasks"]["sst2"]["seeds"] == 2
         os.rename("moved", "copy")
-    other = MaskedLM(weights.read_config("copy"), seed=5)
+    other = LanguageModel(weights.read_config("copy"), seed=5)
     weights.save_model("other", other)
     Tokenizer.load("copy").save("other", "bert")
     with pytest.raises(UserError, match=r"begun with other settings \(weights "):

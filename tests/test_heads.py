@@ -8,7 +8,7 @@ import torch
 from minidistil import weights
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, SpanReader, load_finetuned, load_pretrained
 from minidistil.errors import UserError
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
@@ -72,7 +72,7 @@ def test_disk_and_back(config, kind, outputs, tmp_path):
 
 @SHAPES
 def test_a_start_takes_the_encoder_and_a_fresh_head(config, tmp_path):
-    source = MaskedLM(config, seed=1)
+    source = LanguageModel(config, seed=1)
     weights.save_model(tmp_path, source)
     one, same, other = (load_pretrained(tmp_path, Classifier, 2, seed) for seed in (0, 0, 1))
     assert one.training
@@ -94,7 +94,7 @@ def test_only_the_pooler_of_bert_was_pretrained(config, tmp_path):
 
 
 def test_folders_that_are_not_fine_tuned_are_refused(tmp_path):
-    weights.save_model(tmp_path / "mlm", MaskedLM(BERT, seed=1))
+    weights.save_model(tmp_path / "mlm", LanguageModel(BERT, seed=1))
     with pytest.raises(UserError, match="not a fine-tuned model: make one with finetune.py"):
         load_finetuned(tmp_path / "mlm")
     weights.save_model(tmp_path / "gap", Classifier(BERT, 2, seed=1), id2label={"0": "a", "2": "b"})

@@ -14,7 +14,7 @@ from hub_server import COMMIT, hub_server
 from minidistil import hub
 from minidistil.errors import UserError
 from minidistil.hub import cache_folder, resolve
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.weights import save_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -38,7 +38,9 @@ def clean_environment(tmp_path, monkeypatch):
 def make_model(folder, pickled=False, vocabulary=True):
     """Fills a folder with a model of a few weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, MaskedLM(Config(vocab_size=7, positions=4, layers=1, heads=1, width=2, mlp_width=2), seed=0))
+    save_model(
+        folder, LanguageModel(Config(vocab_size=7, positions=4, layers=1, heads=1, width=2, mlp_width=2), seed=0)
+    )
     if pickled:
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     if vocabulary:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from minidistil.data import IGNORE
 from minidistil.losses import Denominators, Objective, distillation_loss
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -38,8 +38,8 @@ def test_published_formula():
 def two_models(B=6, T=10):
     shape = dict(vocab_size=97, positions=16, layers=2, heads=2, width=16, mlp_width=32)
     config = Config(**shape, dropout=0.0, attention_dropout=0.0)
-    teacher = MaskedLM(config, seed=1).double().eval().requires_grad_(False)
-    student = MaskedLM(config.student(1), seed=2).double()
+    teacher = LanguageModel(config, seed=1).double().eval().requires_grad_(False)
+    student = LanguageModel(config.student(1), seed=2).double()
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 97, (B, T), generator=g)
     labels = torch.where(torch.rand(B, T, generator=g) < 0.3, ids, IGNORE)
@@ -109,8 +109,8 @@ def test_twenty_updates_with_kernels_are_twenty_without(monkeypatch):
             monkeypatch.setattr("kernels.cosine.on_triton", lambda x: False)
         else:
             monkeypatch.undo()
-        teacher = MaskedLM(config, seed=1).to(DEVICE).eval().requires_grad_(False)
-        student = MaskedLM(config.student(1), seed=2).to(DEVICE)
+        teacher = LanguageModel(config, seed=1).to(DEVICE).eval().requires_grad_(False)
+        student = LanguageModel(config.student(1), seed=2).to(DEVICE)
         start = [p.detach().clone() for p in student.parameters()]
         optimizer, losses = torch.optim.AdamW(student.parameters(), 1e-3, eps=1e-6), []
         for ids, mask in zip(batches, masks, strict=True):

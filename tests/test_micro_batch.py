@@ -9,7 +9,7 @@ from test_train import same_bits, settings
 import train
 from minidistil import micro_batch
 from minidistil.errors import UserError
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 def test_a_rehearsal_meets_the_fullest_moment_and_leaves_no_trace(monkeypatch):
     """The second pass finds the first one's gradients, as in an update; afterwards there are none, even if it fails."""
-    student = MaskedLM(Config(vocab_size=50, positions=16, layers=1, heads=2, width=8, mlp_width=16), seed=0)
+    student = LanguageModel(Config(vocab_size=50, positions=16, layers=1, heads=2, width=8, mlp_width=16), seed=0)
     before = [p.clone() for p in student.parameters()]
     found = []
 

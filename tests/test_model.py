@@ -14,7 +14,7 @@ from minidistil.model import (
     DISTILBERT_BASE,
     GPU_ATTENTION,
     Config,
-    MaskedLM,
+    LanguageModel,
     attention,
     attention_ref,
     flops_per_token,
@@ -162,7 +162,7 @@ def test_attention_ref_is_what_sdpa_computes():
 
 
 def test_no_mask_means_that_every_token_is_seen():
-    model = MaskedLM(TINY, seed=0).eval()
+    model = LanguageModel(TINY, seed=0).eval()
     ids, _, _ = batch(TINY.vocab_size, B=2, T=7)
     torch.testing.assert_close(model(ids), model(ids, torch.ones_like(ids, dtype=torch.bool)))
 
@@ -170,14 +170,14 @@ def test_no_mask_means_that_every_token_is_seen():
 @pytest.mark.parametrize("config, expected", [(BERT_BASE, 109_514_298), (DISTILBERT_BASE, 66_985_530)])
 def test_num_params_of_base_shapes(config, expected):
     with torch.device("meta"):
-        model = MaskedLM(config)
+        model = LanguageModel(config)
     assert num_params(config) == expected == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("config", [TINY, TINY.student(3), Config(layers=2, vocab_size=1000)], ids=str)
 def test_flops_per_token_agree_with_a_counter(config):
     B, T, rows = 2, 16, 5
-    model = MaskedLM(config, seed=0).eval()
+    model = LanguageModel(config, seed=0).eval()
     ids, _, _ = batch(config.vocab_size, B, T)
     # the fused CPU attention is opaque to the counter
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -187,7 +187,7 @@ def test_flops_per_token_agree_with_a_counter(config):
 
 @pytest.mark.parametrize("config", [TINY, TINY.student(1)], ids=["bert", "distilbert"])
 def test_gradient_reaches_every_parameter(config):
-    model = MaskedLM(config, seed=0)
+    model = LanguageModel(config, seed=0)
     ids, mask, _ = batch(config.vocab_size, B=3, T=16)
     logits = model.logits(model(ids, mask).flatten(0, 1))
     logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)))
@@ -201,7 +201,7 @@ def test_a_tied_table_has_one_dense_gradient():
     ids[1] = ids[0]
     gradients = []
     for tied in (True, False):
-        model = MaskedLM(TINY, seed=0).double().eval()  # without dropout
+        model = LanguageModel(TINY, seed=0).double().eval()  # without dropout
         assert model.encoder.embeddings.tied
         model.encoder.embeddings.tied = tied
         for _ in range(2):
@@ -212,7 +212,7 @@ def test_a_tied_table_has_one_dense_gradient():
 
 
 def test_fresh_weights_follow_the_seed_alone():
-    first, again, other = (MaskedLM(TINY, seed=seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (LanguageModel(TINY, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.dense.weight"], other["head.dense.weight"])
     assert first["head.dense.weight"].std() == pytest.approx(0.02, rel=0.4)
@@ -221,13 +221,13 @@ def test_fresh_weights_follow_the_seed_alone():
 
 
 def test_decoder_is_the_word_table_itself():
-    model = MaskedLM(TINY, seed=0)
+    model = LanguageModel(TINY, seed=0)
     weight, bias = model.decoder
     assert weight is model.encoder.embeddings.words.weight and bias.shape == (TINY.vocab_size,)
 
 
 def test_every_dropout_acts_and_in_training_only():
-    model = MaskedLM(TINY, seed=0)
+    model = LanguageModel(TINY, seed=0)
     ids, _, _ = batch(TINY.vocab_size, B=2, T=9)
     places = [module for module in model.modules() if hasattr(module, "dropout")]
     assert len(places) == 1 + 2 * TINY.layers  # embeddings; attention and the block of each layer
@@ -244,4 +244,4 @@ def test_impossible_shapes_are_refused():
     with pytest.raises(ValueError, match="width 10 is not a multiple of 4 heads"):
         Config(width=10, heads=4)
     with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
-        MaskedLM(TINY)(torch.zeros(1, 17, dtype=torch.int64))
+        LanguageModel(TINY)(torch.zeros(1, 17, dtype=torch.int64))

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minidistil import progress
 from minidistil.losses import Objective
-from minidistil.model import BERT_BASE, DISTILBERT_BASE, Config, MaskedLM, attention_ref
+from minidistil.model import BERT_BASE, DISTILBERT_BASE, Config, LanguageModel, attention_ref
 
 TEACHER = Config(vocab_size=90, positions=16, layers=4, heads=2, width=16, mlp_width=48)
 STUDENT = TEACHER.student(2)
@@ -27,12 +27,12 @@ def test_formula_is_the_counter(objective, teacher, rows, monkeypatch):
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention",
                         lambda q, k, v, **options: attention_ref(q, k, v))  # fmt: skip
     B, T = 20, 10
-    student, ids = MaskedLM(STUDENT, seed=0), torch.randint(5, 90, (B, T))
+    student, ids = LanguageModel(STUDENT, seed=0), torch.randint(5, 90, (B, T))
     chosen = torch.arange(round(rows * B * T))
     with FlopCounterMode(display=False) as counter:
         if teacher and objective.needs_teacher:
             with torch.no_grad():
-                model = MaskedLM(teacher, seed=1).eval()
+                model = LanguageModel(teacher, seed=1).eval()
                 hidden = model(ids).flatten(0, 1)
                 if objective.on_logits:
                     model.logits(hidden[chosen])

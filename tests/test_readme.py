@@ -18,7 +18,7 @@ from conftest import WORKERS
 from hub_server import hub_server
 
 from minidistil import weights
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.wordpiece import WordPiece
 
@@ -137,7 +137,7 @@ def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = WordPiece(Tokenizer.load(ROOT / "data" / "demo").vocab[:1200], max_length=512)
     config = Config(vocab_size=len(tokenizer.vocab), layers=4, heads=2, width=16, mlp_width=32)
-    weights.save_model(folder, MaskedLM(config, seed=0))
+    weights.save_model(folder, LanguageModel(config, seed=0))
     tokenizer.save(folder, "bert")
     return folder
 

@@ -14,7 +14,7 @@ import torch
 import sample
 from minidistil import weights
 from minidistil.errors import UserError
-from minidistil.model import Config, MaskedLM
+from minidistil.model import Config, LanguageModel
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
@@ -30,7 +30,7 @@ def make(folder, seed, token_types, vocab=VOCAB, vocab_size=None):
     family = "bert" if token_types else "distilbert"
     shape = dict(layers=2, heads=2, width=8, mlp_width=12, init_range=0.8, family=family)
     config = Config(vocab_size or len(vocab), 16, token_types, **shape)
-    weights.save_model(folder, MaskedLM(config, seed=seed))
+    weights.save_model(folder, LanguageModel(config, seed=seed))
     WordPiece(vocab, max_length=16).save(folder, config.family)
     return folder
 
@@ -280,7 +280,7 @@ def test_without_a_prompt_there_is_one(capsys, student):
 def test_rows_without_a_word_are_never_shown(tmp_path, capsys, teacher):
     """Not even where nothing is likelier: the probabilities are those of the table without them."""
     model = weights.load_model(teacher)
-    wide = MaskedLM(dataclasses.replace(model.config, vocab_size=len(VOCAB) + 3), seed=0)
+    wide = LanguageModel(dataclasses.replace(model.config, vocab_size=len(VOCAB) + 3), seed=0)
     state = model.state_dict()
     state["encoder.embeddings.words.weight"] = torch.cat([state["encoder.embeddings.words.weight"], torch.ones(3, 8)])
     state["head.bias"] = torch.cat([state["head.bias"], torch.full((3,), 50.0)])

@@ -27,7 +27,7 @@ from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT
 from minidistil.losses import Denominators, Objective, distillation_loss
-from minidistil.model import Config, MaskedLM, num_params
+from minidistil.model import Config, LanguageModel, num_params
 from minidistil.precision import cast_products
 from minidistil.progress import lr_at
 from minidistil.report import format_metrics
@@ -100,7 +100,7 @@ def test_accumulation_does_not_change_the_update(tiny, tmp_path, dropout):
 def padded(tiny, folder, spare):
     """The tiny teacher with rows to spare that would win every guess, were they scored."""
     model = weights.load_model(tiny / "teacher")
-    wide = MaskedLM(dataclasses.replace(model.config, vocab_size=model.config.vocab_size + spare), seed=0)
+    wide = LanguageModel(dataclasses.replace(model.config, vocab_size=model.config.vocab_size + spare), seed=0)
     state = model.state_dict()
     for name, value in (("encoder.embeddings.words.weight", 3.0), ("head.bias", 40.0)):
         state[name] = torch.cat([state[name], torch.full((spare, *state[name].shape[1:]), value)])
@@ -161,7 +161,7 @@ def test_a_resumed_run_compares_contents(tiny, tmp_path, monkeypatch):
         again = {name: value.replace("first", "./second") for name, value in changes.items()}
         train.train(settings(tiny, out, **few | dict(teacher="./second"), **again, resume=True))
         assert load_checkpoint(out)[0]["update"] == 4
-    weights.save_model("other", MaskedLM(weights.read_config("first"), seed=3))
+    weights.save_model("other", LanguageModel(weights.read_config("first"), seed=3))
     shutil.copy("first/vocab.txt", "other")
     shutil.copy("first/tokenizer_config.json", "other")
     for out, changes in (("student_init", dict(student_init="other")), ("student_config", dict(student_init="random"))):
@@ -242,7 +242,7 @@ def shallow(tiny, folder):
     """A fresh model of 2 layers x 32: narrow and shallow, so that it learns in seconds, at a high rate."""
     tokenizer = Tokenizer.load(tiny / "teacher")
     shape = dict(vocab_size=len(tokenizer.vocab), positions=32, layers=2, heads=2, width=32, mlp_width=64)
-    weights.save_model(folder, MaskedLM(Config(**shape), seed=1))
+    weights.save_model(folder, LanguageModel(Config(**shape), seed=1))
     tokenizer.save(folder, "bert")
     return str(folder)
 

@@ -16,7 +16,7 @@ from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.hub import resolve
-from minidistil.model import BERT_BASE, Config, MaskedLM, num_params
+from minidistil.model import BERT_BASE, Config, LanguageModel, num_params
 from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.student import student_from_teacher, student_layers
 from minidistil.weights import load_model, read_config, read_weights, save_model, write_config
@@ -29,7 +29,7 @@ MUTATIONS = 1000  # of each kind of file
 
 def random_model(config, seed=0):
     """Returns a model whose every weight is random, biases and norms included, in eval mode."""
-    model = MaskedLM(config, seed=seed).eval()
+    model = LanguageModel(config, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -291,7 +291,7 @@ def test_names_and_shapes_of_base_models_are_those_of_transformers(tmp_path, con
     transformers = pytest.importorskip("transformers")
     write_config(tmp_path, config)
     with torch.device("meta"):
-        ours = MaskedLM(config).state_dict()
+        ours = LanguageModel(config).state_dict()
         theirs = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     shapes = {}
     for name, group in weights._names(config, ours).items():

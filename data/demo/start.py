@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from minidistil import weights  # noqa: E402
-from minidistil.model import MaskedLM, initialise  # noqa: E402
+from minidistil.model import LanguageModel, initialise  # noqa: E402
 from minidistil.tokenizers.wordpiece import WordPiece  # noqa: E402
 
 OFFSETS = [(-1, 1, -2, 2), (-3, 3, -4, 4)]  # per block, per head
@@ -28,8 +28,8 @@ GAIN = 0.7  # of q and k: neighbours then score about 8 above the rest, and soft
 
 
 def fresh(config, seed=0):
-    """Returns a `MaskedLM` of this shape with positional heads; head width D uses D / 2 frequencies."""
-    model = MaskedLM(config, seed)
+    """Returns a `LanguageModel` of this shape with positional heads; head width D uses D / 2 frequencies."""
+    model = LanguageModel(config, seed)
     initialise(model, WORD_STD, seed)
     D = config.width // config.heads
     # odd multiples of half a step: a sum of cosines that peaks at 0 and nowhere else within 2 D positions

@@ -16,15 +16,19 @@ TOKENS = {"cuda": 8192, "cpu": 512}  # in a batch of `predict`; on a CPU its act
 def encode_pair(tokenizer, first, second, T):
     """Returns the item [CLS] first [SEP], or [CLS] first [SEP] second [SEP], of at most T tokens.
 
-    Truncation removes tokens from the end of the longer text, as in transformers; of an odd number it keeps one more.
+    RoBERTa has two [SEP] between the texts, and a single token type. Truncation removes tokens from the end of the
+    longer text, as in transformers; of an odd number it keeps one more.
     """
     a, b = tokenizer.encode(first), [] if second is None else tokenizer.encode(second)
-    room = T - 2 - (second is not None)
+    between = [tokenizer.sep_id] * tokenizer.pair_separators
+    room = T - 2 - (second is not None and len(between))
     keep = max(room - len(a), room - room // 2) if len(b) >= len(a) else room // 2
     keep = min(keep, len(b))  # of the second
     a, b = a[: room - keep], b[:keep]
-    ids, types = [tokenizer.cls_id, *a, tokenizer.sep_id], [0] * (len(a) + 2)
-    return (ids, types) if second is None else ([*ids, *b, tokenizer.sep_id], types + [1] * (len(b) + 1))
+    if second is None:
+        return [tokenizer.cls_id, *a, tokenizer.sep_id], [0] * (len(a) + 2)
+    ids = [tokenizer.cls_id, *a, *between, *b, tokenizer.sep_id]
+    return ids, [0] * (len(a) + 1 + len(between)) + [tokenizer.second_type] * (len(b) + 1)
 
 
 def batches(lengths, batch, seed, epoch):

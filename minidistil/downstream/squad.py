@@ -118,14 +118,16 @@ def windows(question, tokenizer, length=384, stride=128, longest_question=64):
     A question is truncated to `longest_question` tokens. The span is the shortest that covers the answer. Raises
     UserError where a window is too short or the context has no tokens.
     """
-    if length < longest_question + 4 or stride < 1:
+    shortest = longest_question + 3 + tokenizer.pair_separators
+    if length < shortest or stride < 1:
         what = f"windows of {length} tokens, {stride} apart, cannot show a context after {longest_question} tokens"
-        raise UserError(f"{what} of question: use {longest_question + 4} tokens and a stride of 1, or more")
+        raise UserError(f"{what} of question: use {shortest} tokens and a stride of 1, or more")
     asked = tokenizer.encode(question.question)[:longest_question]
     ids, starts, ends = tokenizer.encode_with_offsets(question.context)
     if not ids:
         raise UserError(f"question {question.id!r}: its context has no tokens: remove the question")
-    first = len(asked) + 2
+    asked = [tokenizer.cls_id, *asked, *[tokenizer.sep_id] * tokenizer.pair_separators]
+    first = len(asked)
     room = length - first - 1
     step = min(stride, room)
     parts = [(begin, min(begin + room, len(ids))) for begin in range(0, max(len(ids) - room, 0) + step, step)]
@@ -142,8 +144,8 @@ def windows(question, tokenizer, length=384, stride=128, longest_question=64):
     last = bisect.bisect_left(starts, character + len(text)) - 1
     return [
         Window(
-            ids=[tokenizer.cls_id, *asked, tokenizer.sep_id, *ids[begin:end], tokenizer.sep_id],
-            types=[0] * first + [1] * (end - begin + 1),
+            ids=[*asked, *ids[begin:end], tokenizer.sep_id],
+            types=[0] * first + [tokenizer.second_type] * (end - begin + 1),
             first=first,
             starts=starts[begin:end],
             ends=ends[begin:end],
