@@ -26,6 +26,7 @@ class Tokenizer:
     """
 
     pair_separators, second_type = 1, 1
+    hub_ids = {}  # keys of config.json that transformers needs to generate text
 
     @staticmethod
     def load(path):
