@@ -27,6 +27,10 @@ class BaseTokenizer:
     def special_ids(self):
         return [self.ids[token] for token in self.special.values()]
 
+    def shown(self, i):
+        """Returns how a table shows a token."""
+        return self.vocab[i]
+
     def encode(self, text):
         """Returns the ids (a list) of plain text: "[SEP]" is three tokens, an added token such as "<url>" is one."""
         return memoryview(self._encode(text)).cast("I").tolist()

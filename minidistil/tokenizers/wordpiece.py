@@ -236,6 +236,11 @@ class WordPiece(BaseTokenizer):
             parts.append(token)
         return "".join(parts)
 
+    def appended(self, text, i):
+        """Returns a text with one token more."""
+        token = self.vocab[i]
+        return text.rstrip() + token[2:] if token.startswith("##") else text + token
+
     def _encode(self, text):
         """The ids of plain text as the bytes of uint32."""
         if self.added:
