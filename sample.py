@@ -229,7 +229,7 @@ def main(argv):
     causal = weights.read_config(folders["student"]).causal
     settings = completed(settings, causal)
     if causal:
-        ids = tokenizer.encode_prompt(settings.prompt)
+        ids = [tokenizer.sep_id, *tokenizer.encode(settings.prompt)]  # the beginning of a document
         positions = [len(ids) - 1]  # whose next token is the one blank
     else:
         mask = tokenizer.special.get("mask", BLANK)
