@@ -275,7 +275,7 @@ def test_the_cache_is_bounded_and_changes_nothing(monkeypatch):
 def test_a_word_is_computed_once(monkeypatch):
     tokenizer = WordPiece(SMALL)
     first = tokenizer.encode("The capital, unables")
-    monkeypatch.setattr(Tokenizer, "_words", None)
+    monkeypatch.setattr(WordPiece, "_words", None)
     assert tokenizer.encode("unables The capital, unables")[-len(first) :] == first
 
 
