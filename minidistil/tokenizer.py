@@ -26,6 +26,7 @@ class Tokenizer:
     """
 
     pair_separators, second_type = 1, 1
+    hub_ids = {}  # ids that the config.json of a model with this tokenizer names, by their keys
 
     @staticmethod
     def load(path):
@@ -57,6 +58,7 @@ class Tokenizer:
 
 def _kind(path):
     """Returns the class of the tokenizer in an existing file or folder."""
+    from minidistil.tokenizers.byte_bpe import ByteBPE
     from minidistil.tokenizers.wordpiece import WordPiece
 
     folder, names = (path, None) if path.is_dir() else (path.parent, [path.name])
@@ -66,6 +68,10 @@ def _kind(path):
 
     if has("vocab.txt"):
         return WordPiece
+    if has("vocab.json", "merges.txt"):
+        return ByteBPE
     model = read_json(folder / "tokenizer.json").get("model") if has("tokenizer.json") else {}
     model = model if isinstance(model, dict) else {}
+    if model.get("type") == "BPE" or (model.get("type") is None and "merges" in model):
+        return ByteBPE
     return WordPiece  # which says what it lacks
