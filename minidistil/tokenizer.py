@@ -11,6 +11,7 @@ import pathlib
 
 from minidistil.errors import UserError
 from minidistil.tokenizers.base import BaseTokenizer
+from minidistil.tokenizers.byte_bpe import ByteBPE
 from minidistil.tokenizers.json_files import read_json
 from minidistil.tokenizers.wordpiece import WordPiece
 
@@ -36,6 +37,10 @@ def _kind(path):
 
     if has("vocab.txt"):
         return WordPiece
+    if has("vocab.json", "merges.txt"):
+        return ByteBPE
     model = read_json(folder / "tokenizer.json").get("model") if has("tokenizer.json") else {}
     model = model if isinstance(model, dict) else {}
+    if model.get("type") == "BPE" or (model.get("type") is None and "merges" in model):
+        return ByteBPE
     return WordPiece  # which says what it lacks

@@ -38,6 +38,14 @@ def switches(path, values, names):
     return {ours: value for ours, (_, value) in found.items()}
 
 
+def longest_sequence(path, config):
+    """Returns {"max_length": ...} from a tokenizer_config.json, {} where it does not know."""
+    length = config.get("model_max_length", config.get("max_len", 1e30))
+    if type(length) not in (int, float) or not length >= 1:
+        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
+    return {"max_length": int(length)} if length < 1e9 else {}  # transformers writes 1e30 for "unknown"
+
+
 def as_list(path, key, values):
     """Returns a list or the values of an object; raises UserError for anything else that `key` may hold."""
     if values and not isinstance(values, (list, dict)):

@@ -26,6 +26,7 @@ from minidistil.tokenizers import wordpiece_files
 from minidistil.tokenizers.added_tokens import Matcher
 from minidistil.tokenizers.base import BaseTokenizer
 from minidistil.tokenizers.caches import CACHE_ENTRIES, Cache, Table
+from minidistil.tokenizers.code_points import characters
 from minidistil.tokenizers.wordpiece_files import LONGEST_WORD, SPECIAL_TOKENS
 
 CASED = 0.1  # share of words with capitals above which a vocabulary is cased; bert-base-cased has 0.31
@@ -38,31 +39,26 @@ _CHUNK = re.compile(f"[\\S{_FALSE_SPACES}]+")  # what str.split() yields, with t
 _ASCII_WORD = re.compile("[0-9A-Za-z]+|[^ ]")  # in printable ASCII all but letters and digits are punctuation
 
 
-def _characters(ranges, form="[%s]"):
-    """Returns the pattern of one character in hexadecimal ranges."""
-    return re.compile(form % re.sub("[0-9A-F]+ ?", lambda code: f"\\U{code[0].strip():0>8}", ranges))
-
-
 # the blocks of Google's tokenization.py, except that extension E starts at 2B920 instead of 2B820
-_CJK = _characters("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B81F 2B920-2CEAF 2F800-2FA1F")
+_CJK = characters("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B81F 2B920-2CEAF 2F800-2FA1F")
 
 # Categories as of Unicode 8. No code point in the ranges of _NOT_MARK was a mark (Mn) then, though some are today.
 # Other code points in a range do not matter, so neighbouring exceptions share one. The same holds for the next one.
-_NOT_MARK = _characters(
+_NOT_MARK = characters(
     "5C8-5C9 7FD 897-8E1 9FE AFA-AFF B53-B55 C04-C3C D00 D3B-D3C D81 EBA ECE 180F-1886 1ABF-1AF0 1DF6-1DFB A82C A8C5 "
     "A8FF A9BD 10D24-10F85 11070-11074 110C2 111C9 111CF 1123E-11241 1133B 113BB-1145E 1182F-1612F 16F4F 16FE4 "
     "1CF00-1D128 1D25B-1D25C 1E000-1E6F5 1E944-1E94A"
 )
-_NOT_PUNCTUATION = _characters(
+_NOT_PUNCTUATION = characters(
     "61D 9FD-A76 C77-C84 1B4E-1B4F 1B7D-1B7F 2E43-2E63 10D6E-10F89 113D4-1145D 11660-116B9 1183B-11FFF 12FF1-12FF2 "
     "16D6D-16FE2 1E5FF-1E95F"
 )
-_NOT_CONTROL = _characters("890-8E2 110CD-1343F")
+_NOT_CONTROL = characters("890-8E2 110CD-1343F")
 _STILL_MARK = "\u1734\U0001171e"  # today Mc
 _STILL_PUNCTUATION = "\u166d\U000111c9"  # today So and Mn
 
 # Decomposition as of Unicode 12: applied to the runs between newer characters, across which no mark moves.
-_DECOMPOSED = _characters(
+_DECOMPOSED = characters(
     "5C8-5C9 7FD 897-8D3 9FE C3C D3B-D3C EBA 1715 1ABF-1AF0 1DF6-1DFA A82C 105C9-105E4 10D24-10F85 11070 1133B "
     "11383-113D0 1145E 11839-11A99 11D42-1612F 16D68-16FF1 1D127-1D128 1D250-1D281 1E08F-1E6F5",
     form="[^%s]+",

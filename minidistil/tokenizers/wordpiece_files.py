@@ -8,8 +8,9 @@ import dataclasses
 import re
 
 from minidistil.errors import UserError
+from minidistil.tokenizers.added_files import read_added_tokens
 from minidistil.tokenizers.added_tokens import AddedToken
-from minidistil.tokenizers.json_files import added_token, as_list, read_json, read_text, switches, token_id
+from minidistil.tokenizers.json_files import longest_sequence, read_json, read_text, switches
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 LONGEST_WORD = 100  # characters, after normalisation; a longer word is [UNK]
@@ -46,8 +47,9 @@ def read_folder(folder):
             raise UserError(f"{path}: its ids are not 0, 1, 2, ...: add the model's vocab.txt")
     else:
         raise UserError(f"{folder} holds neither vocab.txt nor tokenizer.json: add the model's vocabulary")
-    added = _read_added_tokens(folder, vocab, data, config, in_config)
-    return path, vocab, settings | {"added": added}
+    special = {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
+    added = read_added_tokens(folder, vocab, data, config, in_config, special, "BERT")
+    return path, vocab, settings | {"added": [token for token in added if token.content not in special.values()]}
 
 
 def _without_blanks(ids):
@@ -85,73 +87,7 @@ def _read_tokenizer_config(path, config):
     """The settings of a tokenizer_config.json."""
     names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "chinese"}
     settings = switches(path, config, names)
-    length = config.get("model_max_length", config.get("max_len", 512))
-    if type(length) not in (int, float) or not length >= 1:
-        raise UserError(f"{path}: model_max_length is {length!r}: make it the longest sequence that the model reads")
-    if length < 1e9:  # transformers writes 1e30 for "unknown"
-        settings["max_length"] = int(length)
-    return settings
-
-
-def _read_added_tokens(folder, vocab, data, config, in_config):
-    """The AddedTokens of all files of a folder, in the order in which transformers adds them to `vocab`.
-
-    Where tokenizer_config.json lists them (added_tokens_decoder), other lists do not count, but that of tokenizer.json
-    does for a tokenizer that is read from it. A blank line at the end of `vocab` goes where a file has given its id to
-    a token. Raises UserError where a token would have another id than its file says.
-    """
-    path, json_path, legacy = (folder / n for n in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"))
-    in_json = as_list(json_path, "added_tokens", data.get("added_tokens"))
-    in_json = [(json_path, token.get("id") if isinstance(token, dict) else None, token) for token in in_json]
-    if (config_lists := config.get("added_tokens_decoder")) is not None:
-        named = _named_tokens(path, config, {})
-        if not isinstance(config_lists, dict):
-            raise UserError(f"{path}: added_tokens_decoder is {config_lists!r}, no object of tokens: fetch it again")
-        numbered = [(path, i, token) for i, token in config_lists.items()]
-        numbered = numbered if in_config else in_json + numbered
-    else:
-        special_map = read_json(folder / "special_tokens_map.json")
-        named = _named_tokens(path, config, special_map)
-        special_map.pop("additional_special_tokens", None)  # do not make those of added_tokens.json special
-        contents = {token.content for token in _named_tokens(path, config, special_map)}
-        numbered = [
-            (legacy, i, {"content": content, "special": content in contents})
-            for content, i in read_json(legacy).items()
-        ]
-        numbered += in_json
-    added, known = {}, set(vocab)
-    for i, (path, value) in sorted({token_id(path, i): (path, token) for path, i, token in numbered}.items()):
-        token = added_token(path, value)
-        if token.content not in known and token.content not in added:
-            if i < len(vocab) and not any(vocab[i:]):
-                del vocab[i:]
-            following = len(vocab) + sum(content not in known for content in added)
-            if i != following:
-                what = f"{path} gives {token.content!r} the id {i}, where the next free one is {following}"
-                raise UserError(f"{what}: use the vocabulary that belongs to it")
-        added[token.content] = token
-    for token in named:
-        added.setdefault(token.content, token)
-    new = [token for content, token in added.items() if content and content not in SPECIAL_TOKENS.values()]
-    if config.get("split_special_tokens") and any(token.special for token in new):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: split_special_tokens is true: make it false")
-    return new
-
-
-def _named_tokens(path, config, special_map):
-    """The AddedTokens that the configuration names by their purpose; the five of BERT must be BERT's."""
-    named = []
-    for key, value in (config | special_map).items():
-        if key.endswith("_token") and isinstance(value, (str, dict)):
-            token = added_token(path, value)
-            wanted = SPECIAL_TOKENS.get(key.removesuffix("_token"), token.content)
-            if token.content != wanted:
-                raise UserError(f"{path}: {key} is {token.content!r}, in BERT {wanted!r}: use a BERT model's tokenizer")
-            named.append(token)
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
-    for values in (extra or special_map.get("additional_special_tokens"), special_map.get("extra_special_tokens")):
-        named += [added_token(path, value) for value in as_list(path, "extra_special_tokens", values)]
-    return named
+    return settings | longest_sequence(path, config)
 
 
 def added_tokens_json(tokenizer):
