@@ -57,6 +57,9 @@ class Config:
         """Whether the model predicts the next token: none sees a later one, and LayerNorm comes first, as in GPT-2."""
         return self.family == "gpt2"
 
+    def has_type(self, i):
+        return i < self.token_types or not self.token_types  # without types, all are ignored
+
     def student(self, layers):
         """Returns the student's shape for this teacher: `layers` layers, all else equal; of a BERT a DistilBERT.
 
