@@ -1,13 +1,15 @@
-"""Learns a vocabulary from text with sentencepiece and writes it as the vocab.txt of a BERT model.
+"""Learns a vocabulary from text with sentencepiece, as a BERT model's vocab.txt or GPT-2's or RoBERTa's tokenizer.
 
     python data/vocab.py docs --size 8192 --out runs/vocab.txt
+    python data/vocab.py docs --size 8192 --byte-level gpt2 --out runs/gpt2    # vocab.json and merges.txt
 
 Documents are those of data/prepare.py, a long one cut in the same places; memory grows only with the distinct words.
 
 Byte-pair encoding (Sennrich et al. 2016) over the counts of words, as our tokenizer splits them before it looks for
-pieces. It learns three tenths more pieces than needed and drops those that WordPiece's greedy longest match uses least,
-which are merges that only led to longer pieces. Tokens per word of held-out `docs`, 8,192 entries, November 2026: 1.052
-without dropping, 1.040 with it; sentencepiece's unigram model 1.150 and 1.144.
+pieces. For WordPiece it learns three tenths more pieces than needed and drops those that the greedy longest match uses
+least, which are merges that only led to longer pieces. Tokens per word of held-out `docs`, 8,192 entries, November
+2026: 1.052 without dropping, 1.040 with it; sentencepiece's unigram model 1.150 and 1.144. Byte-level BPE, which needs
+every merge, keeps the first ones.
 """
 
 import collections
@@ -15,22 +17,23 @@ import dataclasses
 import json
 import pathlib
 import sys
-import tempfile
 import time
 
 if __name__ == "__main__":
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
-import sentencepiece
 import tqdm
 
+from data import byte_vocab
 from data import sources as text_sources
+from data.byte_pairs import byte_pairs
 from data.documents import described_cuts
 from data.encode import HASHES, document_hash, pieces
 from data.workers import cores, ordered_map
 from minidistil import cli, files
 from minidistil.cli import option
 from minidistil.errors import UserError
+from minidistil.tokenizers.byte_bpe import ByteBPE
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import LONGEST_WORD, SPECIAL_TOKENS
 
@@ -47,6 +50,9 @@ class Settings:
     )
     out: str = option(None, "vocab.txt to write, or a folder for it and its configuration", required=True)
     size: int = option(8192, "entries, special tokens included")
+    byte_level: str = option(
+        None, "learn byte-level BPE with the special tokens of this model", choices=[*byte_vocab.KINDS]
+    )
     cased: bool = option(False, "keep capitals and accents")
     sample_bytes: int = option(500_000_000, "stop reading after so many bytes of text")
     workers: int = option(None, "processes (default: the cores of this computer)")
@@ -77,7 +83,7 @@ def learn(counts, size, tokenizer):
     candidates = list(dict.fromkeys(base + _byte_pairs(words, int(SURPLUS * size))))
     if size > len(candidates):
         raise UserError(f"the text yields {len(candidates)} entries, not {size}: lower --size or give more text")
-    used = usage(candidates, words, tokenizer.lowercase)
+    used = usage(WordPiece(candidates, tokenizer.lowercase), words)
     return base + sorted(candidates[len(base) :], key=lambda piece: (-used[piece], piece))[: size - len(base)]
 
 
@@ -98,44 +104,27 @@ def _alphabet(words):
 
 def _byte_pairs(words, size):
     """Returns up to `size` pieces in the merge order of byte-pair encoding, in WordPiece's spelling."""
-    with tempfile.TemporaryDirectory() as folder:
-        table, model = pathlib.Path(folder, "words.tsv"), pathlib.Path(folder, "model")
-        table.write_text("".join(f"{word}\t{n}\n" for word, n in words.items()), encoding="utf-8")
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(table),
-            input_format="tsv",
-            model_prefix=str(model),
-            model_type="bpe",
-            vocab_size=size,
-            hard_vocab_limit=False,
-            character_coverage=1.0,
-            normalization_rule_name="identity",  # the words are already normalised and split
-            split_by_unicode_script=False,
-            split_by_number=False,
-            bos_id=-1,
-            eos_id=-1,
-            num_threads=1,
-            minloglevel=2,
-        )
-        processor = sentencepiece.SentencePieceProcessor(model_file=f"{model}.model")
-    pieces = [processor.id_to_piece(i) for i in range(len(processor)) if not processor.is_unknown(i)]
-    spelled = [piece[1:] if piece[0] == _WORD_START else f"##{piece}" for piece in pieces]
+    spelled = [piece[1:] if piece[0] == _WORD_START else f"##{piece}" for piece in byte_pairs(words, size)]
     return [piece for piece in spelled if piece]
 
 
-def usage(vocab, words, lowercase):
-    """Returns a Counter: how often each entry of `vocab` is used for words with these counts."""
-    tokenizer = WordPiece(vocab, lowercase)
+def usage(tokenizer, words):
+    """Returns a Counter: how often each entry of the vocabulary is used for words with these counts."""
     used = collections.Counter()
     for word, n in words.items():
         for i in tokenizer.encode(word):
-            used[vocab[i]] += n
+            used[tokenizer.vocab[i]] += n
     return used
 
 
+def chunks_of(tokenizer, text):
+    """Returns the parts of a text, of which many repeat, that the tokenizer splits into words one by one."""
+    return tokenizer.chunks(text) if isinstance(tokenizer, ByteBPE) else text.split()
+
+
 def words_of(tokenizer, chunk):
-    """Returns the words, as WordPiece sees them, of text without white space."""
-    return tokenizer._words(chunk)
+    """Returns the words of a chunk, as the tokenizer sees them before it looks for pieces."""
+    return tokenizer.words(chunk) if isinstance(tokenizer, ByteBPE) else tokenizer._words(chunk)
 
 
 def counter(tokenizer):
@@ -147,7 +136,7 @@ def counter(tokenizer):
         for text in texts:
             held_out = document_hash(text.encode("utf-8", "replace")) < HELD_OUT * HASHES
             for piece in pieces(text):
-                sides[held_out].update(piece.split())
+                sides[held_out].update(chunks_of(tokenizer, piece))
         return *map(words_in, sides), cuts
 
     def words_in(chunks):
@@ -188,7 +177,12 @@ def main(argv):
     out = pathlib.Path(settings.out)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} already exists, and models may depend on it: choose another --out")
-    splitter = WordPiece(list(SPECIAL_TOKENS.values()), lowercase=not settings.cased)
+    kind = settings.byte_level
+    if kind and settings.cased:
+        raise UserError("--cased is for WordPiece: leave it out, byte-level BPE always keeps capitals and accents")
+    if kind and out.suffix in (".txt", ".json"):
+        raise UserError(f"--byte-level writes vocab.json and merges.txt: name a folder with --out, not {out}")
+    splitter = byte_vocab.of_merges(kind, []) if kind else WordPiece([*SPECIAL_TOKENS.values()], not settings.cased)
     sources = text_sources.paths_first(settings.source)
     counts, held_out, cuts = count_words(
         sources, splitter, settings.sample_bytes, cores(settings.workers), settings.field, settings.encoding
@@ -197,19 +191,23 @@ def main(argv):
         print(left_out)
     if cuts:
         print(described_cuts(cuts))
-    vocab = learn(counts, settings.size, splitter)
-    if out.suffix == ".txt":
-        files.write_text(out, "".join(f"{token}\n" for token in vocab))
+    if kind:
+        tokenizer = byte_vocab.learn(counts, settings.size, kind)
     else:
-        WordPiece(vocab, lowercase=not settings.cased).save(out, "bert")
+        tokenizer = WordPiece(learn(counts, settings.size, splitter), not settings.cased)
+    if out.suffix == ".txt":
+        files.write_text(out, "".join(f"{token}\n" for token in tokenizer.vocab))
+    else:
+        tokenizer.save(out, kind or "bert")
     words = held_out or counts  # with few documents, none may be held out
-    used = usage(vocab, words, not settings.cased)
+    used = usage(tokenizer, words)
+    unknown = {} if kind else {"unk_share": round(used["[UNK]"] / used.total(), 7)}
     summary = {
         "out": settings.out,
-        "size": len(vocab),
+        "size": len(tokenizer.vocab),
         "words": counts.total(),
         "tokens_per_word": round(used.total() / words.total(), 4),
-        "unk_share": round(used["[UNK]"] / used.total(), 7),
+        **unknown,
         "seconds": round(time.perf_counter() - started, 2),
     }
     print(json.dumps(summary, separators=(",", ":")))

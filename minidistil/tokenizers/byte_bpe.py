@@ -101,7 +101,7 @@ class ByteBPE(BaseTokenizer):
         self._raw = Matcher(raw)
         self._prompt = Matcher(self._matched(self.tokens[i] for i in self.special_ids) + raw)
         self._normalised = Matcher(self._matched(token for token in self.added if token.normalized))
-        self._bytes = [*map(byte_bpe_files.spelled, self.base)]  # of each id
+        self._bytes = [*map(byte_bpe_files.bytes_of, self.base)]  # of each id
         self._bytes += [b""] * (len(self.vocab) - len(self.base))
         for i, token in self.tokens.items():
             self._bytes[i] = token.content.encode("utf-8", "replace")
@@ -110,7 +110,7 @@ class ByteBPE(BaseTokenizer):
         self._pairs = [(self.ids[a], self.ids[b], self.ids[a + b]) for a, b in self.merges]
         self._ranks = {a * len(self.vocab) + b: rank for rank, (a, b, _) in enumerate(self._pairs)}
         self._classes = Table(_class_of)
-        self._words = Cache(self._pack_word, CACHE_ENTRIES)
+        self._packed = Cache(self._pack_word, CACHE_ENTRIES)
         self._cache = Cache(self._pack, CACHE_ENTRIES)  # chunk -> its ids as the bytes of uint32
         self._located = Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 
@@ -187,11 +187,22 @@ class ByteBPE(BaseTokenizer):
         """Returns a text with one token more, in place of a <mask>, which took the white space before it."""
         return text.rstrip(WHITE) + self.decode([i])
 
+    @staticmethod
+    def chunks(text):
+        """Returns the parts of a text, cut where white space begins or ends."""
+        return _CHUNK.findall(text)
+
+    def words(self, chunk):
+        """Returns the words of a chunk, which no merge crosses."""
+        if chunk.isascii():
+            return _WORD.findall(chunk)
+        return [chunk[slice(*word.span())] for word in _WORD.finditer(chunk.translate(self._classes))]
+
     def _encode(self, text):
         """The ids of plain text as the bytes of uint32."""
         if self.added:
             return b"".join(self._encode_parts(text, self._raw))
-        return b"".join(map(self._cache.__getitem__, _CHUNK.findall(text)))
+        return b"".join(map(self._cache.__getitem__, self.chunks(text)))
 
     def _encode_parts(self, text, matcher):
         """Yields the ids of a text in which `matcher` finds tokens, part by part, as the bytes of uint32."""
@@ -199,7 +210,7 @@ class ByteBPE(BaseTokenizer):
             if token is not None:
                 yield array.array("I", [token]).tobytes()
             else:
-                yield from map(self._cache.__getitem__, _CHUNK.findall(text, start, end))
+                yield from map(self._cache.__getitem__, self.chunks(text[start:end]))
 
     def _find(self, text, matcher):
         """Yields (id, start, end) of the tokens of `matcher`, then `_normalised`, and of text between them (None)."""
@@ -224,13 +235,7 @@ class ByteBPE(BaseTokenizer):
 
     def _pack(self, chunk):
         """The ids of a chunk as the bytes of uint32."""
-        return b"".join([self._words[word] for word in self._split(chunk)])
-
-    def _split(self, chunk):
-        """Returns the words of a chunk, which no merge crosses."""
-        if chunk.isascii():
-            return _WORD.findall(chunk)
-        return [chunk[slice(*word.span())] for word in _WORD.finditer(chunk.translate(self._classes))]
+        return b"".join([self._packed[word] for word in self.words(chunk)])
 
     def _pack_word(self, word):
         """The ids of a word as the bytes of uint32."""

@@ -17,12 +17,18 @@ ROBERTA = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTES = {chr(byte): byte for byte in _PRINTABLE}  # character -> byte
 BYTES |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+_SPELLING = {byte: c for c, byte in BYTES.items()}
 _CLASSES = "(GPT2|Roberta|Longformer|Bart)Tokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend"
 _MARK = re.compile(r"<.*>|\[.*\]", re.DOTALL)  # a token that is special to somebody, which no merge makes
 
 
-def spelled(token):
-    """The bytes that a token of the files stands for; those of its own characters where it spells none."""
+def spell(text):
+    """The bytes of a text as the files spell them."""
+    return text.encode("utf-8", "replace").decode("latin-1").translate(_SPELLING)
+
+
+def bytes_of(token):
+    """The bytes that a token of the files spells; those of its own characters where it spells none."""
     try:
         return bytes(map(BYTES.__getitem__, token))
     except KeyError:
