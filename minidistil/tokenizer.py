@@ -57,6 +57,8 @@ class Tokenizer:
 
 def _kind(path):
     """Returns the class of the tokenizer in an existing file or folder."""
+    from minidistil.tokenizers import unigram_files
+    from minidistil.tokenizers.unigram import Unigram
     from minidistil.tokenizers.wordpiece import WordPiece
 
     folder, names = (path, None) if path.is_dir() else (path.parent, [path.name])
@@ -66,6 +68,10 @@ def _kind(path):
 
     if has("vocab.txt"):
         return WordPiece
+    if has(*unigram_files.MODELS) or path.suffix == ".model":
+        return Unigram
     model = read_json(folder / "tokenizer.json").get("model") if has("tokenizer.json") else {}
     model = model if isinstance(model, dict) else {}
+    if model.get("type") == "Unigram" or ("type" not in model and isinstance(model.get("vocab"), list)):
+        return Unigram
     return WordPiece  # which says what it lacks
