@@ -10,9 +10,11 @@ The kind does not follow from the model's family: an encoder of BERT's shape may
 import pathlib
 
 from minidistil.errors import UserError
+from minidistil.tokenizers import unigram_files
 from minidistil.tokenizers.base import BaseTokenizer
 from minidistil.tokenizers.byte_bpe import ByteBPE
 from minidistil.tokenizers.json_files import read_json
+from minidistil.tokenizers.unigram import Unigram
 from minidistil.tokenizers.wordpiece import WordPiece
 
 
@@ -39,8 +41,13 @@ def _kind(path):
         return WordPiece
     if has("vocab.json", "merges.txt"):
         return ByteBPE
+    if has(*unigram_files.MODELS) or path.suffix == ".model":
+        return Unigram
     model = read_json(folder / "tokenizer.json").get("model") if has("tokenizer.json") else {}
     model = model if isinstance(model, dict) else {}
-    if model.get("type") == "BPE" or (model.get("type") is None and "merges" in model):
+    kind = model.get("type")
+    if kind == "BPE" or (kind is None and "merges" in model):
         return ByteBPE
+    if kind == "Unigram" or (kind is None and isinstance(model.get("vocab"), list)):
+        return Unigram
     return WordPiece  # which says what it lacks
