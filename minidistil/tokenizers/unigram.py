@@ -145,6 +145,10 @@ class Unigram(BaseTokenizer):
         """Returns readable text: pieces joined, a space for each mark of a word's start but the first."""
         return "".join(self.vocab[i] for i in ids).replace(WORD_START, " ").removeprefix(" ")
 
+    def appended(self, text, i):
+        """Returns a text with one token more, in place of a <mask>, which took the white space before it."""
+        return text.rstrip() + self.vocab[i].replace(WORD_START, " ")
+
     def _encode(self, text):
         """The ids of plain text as the bytes of uint32."""
         if self.added:
