@@ -7,7 +7,13 @@ import torch.nn.functional as F
 
 from minidistil.data import IGNORE
 
-ROWS = 256  # rows of logits at a time: 256 x 30,522 fp32 is 31 MB
+ROWS = 256  # rows of logits at a time, at most: 256 x 30,522 fp32 is 31 MB
+LOGIT_BYTES = 128 << 20  # at most, of one model's fp32 logits at a time, of which five such tensors exist
+
+
+def rows_at_a_time(V):
+    """Returns how many rows of V fp32 logits are computed at a time: 256 of up to 131,072 words, 134 of 250,037."""
+    return max(1, min(ROWS, LOGIT_BYTES // (4 * V)))
 
 
 class HeldOut:
@@ -43,8 +49,9 @@ class HeldOut:
     def _metrics(self, model, rows):
         with_teacher = self.teacher_rows is not None and model is not self.teacher
         lm_loss = top1 = kl = agreement = 0.0
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
+        R = rows_at_a_time(len(model.decoder[0]))
+        for start in range(0, len(rows), R):
+            part = slice(start, start + R)
             log_q = F.log_softmax(F.linear(rows[part], *model.decoder), -1)  # (R, V)
             guess = log_q.argmax(-1)
             lm_loss += F.nll_loss(log_q, self.targets[part], reduction="sum").item()
