@@ -46,21 +46,20 @@ def read_folder(folder):
     if switches(config_path, config, {"add_prefix_space": "prefix"}).get("prefix"):
         raise UserError(f"{config_path}: add_prefix_space is True, which is not supported: use GPT-2's or RoBERTa's")
     stored = _read_tokenizer_json(json_path, data) if json_path.exists() else None
-    if path.exists() or merges_path.exists():
-        for file in (path, merges_path):
-            if not file.exists():
-                raise UserError(f"there is no {file}: add it, it belongs to the other file of the vocabulary")
+    if path.exists() and merges_path.exists():
         ids, merges = read_json(path), _read_merges(merges_path)
         if stored and stored != (ids, [*merges.values()]):
             raise UserError(f"{path} or merges.txt and tokenizer.json disagree: remove what is not the model's")
     elif stored:
-        path, ids, merges = json_path, stored[0], {f"{json_path}, merge {i}": p for i, p in enumerate(stored[1], 1)}
+        path = merges_path = json_path
+        ids, merges = stored[0], {f"{json_path}, merge {i}": pair for i, pair in enumerate(stored[1], 1)}
     else:
-        raise UserError(f"{folder} holds neither vocab.json nor tokenizer.json: add the model's vocabulary")
+        missing = merges_path if path.exists() else path
+        raise UserError(f"there is no {missing}: add it, or the model's tokenizer.json")
     vocab = _in_order(path, ids)
     in_config = kind not in ("PreTrainedTokenizerFast", "TokenizersBackend")
     added, special = _read_added(folder, vocab, data, config, in_config)
-    _check_merges(merges, ids, special.values(), {token.content for token in added})
+    _check_merges(merges_path, merges, ids, special.values(), {token.content for token in added})
     settings = {"added": added, "sep": special["eos_token"]} | longest_sequence(config_path, config)
     return path, vocab, [*merges.values()], settings
 
@@ -141,29 +140,30 @@ def _read_added(folder, vocab, data, config, in_config):
     return read_added_tokens(folder, list(vocab), data, config, in_config, special, "GPT-2"), special
 
 
-def _check_merges(merges, ids, special, added):
+def _check_merges(path, merges, ids, special, added):
     """Raises UserError where merges and vocabulary do not belong together, as where a file was cut short."""
     made = {left + right for left, right in merges.values()}
+    parts = made.union(BYTES)
     for place, (left, right) in merges.items():
-        what = f"{place}: merges {left[:40]!r} and {right[:40]!r}"
-        for token in (left, right, left + right):
-            if token not in ids:
-                raise UserError(f"{what}, but the vocabulary has no {token[:80]!r}: use the files of one model")
-        for token in (left, right):
-            if token not in BYTES and token not in made:
-                raise UserError(f"{what}, but {token[:40]!r} is neither a byte nor merged: use files of byte-level BPE")
-        if left + right in special:
-            raise UserError(f"{what} to the special token {left + right!r}: use the files of one model")
+        problem = None
+        if missing := [token for token in (left, right, left + right) if token not in ids]:
+            problem = f"the vocabulary has no {missing[0][:80]!r}: use the files of one model"
+        elif left not in parts or right not in parts:
+            odd = right if left in parts else left
+            problem = f"{odd[:40]!r} is neither a byte nor merged: use files of byte-level BPE"
+        elif left + right in special:
+            problem = f"{left + right!r} is a special token: use the files of one model"
+        if problem:
+            raise UserError(f"{place} merges {left[:40]!r} and {right[:40]!r}, but {problem}")
     lost = [
         token
         for token in ids
-        if len(token) > 1 and token not in made and token not in added and not _MARK.fullmatch(token)
+        if token not in parts and token not in added and not _MARK.fullmatch(token)
         if any(token[:i] in ids and token[i:] in ids for i in range(1, len(token)))
-    ]  # fmt: skip
+    ]
     if lost:
-        place = [*merges][-1] if merges else "merges.txt"
-        what = f"{place} is the last, but no merge makes {len(lost):,} tokens of the vocabulary, such as {lost[0]!r}"
-        raise UserError(f"{what}: the file was cut short: fetch it again")
+        what = f"{[*merges][-1] if merges else path} is the last, but no merge makes {len(lost):,} of the tokens"
+        raise UserError(f"{what}, such as {lost[0][:40]!r}: the file was cut short: fetch it again")
 
 
 def write_folder(folder, tokenizer):
