@@ -40,6 +40,8 @@ def read(path):
             if kind != BYTES:
                 raise ValueError("a field is not a message")
             sections.setdefault(number, []).append(value)
+        if not all(sections.values()):  # the pieces come first: where the file was cut between two of them
+            raise ValueError("it ends before its settings")
         trainer, normalizer = (
             {(number, kind): value for data in sections[n] for number, kind, value in protobuf.fields(data)}
             for n in (2, 3)
@@ -124,6 +126,16 @@ def write(pieces, charsmap):
     )
     trainer = protobuf.field(3, UNIGRAM) + protobuf.field(45, unknown)
     return b"".join(entries) + protobuf.field(2, trainer) + protobuf.field(3, protobuf.field(2, charsmap))
+
+
+def cut(data, kept):
+    """The bytes of a .model without the pieces that are not in `kept`; control and unknown pieces stay."""
+    parts = []
+    for number, _, value in protobuf.fields(data):
+        text, _, kind = _piece(value) if number == 1 else (None, 0.0, CONTROL)
+        if kind in (CONTROL, UNKNOWN) or text in kept:
+            parts.append(protobuf.field(number, value))
+    return b"".join(parts)
 
 
 @functools.cache

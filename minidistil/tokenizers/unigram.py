@@ -26,7 +26,7 @@ from minidistil.tokenizers import protobuf, sentencepiece_model, unigram_files
 from minidistil.tokenizers.added_tokens import Matcher
 from minidistil.tokenizers.base import BaseTokenizer
 from minidistil.tokenizers.caches import Table
-from minidistil.tokenizers.sentencepiece_model import WORD_START
+from minidistil.tokenizers.sentencepiece_model import NORMAL, UNUSED, WORD_START
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -87,6 +87,23 @@ class Unigram(BaseTokenizer):
             with replacing(pathlib.Path(folder) / name, len(data)) as temporary:
                 temporary.write_bytes(data)
 
+    def cut(self, used):
+        """Returns (tokenizer, ids): one with those pieces only that the ids `used` need, and its tokens' ids here.
+
+        Text of these pieces keeps them: the likeliest split stays the likeliest where there are fewer others. The
+        least and most likely pieces stay, by which the library scores unknown text and pieces of its user; so do
+        special and added tokens, and all characters of used pieces.
+        """
+        normal = {text: score for text, score, kind in self.pieces if kind == NORMAL}
+        texts = {self.vocab[i] for i in used} & normal.keys()
+        texts |= set("".join(texts)) | {min(normal, key=normal.get), max(normal, key=normal.get)}
+        pieces = [piece for piece in self.pieces if piece[0] in texts or piece[2] not in (NORMAL, UNUSED)]
+        kept = {text for text, _, _ in pieces}.union(self.vocab[len(self.pieces) :])
+        ids = [i for i, token in enumerate(self.vocab) if token in kept]
+        files = unigram_files.cut(self.files, {self.vocab[i]: new for new, i in enumerate(ids)})
+        shape = self.special, self.added, self.max_length, self.pair_separators
+        return Unigram(pieces, self.charsmap, *shape, files), ids
+
     @property
     def digest(self):
         """SHA-256 of everything that affects ids: pieces, scores, the table of characters, special and added tokens."""
@@ -128,12 +145,12 @@ class Unigram(BaseTokenizer):
         for piece in (value for number, _, value in protobuf.fields(answer) if number == 2):
             values = {number: value for number, _, value in protobuf.fields(piece)}
             start, end = (int(places[values.get(number, 0)]) for number in (4, 5))
-            if values[1] != _MARK and start == end:  # the library gives a character to the last of its pieces
-                end = min(start + 1, len(text))
             while start < end and self._blank[ord(text[start])]:
                 start += 1
             while start < end and self._blank[ord(text[end - 1])]:
                 end -= 1
+            if values[1] != _MARK and start == end:  # the library gives a character to the last of its pieces
+                end = min(start + 1, len(text))
             yield values.get(2, 0), offset + start, offset + end
 
     def encode_prompt(self, text):

@@ -4,6 +4,7 @@ A .model does not say which ids its pieces have: the class in tokenizer_config.j
 sentencepiece is the original, a .model counts before tokenizer.json where both are there; they must agree.
 """
 
+import base64
 import json
 
 from minidistil.errors import UserError
@@ -34,6 +35,8 @@ def read_folder(folder):
     vocab = [text for text, _, _ in pieces]
     if path.name != JSON and JSON in files and vocab != [text for text, _ in unigram_json.entries(folder / JSON, data)]:
         raise UserError(f"{path} and {JSON} disagree: remove the one that is not the model's")
+    if JSON in files and base64.b64encode(charsmap) not in files[JSON]:
+        del files[JSON]  # another normalisation: `save` writes one with which transformers gives our ids
     tokens = _added_tokens(folder, vocab, data, config, special_map)
     special = _special(folder, {*vocab, *tokens}, special_map | config)
     unknown = next(text for text, _, kind in pieces if kind == UNKNOWN)
@@ -150,6 +153,21 @@ def written(tokenizer):
     if any(config.get(key) != value for key, value in changed.items()):
         files[CONFIG] = _json(config | changed)
     return files
+
+
+def cut(files, ids):
+    """The files for a vocabulary cut to the tokens of `ids` (token -> id); `written` adds tokenizer.json."""
+    changed = {name: data for name, data in files.items() if name != JSON}
+    for name in filter(files.__contains__, MODELS):
+        changed[name] = sentencepiece_model.cut(files[name], ids)
+    if ADDED in files:
+        changed[ADDED] = _json({token: ids[token] for token in json.loads(files[ADDED].decode("utf-8-sig"))})
+    config = json.loads(files.get(CONFIG, b"{}").decode("utf-8-sig"))
+    if config.get("added_tokens_decoder"):
+        tokens = config["added_tokens_decoder"].values()
+        numbered = {ids[token if isinstance(token, str) else token["content"]]: token for token in tokens}
+        changed[CONFIG] = _json(config | {"added_tokens_decoder": numbered})
+    return changed
 
 
 def _json(value):
