@@ -23,6 +23,8 @@ from minidistil.weights import load_model, read_config, read_weights, save_model
 
 BERT = Config(vocab_size=11, positions=5, layers=2, heads=2, width=4, mlp_width=6)
 DISTILBERT = BERT.student(2)
+GPT2 = dataclasses.replace(BERT, family="gpt2", token_types=0, norm_eps=1e-5)
+ROBERTA = dataclasses.replace(BERT, family="roberta", token_types=1, pad_id=1, norm_eps=1e-5)
 BOTH = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=["bert", "distilbert"])
 MUTATIONS = 1000  # of each kind of file
 
@@ -639,9 +641,8 @@ def test_a_distilbert_has_one_layer_norm_eps(tmp_path):
 
 
 def test_family_is_found_without_a_model_type(tmp_path):
-    gpt2 = dataclasses.replace(BERT, family="gpt2", token_types=0, norm_eps=1e-5)
     for config, family, architecture in (
-        (BERT, "bert", "BertModel"), (DISTILBERT, "distilbert", "DistilBertModel"), (gpt2, "gpt2", "GPT2LMHeadModel"),
+        (BERT, "bert", "BertModel"), (DISTILBERT, "distilbert", "DistilBertModel"), (GPT2, "gpt2", "GPT2LMHeadModel"),
     ):  # fmt: skip
         write_config(tmp_path, config)
         edited(tmp_path, model_type=..., architectures=[architecture])
@@ -650,6 +651,58 @@ def test_family_is_found_without_a_model_type(tmp_path):
         assert read_config(tmp_path) == config and config.family == family
         edited(tmp_path, architectures=["ElectraForMaskedLM"])
         refused(lambda: read_config(tmp_path), "ElectraForMaskedLM")
+
+
+def test_what_differs_between_the_files_of_gpt2(tmp_path):
+    """Matrices are transposed; masks are ignored; `transformer.` may be absent, and the tied head present."""
+    model = random_model(GPT2)
+    save_model(tmp_path, model)
+    tensors = stored(tmp_path)
+    up = model.encoder.blocks[1].mlp.up.weight
+    assert torch.equal(tensors["transformer.h.1.mlp.c_fc.weight"], up.t()) and "lm_head.weight" not in tensors
+    words = tensors["transformer.wte.weight"]
+    masks = {
+        f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 5, 5) for i in (0, 1) for name in ("bias", "masked_bias")
+    }
+    for others in ({}, masks, {"lm_head.weight": words.clone()}):
+        for prefix in ("transformer.", ""):
+            rewrite(tmp_path, {name.removeprefix("transformer." if not prefix else ""): tensor
+                               for name, tensor in (tensors | others).items()})  # fmt: skip
+            assert_same(load_model(tmp_path), model)
+    rewrite(tmp_path, tensors | {"lm_head.weight": words + 1})
+    refused(lambda: load_model(tmp_path), "lm_head.weight differs from transformer.wte.weight")
+    rewrite(tmp_path, tensors | {"transformer.h.0.mlp.c_fc.weight": tensors["transformer.h.0.mlp.c_fc.weight"].t()})
+    refused(lambda: load_model(tmp_path), "c_fc.weight has shape (6, 4), but config.json asks for (4, 6)")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("activation_function", "gelu"), ("activation_function", "relu"), ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True), ("add_cross_attention", True),
+])  # fmt: skip
+def test_a_gpt2_that_computes_something_else_is_refused(tmp_path, key, value):
+    write_config(tmp_path, GPT2)
+    edited(tmp_path, **{key: value})
+    refused(lambda: read_config(tmp_path), key, repr(value))
+
+
+def test_widths_that_a_gpt2_leaves_out(tmp_path):
+    write_config(tmp_path, dataclasses.replace(GPT2, mlp_width=16))
+    for missing in (None, ...):
+        edited(tmp_path, n_inner=missing)
+        assert read_config(tmp_path).mlp_width == 16
+    edited(tmp_path, n_embd="wide")
+    refused(lambda: read_config(tmp_path), "n_embd is 'wide'")
+
+
+def test_positions_of_padding_are_not_ours(tmp_path):
+    """RoBERTa's table has rows for padding and what is before it; here they are cut, and written as zeros."""
+    model = random_model(ROBERTA)
+    save_model(tmp_path, model)
+    table = stored(tmp_path)["roberta.embeddings.position_embeddings.weight"]
+    assert table.shape == (7, 4) and not table[:2].any()
+    assert torch.equal(table[2:], model.encoder.embeddings.positions.weight)
+    edited(tmp_path, max_position_embeddings=2)
+    refused(lambda: load_model(tmp_path), "positions is 0: it must be at least 1")
 
 
 def test_old_config_takes_defaults_for_what_may_be_absent(folder):
@@ -820,13 +873,20 @@ def test_random_damage_to_safetensors(tmp_path):
     assert survives(path, header_size(path), lambda: touch(read_safetensors(path)[0].values()), seed=1) > 0.5
 
 
-def test_random_damage_to_models(folder):
-    path = folder / "model.safetensors"
-    assert survives(path, header_size(path), lambda: touch(load_model(folder).parameters()), seed=2) > 0.5
+EACH_LAYOUT = pytest.mark.parametrize("config", [BERT, GPT2, ROBERTA], ids=lambda config: config.family)
 
 
-def test_random_damage_to_configs(folder):
-    assert survives(folder / "config.json", None, lambda: touch(load_model(folder).parameters()), seed=3) > 0.5
+@EACH_LAYOUT
+def test_random_damage_to_models(config, tmp_path):
+    save_model(tmp_path, random_model(config))
+    path = tmp_path / "model.safetensors"
+    assert survives(path, header_size(path), lambda: touch(load_model(tmp_path).parameters()), seed=2) > 0.5
+
+
+@EACH_LAYOUT
+def test_random_damage_to_configs(config, tmp_path):
+    save_model(tmp_path, random_model(config))
+    assert survives(tmp_path / "config.json", None, lambda: touch(load_model(tmp_path).parameters()), seed=3) > 0.5
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
