@@ -81,7 +81,7 @@ def count_tokens(sources, tokenizer, workers, field, encoding):
             cuts += cut
             for total, (ids, counts) in zip(totals, sides, strict=True):
                 total[ids.astype(np.int64)] += counts
-    totals[:, tokenizer.special_ids] = 0  # the ends of documents
+    totals[:, tokenizer.sep_id] = 0  # the ends of documents
     return *totals, cuts
 
 

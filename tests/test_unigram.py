@@ -166,7 +166,8 @@ def test_special_tokens_and_pairs(tokenizer, theirs):
 
 def test_offsets(tokenizer, theirs):
     """Those of transformers, except that a mark of a word's start on its own is empty, not the first character."""
-    texts = [text for text in TEXTS if not set("<\0\u0301\u200b") & set(text)] + [(ROOT / "README.md").read_text()]
+    texts = [text for text in TEXTS if not set("<\0\u0301\u200b") & set(text)]
+    texts += (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for text in texts:
         ids, starts, ends = tokenizer.encode_with_offsets(text)
         encoding = theirs._tokenizer.encode(text, add_special_tokens=False)
@@ -391,11 +392,20 @@ def survives_here(folder, name):
     survives(pathlib.Path(folder) / name, lambda: use(folder))
 
 
-@pytest.mark.parametrize("rule", ["nmt_nfkc", "identity"])
-@pytest.mark.parametrize("name", [MODEL, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        (MODEL, "nmt_nfkc"),  # of which nearly all is the table of characters
+        (MODEL, "identity"),
+        ("tokenizer.json", "nmt_nfkc"),
+        ("tokenizer.json", "identity"),
+        ("tokenizer_config.json", "identity"),
+        ("special_tokens_map.json", "identity"),
+    ],
+)
 def test_damage(tmp_path, name, rule):
     """In a process of its own, so that a crash of the library is seen."""
-    train(tmp_path / MODEL, rule, size=400)
+    train(tmp_path / MODEL, rule, size=300)
     Tokenizer.load(tmp_path).save(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": {"content": "<mask>"}, "x": ["<a>"]}))
     if name == "tokenizer.json":
@@ -426,3 +436,16 @@ def test_a_cut_vocabulary_splits_its_text_the_same(tokenizer):
     assert [ids[i] for i in small.encode(text)] == tokenizer.encode(text)
     assert [tokenizer.vocab[i] for i in ids] == small.vocab and isinstance(small, Unigram)
     assert set("".join(tokenizer.vocab[i] for i in set(tokenizer.encode(text)) - {3})) <= set(small.vocab)
+
+
+def test_a_cut_vocabulary_finds_unknown_text_as_unlikely():
+    """The library takes 10 from the least likely piece for it: without "q", "<unk>" and "ab" would win here."""
+    special = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    pieces = [(text, 0.0, UNKNOWN if name == "unk" else CONTROL) for name, text in special.items()]
+    for text, score in {"▁": -0.1, "\u2603a": -19, "b": -19, "ab": -0.5, "q": -30, "r": -29}.items():
+        pieces.append((text, float(score), NORMAL))
+    whole = Unigram(pieces, b"", special)
+    text = "ab \u2603ab"
+    small, ids = whole.cut(set(whole.encode(text)))
+    assert [ids[i] for i in small.encode(text)] == whole.encode(text)
+    assert small.vocab[5:] == ["▁", "\u2603a", "b", "ab", "q"]
