@@ -53,6 +53,7 @@ CASES = {
 }  # fmt: skip
 ON_CPU = ("prepare", "tokenizer", "infer")  # the other cases without --device run our scripts, which choose the device
 QUALITY = ("demo", "ablation", "retention")  # their results do not depend on the device, except by rounding
+PROCESSORS = (".", "zen4")  # folders in results/ of the README's tables, each of one processor
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
 
 
@@ -124,7 +125,9 @@ def main(argv):
         if not any(folder.glob("*.json")):
             raise UserError(f"there are no results in {folder}: name the folder of the JSON files with --out")
         if name == "readme":
-            print("\n\n".join(table(case, results_of(folder, case)) for case in README))
+            places = [(folder / name, case) for case in README for name in PROCESSORS]
+            print("\n\n".join(table(case, results_of(place, case)) for place, case in places
+                               if (place / f"{case}.json").exists()))  # fmt: skip
             return 0
         for case, module in CASES.items():
             if hasattr(module, "draw") and (folder / f"{case}.json").exists():

@@ -35,7 +35,7 @@ from minidistil.downstream.batches import batches, padded, predict
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, read_scores, summarise
 from minidistil.downstream.models import adamw, build_model, export
-from minidistil.downstream.tasks import check_pairs, check_positions, describe, digest, open_task, outline, task_names
+from minidistil.downstream.tasks import check_model, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, claimed, command, inheritable
@@ -229,7 +229,7 @@ def finetune_tasks(settings, names, out):
         task, folders = outline(name), distil.find_teachers(teachers, outline(name))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
             if not as_bilstm:
-                check_pairs(folder, config, task)
+                check_model(folder, config, tokenizer, task)
             for teacher in folders:
                 distil.check_teacher(teacher, task, tokenizer)
         require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)

@@ -1,15 +1,19 @@
-"""Fills in [MASK]: the likeliest words of teacher and student, side by side.
+"""Fills in [MASK], or continues a text: the likeliest words of teacher and student, side by side.
 
     python sample.py                                            the newest run and its teacher, on a default prompt
     python sample.py "Paris is the [MASK] of France."           any sentence, with one [MASK] or several
     python sample.py "I [MASK] it." --model DIR --teacher bert-base-uncased --temperature 2 -k 10
+    python sample.py "Once upon a time" --model DIR             a GPT-2: the next word, and how the text goes on
 
 Probabilities are softmax(logits / temperature) over the whole vocabulary; temperature 0 is the limit, in which the
 likeliest word has them all. Several blanks are predicted independently,
 each with all others left blank; the sentence below the tables is filled greedily from left to right, so each blank sees
-the words before it. With --json, stdout is one line; for several blanks "student" holds one such list per blank:
+the words before it. [MASK] stands for the blank of any model, which a RoBERTa writes <mask>. With --json, stdout is one
+line; for several blanks "student" holds one such list per blank:
 
     {"prompt", "predictions": {"student": [[token, probability], ...], "teacher": the same, or null without one}}
+
+For a causal model it is one such list, of the next token, and "continuations": {"student": text, "teacher": ...} too.
 """
 
 import dataclasses
@@ -18,6 +22,7 @@ import math
 import pathlib
 import shutil
 import sys
+import textwrap
 import unicodedata
 
 import torch
@@ -26,22 +31,29 @@ from minidistil import hub, weights
 from minidistil.checks import score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.errors import UserError
+from minidistil.generate import continuation
 from minidistil.model import num_params
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 PROMPT = "Returns the [MASK] of the elements along the given axis."
+CAUSAL_PROMPT = "Returns the"
 BLANK = SPECIAL_TOKENS["mask"]
 EIGHTHS, HASHES = " ▏▎▍▌▋▊▉█", " #"  # characters of the bars, from an empty cell to a full one
 
 
 @dataclasses.dataclass
 class Settings:
-    prompt: str = option(dataclasses.MISSING, f"a sentence with [MASK] in it (default: {PROMPT})", nargs="?")
+    prompt: str = option(
+        dataclasses.MISSING, f"a sentence with [MASK] in it, or a beginning for a GPT-2 (default: {PROMPT})", nargs="?"
+    )
     model: str = option(None, "student: folder or name (default: the newest model in runs/)")
     teacher: str = option(None, "folder, name or none (default: the teacher in the model's run.json)")
     k: int = option(20, "words to show for each blank", short="-k")
     temperature: float = option(1.0, "above 1 raises the unlikely words, below 1 lowers them; 0: the likeliest alone")
+    tokens: int = option(None, "of a GPT-2: length of the continuation (default: 40)")
+    top_k: int = option(None, "of a GPT-2: draw the continuation from so many likeliest words, 0: all (default: 40)")
+    seed: int = option(None, "of a GPT-2: what the continuation is drawn with (default: 0)")
     json: bool = option(False, "print one line of JSON and nothing else")
 
 
@@ -77,15 +89,38 @@ def find_folders(settings):
     return {"teacher": teacher, "student": student} if teacher else {"student": student}
 
 
+OF_CAUSAL = {"tokens": 40, "top_k": 40, "seed": 0}  # settings of a causal model, and their default values
+
+
+def completed(settings, causal):
+    """Returns the settings with the default values that depend on the kind of model; UserError for what it has not."""
+    prompt = settings.prompt
+    if prompt is None:
+        prompt = CAUSAL_PROMPT if causal else PROMPT
+    given = {name: getattr(settings, name) for name in OF_CAUSAL if getattr(settings, name) is not None}
+    if causal:
+        for name, value in given.items():
+            if value < 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 0 or more")
+        return dataclasses.replace(settings, prompt=prompt, **OF_CAUSAL | given)
+    for name in given:
+        raise UserError(f"--{name.replace('_', '-')} is for a GPT-2, which continues a text: leave it out")
+    return dataclasses.replace(settings, prompt=prompt)
+
+
 def check(settings):
     """Raises UserError for a command line that cannot work, before anything is read."""
-    if BLANK not in settings.prompt:
-        how = "in capitals" if BLANK in settings.prompt.upper() else "where a word is missing"
-        raise UserError(f"the prompt has no [MASK]: write [MASK] {how}")
     if settings.k < 1:
         raise UserError(f"-k is {settings.k}: it must be at least 1")
     if not 0 <= settings.temperature < math.inf:
         raise UserError(f"--temperature is {settings.temperature}: it must be 0 or more")
+
+
+def check_blanks(prompt, mask):
+    """Raises UserError for a prompt without the blank `mask`."""
+    if mask not in prompt:
+        how = "in capitals" if BLANK in prompt.upper() else "where a word is missing"
+        raise UserError(f"the prompt has no [MASK]: write [MASK] {how}")
 
 
 def check_fit(settings, role, config, tokenizer, ids):
@@ -103,23 +138,30 @@ def predict(model, ids, positions):
     return model.logits(model(torch.tensor([ids]))[0, positions]).double()
 
 
-def likeliest(logits, k, temperature, vocab):
-    """Returns the k likeliest [token, probability] of each row of logits (N, V); ties share temperature 0."""
+def likeliest(logits, k, temperature, name):
+    """Returns the k likeliest [name(id), probability] of each row of logits (N, V); ties share temperature 0."""
     values, indices = logits.topk(k)  # (N, k)
     below = logits - values[:, :1]  # the maximum is subtracted first, so that no temperature overflows
     shares = torch.softmax(below / temperature, -1) if temperature else (below == 0) / (below == 0).sum(-1, True)
     rows = zip(shares.gather(-1, indices).tolist(), indices.tolist(), strict=True)
-    return [[[vocab[i], p] for p, i in zip(*row, strict=True)] for row in rows]
+    return [[[name(i), p] for p, i in zip(*row, strict=True)] for row in rows]
 
 
-def fill(model, ids, positions, prompt, vocab):
+def fill(model, ids, positions, prompt, tokenizer):
     """Returns the prompt, its blanks filled greedily from left to right."""
-    ids, (text, *rest) = list(ids), prompt.split(BLANK)
+    ids, (text, *rest) = list(ids), prompt.split(tokenizer.special["mask"])
     for position, after in zip(positions, rest, strict=True):
         ids[position] = predict(model, ids, [position]).argmax().item()
-        token = vocab[ids[position]]
-        text = (text.rstrip() + token[2:] if token.startswith("##") else text + token) + after
+        text = tokenizer.appended(text, ids[position]) + after
     return text
+
+
+def go_on(model, ids, settings, tokenizer):
+    """Returns the prompt and its continuation by a causal model."""
+    new = continuation(
+        model, ids, settings.tokens, settings.temperature, settings.top_k, settings.seed, end=tokenizer.sep_id
+    )
+    return settings.prompt + tokenizer.decode(new)
 
 
 def bar(share, width, blocks):
@@ -168,39 +210,56 @@ def show(settings, folders, models, blanks, sentences):
         print(table(guesses, shutil.get_terminal_size().columns, blocks))
     print("\nfilled from left to right, each blank seeing the words before it" if len(blanks) > 1 else "")
     for role, sentence in sentences.items():
-        print(f"{role}: {sentence}")
+        lines = f"{role}: {sentence}".split("\n")
+        width = shutil.get_terminal_size().columns
+        print("\n".join(textwrap.fill(line, width, drop_whitespace=False) for line in lines))
     if "teacher" in models:
         agreed = sum(guesses["teacher"][0][0] == guesses["student"][0][0] for guesses in blanks)
         print(f"same first guess in {agreed} of {len(blanks)}   (= marks the same word at the same rank)")
 
 
 def main(argv):
-    values = parse_args(Settings, argv, __doc__)
-    settings = Settings(**{**values, "prompt": PROMPT if values["prompt"] is None else values["prompt"]})
+    settings = Settings(**parse_args(Settings, argv, __doc__))
     check(settings)
     folders = find_folders(settings)
     tokenizers = {role: Tokenizer.load(folder) for role, folder in folders.items()}
     tokenizer = tokenizers["student"]
     if any(other.digest != tokenizer.digest for other in tokenizers.values()):
         raise UserError("student and teacher have different vocabularies: name its own teacher, or use --teacher none")
-    ids = tokenizer.encode_prompt(settings.prompt)
-    positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
-    models, predictions = {}, {}
+    causal = weights.read_config(folders["student"]).causal
+    settings = completed(settings, causal)
+    if causal:
+        ids = [tokenizer.sep_id, *tokenizer.encode(settings.prompt)]  # the beginning of a document
+        positions = [len(ids) - 1]  # whose next token is the one blank
+    else:
+        mask = tokenizer.special.get("mask", BLANK)
+        settings.prompt = settings.prompt.replace(BLANK, mask)
+        check_blanks(settings.prompt, mask)
+        ids = tokenizer.encode_prompt(settings.prompt)
+        positions = [i for i, token in enumerate(ids) if token == tokenizer.mask_id]
+    name = tokenizer.vocab.__getitem__ if settings.json else tokenizer.shown
+    models, predictions, sentences = {}, {}, {}
     for role, folder in folders.items():
         models[role] = weights.load_model(folder)
         score_words(role, models[role], tokenizer, lambda line: print(f"sample.py: {line}", file=sys.stderr))
         check_fit(settings, role, models[role].config, tokenizer, ids)
         logits = predict(models[role], ids, positions)
-        predictions[role] = likeliest(logits, settings.k, settings.temperature, tokenizer.vocab)
+        predictions[role] = likeliest(logits, settings.k, settings.temperature, name)
+        if causal:
+            sentences[role] = go_on(models[role], ids, settings, tokenizer)
+        elif not settings.json:
+            sentences[role] = fill(models[role], ids, positions, settings.prompt, tokenizer)
 
     if settings.json:
         lists = {role: predictions.get(role) for role in ("student", "teacher")}
         if len(positions) == 1:
             lists = {role: each and each[0] for role, each in lists.items()}
-        print(json.dumps({"prompt": settings.prompt, "predictions": lists}, separators=(",", ":")))
+        result = {"prompt": settings.prompt, "predictions": lists}
+        if causal:
+            result["continuations"] = {role: sentences.get(role) for role in ("student", "teacher")}
+        print(json.dumps(result, separators=(",", ":")))
     else:
         blanks = [dict(zip(predictions, row, strict=True)) for row in zip(*predictions.values(), strict=True)]
-        sentences = {role: fill(models[role], ids, positions, settings.prompt, tokenizer.vocab) for role in models}
         show(settings, folders, models, blanks, sentences)
 
 

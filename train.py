@@ -1,4 +1,4 @@
-"""Distils a student from a BERT teacher. Reads from top to bottom.
+"""Distils a student from a BERT, RoBERTa or GPT-2. Reads from top to bottom.
 
     python train.py                                              the demo: two minutes on two CPU cores
     python train.py --teacher bert-base-uncased --accum 64       any BERT, a folder or a name
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from minidistil import hub, weights
-from minidistil.checks import check_fit, check_needs_teacher, check_settings, score_words
+from minidistil.checks import check_family, check_fit, check_needs_teacher, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
 from minidistil.device import choose_device
@@ -134,6 +134,7 @@ def load_models(settings, ranks):
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
     shape = settings.student_layers, settings.student_config, settings.seed, settings.dropout
     student = build_student(teacher, init or settings.student_init, *shape)
+    check_family(teacher, student, settings)
     for role, model in (("teacher", teacher), ("student" if teacher else "model", student)):
         if model:
             score_words(role, model, tokenizer, ranks.print0)
@@ -167,9 +168,9 @@ def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
     return eval_corpus
 
 
-def open_held_out(settings, eval_corpus, tokenizer, teacher, device):
-    """Returns HeldOut on fixed blocks of held-out text with fixed uniform masks."""
-    val = Sequences(eval_corpus.val, settings.seq_len, tokenizer, EVAL_SEED)
+def open_held_out(settings, eval_corpus, tokenizer, teacher, causal, device):
+    """Returns HeldOut on fixed blocks of held-out text, with fixed uniform masks unless `causal`."""
+    val = Sequences(eval_corpus.val, settings.seq_len, tokenizer, EVAL_SEED, causal=causal)
     n = min(val.per_epoch, max(1, settings.eval_tokens // settings.seq_len))
     return HeldOut(*val.batch(0, n), teacher, device)
 
@@ -223,11 +224,10 @@ def distil(settings, out, device, ranks):
     teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, ranks)
     corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
     eval_corpus = open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder)
-    T, share = settings.seq_len, settings.batch * settings.accum
+    T, share, causal = settings.seq_len, settings.batch * settings.accum, student.config.causal
     G = share * ranks.size
-    sequences = Sequences(
-        corpus.train, T, tokenizer, settings.seed, corpus.counts, settings.mask_smoothing, True, settings.mask_share
-    )
+    sampling = settings.seed, corpus.counts, settings.mask_smoothing, True, settings.mask_share, causal
+    sequences = Sequences(corpus.train, T, tokenizer, *sampling)
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
     alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
@@ -253,7 +253,7 @@ def distil(settings, out, device, ranks):
         state.dtype, why = ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
         ranks.print0(f"matrix products in {state.dtype}{why and f': {why}'}")
     # the teacher is evaluated in fp32 here, before Distiller casts it
-    held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, device) if ranks.first else None
+    held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, causal, device) if ranks.first else None
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
     distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
     wanted = settings.micro_batch, settings.batch
@@ -261,7 +261,7 @@ def distil(settings, out, device, ranks):
     distiller.distribute()
 
     progress, stop = Progress(total, G * T, state.update, state.seconds), SignalFlag()
-    report = RunReport(run, progress, distiller, state.dtype, T, settings.mask_share, settings.price_per_hour, ranks)
+    report = RunReport(run, progress, distiller, state.dtype, T, sequences.label_share, settings.price_per_hour, ranks)
     run.open(state.update if settings.resume else None)
     report.begin(corpus, share // B, B, held_out)
 

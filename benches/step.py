@@ -108,13 +108,14 @@ def ours(folder, shape, device, flags, kernels=True):
     with serving, tempfile.TemporaryDirectory(dir=folder) as out:
         summary = train_here(folder, shape, device, flags, out)
         records = read_metrics(pathlib.Path(out) / "metrics.jsonl")
+        dtype = json.loads((pathlib.Path(out) / "run.json").read_text(encoding="utf-8"))["dtype"]
     # the rate after k updates is k over the time they took: the first warms up, as in `original`
     updates = [r for r in records if "loss" in r]
     first, last = updates[0], updates[-1]
     took = [r["step"] / r["tokens_per_second"] for r in (first, last)]
     peak = summary["peak_gpu_mib"] or summary["peak_rss_mib"]
     speed = (last["step"] - first["step"]) / (took[1] - took[0])
-    return {"tokens_per_second": speed, "peak_mib": peak, "losses": [r["loss"] for r in updates]}
+    return {"tokens_per_second": speed, "peak_mib": peak, "dtype": dtype, "losses": [r["loss"] for r in updates]}
 
 
 @without_kernels()
@@ -127,7 +128,8 @@ def original(folder, shape, device):
     a GPU, fp32 on a CPU. As fast as that script's own step on transformers' models, within 5 % (LOG.md).
     """
     folder, device = pathlib.Path(folder), torch.device(device)
-    autocast, _ = precision("bf16" if device.type == "cuda" else "fp32", device)
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    autocast, _ = precision(dtype, device)
     tokenizer = Tokenizer.load(folder / "teacher")
     corpus = Corpus(folder / "corpus")
     sequences = Sequences(corpus.train, shape["T"], tokenizer, 0, corpus.counts, 0.7, shuffle=True)
@@ -168,7 +170,8 @@ def original(folder, shape, device):
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
-    return {"tokens_per_second": n / seconds, "peak_mib": round(peak_mib(device), 1), "loss": logged[0]}
+    peak = round(peak_mib(device), 1)
+    return {"tokens_per_second": n / seconds, "peak_mib": peak, "dtype": dtype, "loss": logged[0]}
 
 
 PHASES = ("data", "teacher", "student forward", "loss", "backward", "optimiser")
@@ -221,13 +224,14 @@ def phases(folder, shape, device, flags):
 
 def table(results):
     """Markdown: medians, and the speed-up over the original's way."""
-    lines = ["| | tokens/s | speed-up | peak memory, MiB |", "|---|---|---|---|"]
+    lines = ["| | products in | tokens/s | speed-up | peak memory, MiB |", "|---|---|---|---|---|"]
     for r in results:
         if "error" in r:
-            lines.append(f"| {r['provider']} | {r['error']} | | |")
+            lines.append(f"| {r['provider']} | | {r['error']} | | |")
             continue
         ratio = f"{r['speed_up']:.1f}x" if r["speed_up"] else ""
-        lines.append(f"| {r['provider']} | {r['tokens_per_second'][1]:,.0f} | {ratio} | {r['peak_mib']:,.0f} |")
+        dtype, speed = r.get("dtype", "fp32"), r["tokens_per_second"][1]
+        lines.append(f"| {r['provider']} | {dtype} | {speed:,.0f} | {ratio} | {r['peak_mib']:,.0f} |")
     return "\n".join(lines)
 
 
@@ -264,6 +268,7 @@ def summarise(row, runs, kd_rows, shape, peak):
     figures = estimate_cost(0, speeds[1], flops, peak, 1)
     row |= {
         "tokens_per_second": [round(x, 1) for x in speeds], "peak_mib": max(m["peak_mib"] for m in runs),
+        "dtype": runs[-1]["dtype"],
         **{k: figures[k] for k in ("tflops_per_second", "utilisation", "published_device_hours")},
     }  # fmt: skip
 

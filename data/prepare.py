@@ -79,7 +79,7 @@ def prepare(sources, vocab, out, val_share=0.01, workers=None, field="text", pro
             return _encode(text_sources.batches(sources, field, encoding), tokenizer, threshold, workers, folder, bar)
 
     with _building(out) as folder:
-        tokenizer.save(folder, "bert")
+        tokenizer.save(folder)
         train, val, smallest, cuts = encode_all(int(val_share * HASHES))
         if val.tokens < min(SMALLEST_VAL, 0.1 * (train.tokens + val.tokens)) or train.tokens == 0:
             train, val, smallest, cuts = encode_all(_threshold_of_few(smallest, train.tokens + val.tokens))

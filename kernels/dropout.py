@@ -152,12 +152,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    return _gradient(dy.contiguous(), ctx.p, *ctx.saved_tensors, ctx.site, ctx.T), None, None, None, None
+    return gradient(dy.contiguous(), ctx.p, *ctx.saved_tensors, ctx.site, ctx.T), None, None, None, None
 
 
 def _empty_result(x, p, key, site, T):
     return torch.empty_like(x)
 
 
-_gradient = opaque("dropout_backward", _apply, _empty_result)
+gradient = opaque("dropout_backward", _apply, _empty_result)
 _operator = differentiable("dropout", _apply, _empty_result, _setup_context, _backward)

@@ -1,9 +1,13 @@
-"""LayerNorm of dropout(x) + residual, one kernel each way: what connects the halves of a post-norm block.
+"""LayerNorm of dropout(x) + residual, one kernel each way: what connects the halves of a transformer block.
 
     z = x * keep / (1 - p) + residual       keep = 1 with probability 1 - p
     y = gamma * xhat + beta                 xhat = (z - mean) * rstd, rstd = 1 / sqrt(var + eps)     Ba et al. 2016
-    dz = rstd * (gamma dy - mean(gamma dy) - xhat * mean(gamma dy * xhat))
+    dz = rstd * (gamma dy - mean(gamma dy) - xhat * mean(gamma dy * xhat)) + g
     d residual = dz     dx = dz * keep / (1 - p)     dgamma = sum over rows of dy * xhat     dbeta = sum over rows of dy
+
+A post-norm block goes on with y alone. A pre-norm block also passes z on, the residual stream, and g is the gradient
+that arrives at z from there; otherwise g is 0. The stream has a dtype of its own, that of the residual: fp32 in
+training, while x and y are bf16 under autocast.
 
 The mask is not stored: the backward pass draws it again (dropout.py).
 
@@ -13,9 +17,10 @@ programs each sum their rows in registers and write one partial row; the sum of 
 
 Arithmetic and statistics are fp32 for every dtype of x. Bytes per element, bf16: forward 8 (read x and residual, write
 z and y; 6 without a gradient, since only the backward pass needs z; 4 without dropout and residual, where z is x),
-backward 6 (read z, dy, write dz; 8 with dropout).
+backward 6 (read z, dy, write dz; 8 with dropout). With a stream in fp32: forward 12 (read x and residual, write z and
+y), backward 16 (read z, dy, g, write dz and dx).
 
-Legend:  N rows   C width   T rows of a sequence   p probability of dropping
+Legend:  N rows   C width   T rows of a sequence   p probability of dropping   g gradient that arrives at z
 """
 
 import torch
@@ -23,6 +28,7 @@ import torch.nn.functional as F
 
 from kernels.backend import on_triton, tl, triton
 from kernels.dropout import Key, dropout, dropped, rows_per_sequence, threshold_and_scale
+from kernels.dropout import gradient as dropout_gradient
 from kernels.operator import differentiable, opaque
 
 
@@ -78,7 +84,7 @@ def _forward_kernel(
     w_ptr,  # (C,)
     b_ptr,  # (C,)
     y_ptr,  # (N, C)
-    z_ptr,  # (N, C): dropout(x) + residual, for the backward pass; without KEEP_Z only its dtype is used
+    z_ptr,  # (N, C), any float: dropout(x) + residual; without KEEP_Z only its dtype is used
     stats_ptr,  # (N, 2) fp32: mean, rstd
     key_ptr,  # (2,) int64: seed, first sequence; on the device, so that a replayed CUDA graph draws new masks
     site,
@@ -140,14 +146,16 @@ def _load_gradient(z_ptr, dy_ptr, w, mean, rstd, group, C):
 
 @triton.jit
 def _store_dz(
-    dz_ptr, dx_ptr, xhat, wdy, mean_wdy, mean_wdy_xhat, rstd, seed, site, row, group, C, threshold, scale,
-    HAS_DROPOUT: tl.constexpr,
+    g_ptr, dz_ptr, dx_ptr, xhat, wdy, mean_wdy, mean_wdy_xhat, rstd, seed, site, row, group, C, threshold, scale,
+    HAS_G: tl.constexpr, HAS_DX: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     cols = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     dz = rstd * (wdy - mean_wdy - xhat * mean_wdy_xhat)
+    if HAS_G:
+        dz += tl.load(g_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
     tl.store(dz_ptr + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < C)
-    if HAS_DROPOUT:
-        dx = dropped(dz, seed, site, row, group, threshold, scale)
+    if HAS_DX:
+        dx = dropped(dz, seed, site, row, group, threshold, scale) if HAS_DROPOUT else dz
         tl.store(dx_ptr + cols, dx.to(dx_ptr.dtype.element_ty), mask=cols < C)
 
 
@@ -166,6 +174,7 @@ def _store_columns(ptr, x, group, C):
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # (N, C)
+    g_ptr,  # (N, C): the gradient that arrives at z, with HAS_G only
     z_ptr,  # (N, C)
     w_ptr,  # (C,)
     stats_ptr,  # (N, 2) fp32: mean, rstd
@@ -173,12 +182,14 @@ def _backward_kernel(
     site,
     T,
     dz_ptr,  # (N, C), the gradient of the residual
-    dx_ptr,  # (N, C), the gradient of x, with dropout only
+    dx_ptr,  # (N, C), the gradient of x, with HAS_DX only
     dwb_ptr,  # (programs, 2, C) fp32: partial sums of dgamma and dbeta
     N,
     C,
     threshold,
     scale,
+    HAS_G: tl.constexpr,
+    HAS_DX: tl.constexpr,  # whether dx differs from dz: by the mask of dropout, or by its dtype
     HAS_DROPOUT: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
@@ -208,16 +219,17 @@ def _backward_kernel(
             mean_wdy_xhat += _sum(wdy_b * xhat_b)
         mean_wdy /= C
         mean_wdy_xhat /= C
+        g_row = g_ptr + offset if HAS_G else g_ptr
         _store_dz(
-            dz_ptr + offset, dx_ptr + offset, xhat_a, wdy_a, mean_wdy, mean_wdy_xhat, rstd, seed, site, first + row,
-            groups_a, C, threshold, scale, HAS_DROPOUT,
+            g_row, dz_ptr + offset, dx_ptr + offset, xhat_a, wdy_a, mean_wdy, mean_wdy_xhat, rstd, seed, site,
+            first + row, groups_a, C, threshold, scale, HAS_G, HAS_DX, HAS_DROPOUT,
         )  # fmt: skip
         dw_a += dy_a * xhat_a
         db_a += dy_a
         if B:
             _store_dz(
-                dz_ptr + offset, dx_ptr + offset, xhat_b, wdy_b, mean_wdy, mean_wdy_xhat, rstd, seed, site, first + row,
-                groups_b, C, threshold, scale, HAS_DROPOUT,
+                g_row, dz_ptr + offset, dx_ptr + offset, xhat_b, wdy_b, mean_wdy, mean_wdy_xhat, rstd, seed, site,
+                first + row, groups_b, C, threshold, scale, HAS_G, HAS_DX, HAS_DROPOUT,
             )  # fmt: skip
             dw_b += dy_b * xhat_b
             db_b += dy_b
@@ -246,93 +258,115 @@ def _programs(N, device):
 
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float, p: float,
-    key: torch.Tensor | None, site: int, T: int, dtype: torch.dtype, keep_z: bool,
+    key: torch.Tensor | None, site: int, T: int, dtype: torch.dtype, keep_z: bool, with_sum: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Returns (y, z, stats) of x (N, C); z is empty where it equals x and, without `keep_z`, where it is not needed."""
+    """Returns (y, z, stats) of x (N, C), y in `dtype`; z is empty where it equals x or is not needed.
+
+    It is needed for a backward pass (`keep_z`), in the dtype of y, and as a result (`with_sum`), in the stream's.
+    """
     N, C = x.shape
     A, B, warps = split_width(C)
-    y, z, stats = _empty_results(x, residual, weight, bias, eps, p, key, site, T, dtype, keep_z)
+    y, z, stats = _empty_results(x, residual, weight, bias, eps, p, key, site, T, dtype, keep_z, with_sum)
     if N:
         _forward_kernel[(N,)](
             x, residual, weight, bias, y, z, stats, key, site, T, C, eps, *threshold_and_scale(p),
-            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=key is not None, KEEP_Z=keep_z, A=A, B=B, num_warps=warps,
+            HAS_RESIDUAL=residual is not None, HAS_DROPOUT=key is not None, KEEP_Z=keep_z or with_sum, A=A, B=B,
+            num_warps=warps,
         )  # fmt: skip
     return y, z, stats
 
 
-def _empty_results(x, residual, weight, bias, eps, p, key, site, T, dtype, keep_z):
-    new = keep_z and (residual is not None or key is not None)
-    y = torch.empty_like(x, dtype=dtype)
-    return y, torch.empty_like(y) if new else y.new_empty(0), x.new_empty(len(x), 2, dtype=torch.float32)
+def _empty_results(x, residual, weight, bias, eps, p, key, site, T, dtype, keep_z, with_sum):
+    new = (keep_z or with_sum) and (residual is not None or key is not None)
+    of_z = (x if residual is None else residual).dtype if with_sum else dtype
+    z = torch.empty_like(x, dtype=of_z) if new else x.new_empty(0, dtype=of_z)
+    return torch.empty_like(x, dtype=dtype), z, x.new_empty(len(x), 2, dtype=torch.float32)
 
 
 def _backward(
-    dy: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float, key: torch.Tensor | None,
-    site: int, T: int,
+    dy: torch.Tensor, g: torch.Tensor | None, z: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor, p: float,
+    key: torch.Tensor | None, site: int, T: int, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Returns (dz, dx, dweight and dbias (2, C)); without dropout dx is dz and is returned empty."""
+    """Returns (dz, dx, dweight and dbias (2, C)), dx in `dtype`; where dx is dz it is returned empty."""
     N, C = z.shape
     A, B, warps = split_width(C)
     programs = _programs(N, z.device)
-    dz, dx, _ = _empty_gradients(dy, z, weight, stats, p, key, site, T)
+    dz, dx, _ = _empty_gradients(dy, g, z, weight, stats, p, key, site, T, dtype)
     dwb = z.new_empty(programs, 2, C, dtype=torch.float32)
     if N:
         _backward_kernel[(programs,)](
-            dy, z, weight, stats, key, site, T, dz, dx, dwb, N, C, *threshold_and_scale(p),
-            HAS_DROPOUT=key is not None, A=A, B=B, num_warps=warps,
+            dy, g, z, weight, stats, key, site, T, dz, dx, dwb, N, C, *threshold_and_scale(p),
+            HAS_G=g is not None, HAS_DX=dx.ndim == 2, HAS_DROPOUT=key is not None, A=A, B=B, num_warps=warps,
         )  # fmt: skip
     return dz, dx, dwb.sum(0).to(weight.dtype)
 
 
-def _empty_gradients(dy, z, weight, stats, p, key, site, T):
-    dz = torch.empty_like(z)
-    return dz, z.new_empty(0) if key is None else torch.empty_like(z), weight.new_empty(2, len(weight))
+def _empty_gradients(dy, g, z, weight, stats, p, key, site, T, dtype):
+    same = key is None and dtype == z.dtype
+    dx = z.new_empty(0) if same else torch.empty_like(z, dtype=dtype)
+    return torch.empty_like(z), dx, weight.new_empty(2, len(weight))
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, _, _, ctx.p, key, ctx.site, ctx.T, _, _ = inputs
+    x, residual, weight, _, _, ctx.p, key, ctx.site, ctx.T, *_ = inputs
     _, z, stats = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None and key is None else z, weight, stats, key)
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
 
 
-def _backward_of_forward(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 11
+def _backward_of_forward(ctx, dy, g, _):
     z, weight, stats, key = ctx.saved_tensors
-    dz, dx, dwb = _backward_operator(dy.contiguous(), z, weight, stats, ctx.p, key, ctx.site, ctx.T)
     of_x, of_residual = ctx.dtypes
-    dx = (dz if key is None else dx).to(of_x)
-    return dx, None if of_residual is None else dz.to(of_residual), *dwb, *(None,) * 7
+    g, dwb = None if g is None or g.ndim == 1 else g.contiguous(), (None, None)  # z may be empty
+    if dy is not None:
+        dz, dx, dwb = _backward_operator(
+            dy.contiguous(), g, z, weight, stats, ctx.p, key, ctx.site, ctx.T, of_x
+        )  # fmt: skip
+        dx = dx if dx.ndim == 2 else dz
+    elif g is not None:  # only z is used further on
+        dz, dx = g, (g if key is None else dropout_gradient(g, ctx.p, key, ctx.site, ctx.T)).to(of_x)
+    else:
+        return (None,) * 12
+    return dx, None if of_residual is None else dz.to(of_residual), *dwb, *(None,) * 8
 
 
 _backward_operator = opaque("dropout_add_layer_norm_backward", _backward, _empty_gradients)
 _operator = differentiable("dropout_add_layer_norm", _forward, _empty_results, _setup_context, _backward_of_forward)
 
 
-def dropout_add_layer_norm(
-    x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0, with_sum=False
-):  # fmt: skip
+def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True, key=None, site=0, with_sum=False):
     """LayerNorm(dropout(x) + residual) over the last dimension, differentiable; `residual` may be None.
 
     x, residual (..., C) any float; weight, bias (C,). The result has autocast's dtype, or that of x without autocast.
-    On a GPU one kernel each way, elsewhere PyTorch's LayerNorm, with fp32 arithmetic and statistics. p, key, site: see
-    `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
+    `with_sum`: returns (y, z), where z = dropout(x) + residual has the dtype of the residual, or of x without one; both
+    are differentiable. On a GPU one kernel each way, elsewhere PyTorch's LayerNorm, with fp32 arithmetic and
+    statistics. p, key, site: see `dropout`. Source: Ba et al. 2016; Vaswani et al. 2017, section 5.4, for the dropout.
     """
     p, device, C = p if training else 0.0, x.device.type, x.shape[-1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if not on_triton(x) or x.dtype == torch.float64:
         z = dropout(x, p, True, key, site)
         z = z if residual is None else z + residual
+        if with_sum and residual is not None:
+            z = z.to(residual.dtype)
         y = F.layer_norm(z, weight.shape, weight, bias, eps).to(dtype)
         return (y, z) if with_sum else y
     data = (key or Key.drawn(x.device)).data if p else None
     rows = [None if t is None else t.reshape(-1, C).contiguous() for t in (x, residual)]
     keep_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias))
-    return _operator(*rows, weight, bias, eps, p, data, site, rows_per_sequence(x), dtype, keep_z)[0].view(x.shape)
+    T = rows_per_sequence(x)
+    y, z, _ = _operator(*rows, weight, bias, eps, p, data, site, T, dtype, keep_z, with_sum)
+    if not with_sum:
+        return y.view(x.shape)
+    return y.view(x.shape), x if residual is None and data is None else z.view(x.shape)
 
 
-def bytes_moved(N, C, itemsize, p):
-    """Minimum bytes moved by forward and backward, with a residual: 14 per element in bf16, 16 with dropout."""
+def bytes_moved(N, C, itemsize, p, stream=0):
+    """Minimum bytes moved by forward and backward, with a residual: 14 per element in bf16, 16 with dropout.
+
+    `stream`: bytes of an element of the residual and of z, where z is returned: 28 in bf16 with a stream in fp32.
+    """
+    if stream:  # residual, z; z, g, dz; and dx, where it is not dz
+        return N * C * (3 * itemsize + 5 * stream + (itemsize if p or stream != itemsize else 0))
     return N * C * itemsize * (4 + (4 if p else 3))

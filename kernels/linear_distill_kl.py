@@ -9,8 +9,9 @@ rows the forward pass projects, overwrites student logits with G, and multiplies
 
 Bytes per row of bf16 logits: two matrix products write s and t (4 V), the kernel reads both (4 V) and writes G (2 V;
 its second pass over the row, 122 kB, hits the L2 cache), two products read G (4 V), and so does the sum over rows for
-db (2 V): 16 V. The gradient of the weight, V * C fp32 numbers, is read and written once per chunk: 188 MB at BERT-base,
-as much as 380 rows. Chunks therefore have thousands of rows on a GPU, and hundreds on a CPU, where arithmetic rules.
+db (2 V; GPT-2's decoder has no bias to train): 16 V. The gradient of the weight, V * C fp32 numbers, is read and
+written once per chunk: 188 MB at BERT-base, as much as 380 rows. Chunks therefore have thousands of rows on a GPU, and
+hundreds on a CPU, where arithmetic rules; at V = 250,000 half as many, so that they stay small beside the gradient.
 
 G is in units of the largest weight, which is applied in fp32 after the products: its entries, probabilities divided by
 thousands of rows, would otherwise underflow in half precision. G therefore needs no loss scale.
@@ -28,7 +29,9 @@ from kernels.operator import differentiable
 from kernels.rows import LOG2E, block_gradient, row_losses, row_statistics
 
 CPU_CHUNK_BYTES = 48 << 20  # of one model's logits: 412 rows of 30,522; fast matrix products, little memory
-GPU_CHUNK_ROWS = 4096  # 250 MB of bf16 logits a model; half as many would double the traffic of dW
+CPU_CHUNK_ROWS = 128  # at least: fewer add to dW too often, and these take no more than dW has where C is 128 or more
+GPU_CHUNK_ROWS = 4096  # at most: 250 MB of bf16 logits a model; half as many would double the traffic of dW
+GPU_CHUNK_BYTES = 1 << 30  # at most, of one model's logits: 2,147 bf16 rows of 250,037; all 4,096 of 30,522
 
 
 def linear_distill_kl_ref(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight=0.0):
@@ -105,7 +108,10 @@ def launch(itemsize):
 
 def _chunk(N, V, dtype, on_cpu):
     """Returns the rows of a chunk; all chunks have about the same size, so that the last is not small."""
-    most = max(1, CPU_CHUNK_BYTES // (V * dtype.itemsize)) if on_cpu else GPU_CHUNK_ROWS
+    row = V * dtype.itemsize
+    most = (
+        max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // row) if on_cpu else min(GPU_CHUNK_ROWS, max(1, GPU_CHUNK_BYTES // row))
+    )
     return max(1, -(-N // max(1, -(-N // most))))
 
 
@@ -157,7 +163,7 @@ def _loss_and_gradients(
     h_s: torch.Tensor, W_s: torch.Tensor, b_s: torch.Tensor,
     h_t: torch.Tensor | None, W_t: torch.Tensor | None, b_t: torch.Tensor | None,
     labels: torch.Tensor, tau: float, kl_weight: float, ce_weight: float, mse_weight: float,
-    dtype: torch.dtype, wants_dh: bool, wants_dW: bool,
+    dtype: torch.dtype, wants_dh: bool, wants_dW: bool, wants_db: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(loss, sums (3,), dh, dW, db): loss and its gradients; those that are not wanted are empty."""
     (N, C), V, wide = h_s.shape, len(W_s), torch.promote_types(dtype, torch.float32)
@@ -168,10 +174,10 @@ def _loss_and_gradients(
     R = _chunk(N, V, dtype, not h_s.is_cuda)
     losses = h_s.new_zeros(N if kernel else 1, 3, dtype=wide)  # kl, ce, mse
     dh = h_s.new_empty((N, C) if wants_dh else (0,), dtype=_dtype_of_dh(h_s, dtype))
-    dW, db = (torch.empty_like(x, dtype=wide) if wants_dW else h_s.new_empty(0, dtype=wide) for x in (W_s, b_s))
+    dW = h_s.new_empty(W_s.shape if wants_dW else (0,), dtype=wide)
+    db = h_s.new_zeros(V if wants_db else 0, dtype=wide)
     if N == 0:
         dW.zero_()
-    db.zero_()
     with torch.autocast(h_s.device.type, enabled=False):
         models = [(h_s, *decoder_for(W_s, b_s, dtype), h_s.new_empty(R, width, dtype=dtype))]
         if h_t is not None:
@@ -193,15 +199,15 @@ def _loss_and_gradients(
             else:
                 # the division by tau is free here; the bias is added later, with the rows in cache
                 s, *t = (torch.addmm(out, h, W, beta=0, alpha=1 / tau, out=out) for h, W, _, out in inputs)
-                of_rows = labels[rows], tau, weights, losses, scratch, db if wants_dW else None
+                of_rows = labels[rows], tau, weights, losses, scratch, db if wants_db else None
                 cpu.loss_and_gradient_rows(s, t[0] if t else None, biases, *of_rows)
             G = s
             if wants_dh:
                 _multiply(G, models[0][1], unit if G.is_cuda else 1.0, dh[rows])
             if wants_dW:
                 _multiply(G[:, :V].t(), inputs[0][0], unit, dW, add=start > 0)
-                if kernel:
-                    db += G[:, :V].sum(0, dtype=wide)
+            if wants_db and kernel:
+                db += G[:, :V].sum(0, dtype=wide)
     db.mul_(unit)
     if wants_dh and not h_s.is_cuda:
         dh.mul_(unit)  # once: a CPU's product would round its factor into each of several partial sums
@@ -211,29 +217,28 @@ def _loss_and_gradients(
     return loss, sums, dh, dW, db
 
 
-def _fake(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, wants_dh, wants_dW):
-    wide = torch.promote_types(dtype, torch.float32)
+def _fake(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_weight, mse_weight, dtype, *wanted):
+    wide, (wants_dh, *of_decoder) = torch.promote_types(dtype, torch.float32), wanted
     dh = h_s.new_empty(h_s.shape if wants_dh else (0,), dtype=_dtype_of_dh(h_s, dtype))
-    dW, db = (x.new_empty(x.shape if wants_dW else (0,), dtype=wide) for x in (W_s, b_s))
+    dW, db = (x.new_empty(x.shape if w else (0,), dtype=wide) for x, w in zip((W_s, b_s), of_decoder, strict=True))
     return h_s.new_empty((), dtype=wide), h_s.new_empty(3, dtype=wide), dh, dW, db
 
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else PyTorch makes zeros as large as the weight for unused outputs
     ctx.save_for_backward(*output[2:])
-    ctx.dtypes, (wants_dh, wants_dW) = [x.dtype for x in inputs[:3]], inputs[-2:]
-    ctx.wanted = (wants_dh, wants_dW, wants_dW)
+    ctx.dtypes, ctx.wanted = [x.dtype for x in inputs[:3]], inputs[-3:]
 
 
 def _backward(ctx, upstream, *_):
     """Scales the gradients out of place, so that a second backward pass finds them unchanged."""
     if upstream is None:
-        return (None,) * 14
+        return (None,) * 15
     gradients = [g if wanted else None for g, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
     # on a CPU reading one number is free and can save a pass over dW; on a GPU it would wait, and a tracer has none
     if type(upstream) is not torch.Tensor or upstream.device.type != "cpu" or upstream.item() != 1.0:
         gradients = [g if g is None else g * upstream for g in gradients]
-    return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 11)
+    return *(g if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True)), *([None] * 12)
 
 
 _forward = differentiable("linear_distill_kl", _loss_and_gradients, _fake, _setup_context, _backward)
@@ -258,7 +263,7 @@ def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_w
         tau, kl_weight, mse_weight = 1.0, 0.0, 0.0
     device = h_s.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_s.dtype
-    wanted = [torch.is_grad_enabled() and any(x.requires_grad for x in inputs) for inputs in ((h_s,), (W_s, b_s))]
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (h_s, W_s, b_s)]
     loss, sums, *_ = _forward(
         h_s, W_s, b_s, h_t, W_t, b_t, labels, float(tau), float(kl_weight), float(ce_weight), float(mse_weight), dtype,
         *wanted,

@@ -1,10 +1,12 @@
 """Refuses settings that cannot work, or that do not fit the models or the text, before a run has a folder."""
 
+import dataclasses
 import math
 
 from minidistil.errors import UserError
 
 # settings of train.py or finetune.py that say how a teacher is learnt from
+OF_MASKS = "mask_share", "mask_smoothing", "kd_rows"  # settings of train.py for masked tokens
 OF_TEACHER = "temperature", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_task", "augment", "kd_rows"
 
 
@@ -87,6 +89,17 @@ def score_words(role, model, tokenizer, say=print):
     model.words = len(tokenizer.vocab)
 
 
+def check_family(teacher, student, settings):
+    """Raises UserError where teacher and student predict different tokens, or `settings` are for masked ones only."""
+    if teacher and teacher.config.causal != student.config.causal:
+        families = f"the teacher is a {teacher.config.family} and the student a {student.config.family}"
+        raise UserError(f"{families}: one predicts masked tokens, the other the next ones: use one family")
+    for field in dataclasses.fields(settings) if student.config.causal else ():
+        if field.name in OF_MASKS and getattr(settings, field.name) != field.default:
+            what = f"--{field.name.replace('_', '-')} is for masked tokens, and a {student.config.family} has none"
+            raise UserError(f"{what}: leave it out")
+
+
 def check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G):
     """Raises UserError for combinations that would fail or mislead later. G: sequences in an update."""
     T = sequences.T
@@ -104,7 +117,7 @@ def check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G):
             f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {T}, "
             f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
         )
-    if len(eval_corpus.val) < T - 2:
+    if len(eval_corpus.val) < sequences.block + sequences.causal:
         raise UserError(
             f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {T}: "
             "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"

@@ -1,7 +1,8 @@
-"""Token file -> packed, masked sequences, in an order that is a pure function of seed and index.
+"""Token file -> packed sequences and their labels, in an order that is a pure function of seed and index.
 
 `data/prepare.py` writes train.bin and val.bin as one stream: document [SEP] document [SEP] ... A sequence is
-[CLS] + T - 2 consecutive tokens of that stream + [SEP]: always full, so it needs no padding and no attention mask.
+[CLS] + T - 2 consecutive tokens of that stream + [SEP]: always full, so it needs no padding and no attention mask. Of
+a causal model it is T consecutive tokens, and the label of each is the next one.
 
 The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...
 (u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
@@ -96,25 +97,32 @@ class Corpus:
 
 
 class Sequences:
-    """Masked sequences of T tokens from a stream of ids; `batch(first, n)` is a pure function of its arguments.
+    """Sequences of T tokens from a stream of ids, and their labels; `batch(first, n)` is a pure function.
+
+    `causal`: the labels are the next tokens, and nothing is masked. `label_share` is the share of tokens with a label.
 
     With `shuffle`, each epoch has a new permutation of the blocks and a new offset of their boundaries; without
     (evaluation), sequence g is block g. `smoothing`: 0 masks uniformly, 0.7 is the published preference for rare words.
     """
 
-    def __init__(self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False, mask_share=MASK_SHARE):
+    def __init__(
+        self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False, mask_share=MASK_SHARE, causal=False
+    ):
         self.tokens, self.T, self.tokenizer, self.seed, self.shuffle = tokens, T, tokenizer, seed, shuffle
         self.vocab_size = len(tokenizer.vocab)
-        self.block = T - 2  # [CLS] and [SEP] take two places
-        spare = self.block - 1 if shuffle else 0  # for the epoch's offset
+        self.causal, self.label_share = causal, 1.0 if causal else mask_share
+        self.block = T if causal else T - 2  # [CLS] and [SEP] take two places
+        spare = causal + (self.block - 1 if shuffle else 0)  # for the last label, and for the epoch's offset
         self.per_epoch = max(0, (len(tokens) - spare) // self.block)
+        if causal:
+            return
         counts = np.ones(self.vocab_size) if counts is None else np.maximum(counts, 1)
         self.weights = counts.astype(np.float64) ** -smoothing
         self.weights[tokenizer.special_ids] = 0.0
         self.masked_per_sequence = round(mask_share * T)
 
     def batch(self, first, n):
-        """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where not masked."""
+        """Returns (ids, labels) of sequences first ... first + n - 1: (n, T) int64, labels -100 where there is none."""
         index = np.arange(first, first + n, dtype=np.uint64)
         if self.shuffle:
             epoch, position = np.divmod(index, np.uint64(self.per_epoch))
@@ -126,6 +134,9 @@ class Sequences:
                 start[in_epoch] = blocks * self.block + offset
         else:
             start = index.astype(np.int64) * self.block
+        if self.causal:
+            rows = np.stack([self.tokens[s : s + self.T + 1] for s in start]).astype(np.int64)
+            return rows[:, :-1].copy(), rows[:, 1:].copy()
         ids = np.empty((n, self.T), np.int64)
         ids[:, 0], ids[:, -1] = self.tokenizer.cls_id, self.tokenizer.sep_id
         for row, s in enumerate(start):

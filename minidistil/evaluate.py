@@ -1,61 +1,73 @@
-"""Held-out metrics of teacher and student on fixed masks, and their agreement."""
+"""Held-out metrics of teacher and student on fixed sequences, and their agreement."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
 
-ROWS = 256  # rows of logits at a time: 256 x 30,522 fp32 is 31 MB
+ROWS = 256  # rows of logits at a time, at most: 256 x 30,522 fp32 is 31 MB
+LOGIT_BYTES = 128 << 20  # at most, of one model's fp32 logits at a time, of which five such tensors exist
+
+
+def rows_at_a_time(V):
+    """Returns how many rows of V fp32 logits are computed at a time: 256 of up to 131,072 words, 134 of 250,037."""
+    return max(1, min(ROWS, LOGIT_BYTES // (4 * V)))
 
 
 class HeldOut:
-    """Fixed, uniformly masked held-out sequences; the teacher's hidden states on them are computed once.
+    """Fixed held-out sequences, for a masked model uniformly masked; the teacher's hidden states are computed once.
 
-    ids, labels (n, T) int64 from `Sequences.batch`; `teacher` may be None. Arithmetic is fp32. Metrics are over masked
-    positions only: `mlm_loss` in nats; `top1` and `agreement` (same first guess as the teacher) are shares; `kl` is
-    KL(teacher || student) at temperature 1, in nats.
+    ids, labels (n, T) int64 from `Sequences.batch`; `teacher` may be None. Arithmetic is fp32. Metrics are over the
+    labelled positions: `mlm_loss` in nats, of a causal model `clm_loss` and `perplexity`, its exponential; `top1` and
+    `agreement` (same first guess as the teacher) are shares; `kl` is KL(teacher || student) at temperature 1, in nats.
     """
 
     def __init__(self, ids, labels, teacher=None, device="cpu", batch=8):
         self.ids, self.device, self.batch = torch.from_numpy(ids), device, batch
         labels = torch.from_numpy(labels)
-        self.masked = labels != IGNORE
-        self.targets = labels[self.masked].to(device)
+        self.labelled = labels != IGNORE
+        self.targets = labels[self.labelled].to(device)
         self.teacher = teacher
         self.teacher_rows = None if teacher is None else self._rows(teacher)
         self.teacher_metrics = None if teacher is None else self._metrics(teacher, self.teacher_rows)
 
     @torch.no_grad()
     def _rows(self, model):
-        """Returns the hidden states of the M masked positions after the head's transform: (M, C)."""
+        """Returns the hidden states of the M labelled positions after the head's transform: (M, C)."""
         training = model.training
         model.eval()
         rows = []
-        for ids, masked in zip(self.ids.split(self.batch), self.masked.split(self.batch), strict=True):
+        for ids, labelled in zip(self.ids.split(self.batch), self.labelled.split(self.batch), strict=True):
             hidden = model(ids.to(self.device))
-            rows.append(model.head(hidden[masked.to(self.device)]))
+            rows.append(model.head(hidden[labelled.to(self.device)]))
         model.train(training)
         return torch.cat(rows)
 
     @torch.no_grad()
     def _metrics(self, model, rows):
         with_teacher = self.teacher_rows is not None and model is not self.teacher
-        mlm_loss = top1 = kl = agreement = 0.0
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
+        lm_loss = top1 = kl = agreement = 0.0
+        R = rows_at_a_time(len(model.decoder[0]))
+        for start in range(0, len(rows), R):
+            part = slice(start, start + R)
             log_q = F.log_softmax(F.linear(rows[part], *model.decoder), -1)  # (R, V)
             guess = log_q.argmax(-1)
-            mlm_loss += F.nll_loss(log_q, self.targets[part], reduction="sum").item()
+            lm_loss += F.nll_loss(log_q, self.targets[part], reduction="sum").item()
             top1 += (guess == self.targets[part]).sum().item()
             if with_teacher:
                 log_p = F.log_softmax(F.linear(self.teacher_rows[part], *self.teacher.decoder), -1)
                 kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
                 agreement += (guess == log_p.argmax(-1)).sum().item()
-        metrics = {"mlm_loss": mlm_loss, "top1": top1}
+        metrics = {"clm_loss" if model.config.causal else "mlm_loss": lm_loss, "top1": top1}
         if with_teacher:
             metrics |= {"kl": kl, "agreement": agreement}
-        return {name: round(total / max(len(rows), 1), 6) for name, total in metrics.items()}
+        metrics = {name: round(total / max(len(rows), 1), 6) for name, total in metrics.items()}
+        if model.config.causal:
+            metrics["perplexity"] = round(math.exp(min(metrics["clm_loss"], 700.0)), 4)
+        return metrics
 
     def evaluate(self, student):
-        """Returns {"mlm_loss", "top1"} of a student, with a teacher also {"kl", "agreement"}."""
+        """Returns {"mlm_loss" or "clm_loss" and "perplexity", "top1"}, with a teacher also {"kl", "agreement"}."""
         return self._metrics(student, self._rows(student))

@@ -24,6 +24,7 @@ class Family:
     tied: tuple  # (name of a copy in some files, name of the tensor that it must equal)
     head_activation: str | None  # of the classifier's dense layer on [CLS]; None: there is no classifier
     classifier_dropout: float | None  # None: the encoder's
+    drops_cls: bool  # whether the classifier drops out of [CLS] itself, too
     span_dropout: float
     keeps_pooler: bool  # whether a new classifier starts from the checkpoint's `pool`: BERT's pooler is trained
 
@@ -71,6 +72,7 @@ BERT = Family(
     ),
     head_activation="tanh",
     classifier_dropout=None,
+    drops_cls=False,
     span_dropout=0.0,
     keeps_pooler=True,
 )  # fmt: skip
@@ -112,6 +114,7 @@ DISTILBERT = Family(
     tied=(("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),),
     head_activation="relu",
     classifier_dropout=0.2,
+    drops_cls=False,
     span_dropout=0.1,
     keeps_pooler=False,
 )  # fmt: skip
@@ -129,6 +132,7 @@ ROBERTA = dataclasses.replace(
         "classify": "classifier.out_proj",
     },
     first_position=True,
+    drops_cls=True,
     tied=(
         ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
         ("lm_head.decoder.bias", "lm_head.bias"),
@@ -168,6 +172,7 @@ GPT2 = Family(
     tied=(("lm_head.weight", "transformer.wte.weight"),),
     head_activation=None,
     classifier_dropout=None,
+    drops_cls=False,
     span_dropout=0.0,
     keeps_pooler=False,
 )  # fmt: skip

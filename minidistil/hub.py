@@ -11,12 +11,15 @@ from minidistil.errors import UserError
 from minidistil.weights import no_config, weight_files
 
 DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"
-VOCABULARIES = ("vocab.txt", "tokenizer.json")
-TOKENIZER = [*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"]
+VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model")
+TOKENIZER = [*VOCABULARIES, "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"]
 SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 # the Hub moved its first models from one-word names to these organisations; a cache may hold them under either name
-ORGANISATIONS = {"bert-": "google-bert/", "distilbert-": "distilbert/"}
+ORGANISATIONS = {
+    "bert-": "google-bert/", "roberta-": "FacebookAI/", "xlm-roberta-": "FacebookAI/", "gpt2": "openai-community/",
+    "distilbert-": "distilbert/", "distilroberta-": "distilbert/", "distilgpt2": "distilbert/",
+}  # fmt: skip
 TIMEOUT = 10  # seconds for a server to answer
 
 

@@ -57,6 +57,9 @@ class Config:
         """Whether the model predicts the next token: none sees a later one, and LayerNorm comes first, as in GPT-2."""
         return self.family == "gpt2"
 
+    def has_type(self, i):
+        return i < self.token_types or not self.token_types  # without types, all are ignored
+
     def student(self, layers):
         """Returns the student's shape for this teacher: `layers` layers, all else equal; of a BERT a DistilBERT.
 
@@ -80,9 +83,10 @@ class Embeddings(nn.Module):
         self.words = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.positions, config.width)
         self.types = nn.Embedding(config.token_types, config.width) if config.token_types else None
-        self.norm = None if config.causal else nn.LayerNorm(config.width, config.norm_eps)
-        self.dropout = config.dropout
         self.tied = False  # whether a decoder shares the word vectors
+        self.norm = None
+        if not config.causal:
+            self.norm, self.dropout = nn.LayerNorm(config.width, config.norm_eps), config.dropout
 
     def forward(self, ids, types=None, key=None):
         T = ids.shape[1]
@@ -221,8 +225,7 @@ class Encoder(nn.Module):
             for block in self.blocks:
                 x, z = block.pre_norm(x, z, key)
             return block.dropout_add_norm(x, z, self.norm, key, 2)
-        if mask is not None:
-            mask = mask[:, None, None, :]  # (B, 1, 1, T), broadcast over heads and queries
+        mask = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T), broadcast over heads and queries
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask, key=key)
@@ -245,8 +248,6 @@ class Head(nn.Module):
 class LanguageModel(nn.Module):
     """An encoder with its language-model head, whose decoder weight *is* the word-embedding table.
 
-    GPT-2's head is no more than that: its decoder has no bias, here a zero.
-
     `forward` returns hidden states. Logits cost V numbers per row (122 kB in fp32), so a caller first gathers the rows
     to score, then passes `head(rows)` and `decoder` to the loss.
     """
@@ -265,7 +266,7 @@ class LanguageModel(nn.Module):
 
     @property
     def decoder(self):
-        """(weight (V, C), bias (V)) of the vocabulary projection, V the words that are scored."""
+        """(weight (V, C), bias (V)) of the vocabulary projection, V the words that are scored; GPT-2's bias is 0."""
         weight = self.encoder.embeddings.words.weight
         bias = weight.new_zeros(len(weight)) if self.config.causal else self.head.bias
         # no slice of the whole, whose backward pass would copy the gradient

@@ -118,12 +118,12 @@ def flops_per_token(config, T, head_rows=1.0):
     return body + head
 
 
-def training_flops_per_token(objective, teacher, student, T, mask_share=MASK_SHARE):
+def training_flops_per_token(objective, teacher, student, T, label_share=MASK_SHARE):
     """FLOPs per training token: forward and backward pass of the student (3 forward passes), forward of the teacher.
 
     `teacher` (or None) and `student` are Configs. Only rows that the objective scores count for the projection.
     """
-    rows = 1.0 if objective.on_logits and objective.kd_rows == "all" else mask_share
+    rows = 1.0 if objective.on_logits and objective.kd_rows == "all" else label_share
     flops = 3 * flops_per_token(student, T, rows)
     if teacher is not None and objective.needs_teacher:
         flops += flops_per_token(teacher, T, rows if objective.on_logits else 0.0)

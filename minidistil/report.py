@@ -15,12 +15,12 @@ from minidistil.run import draw_curve
 class RunReport:
     """Prints and logs the progress of a run, and writes its result."""
 
-    def __init__(self, run, progress, distiller, dtype, T, mask_share, price_per_hour, ranks):
+    def __init__(self, run, progress, distiller, dtype, T, label_share, price_per_hour, ranks):
         self.run, self.progress, self.dtype, self.price, self.ranks = run, progress, dtype, price_per_hour, ranks
         self.device, self.student, self.teacher = distiller.device, distiller.student, distiller.teacher
         self.objective, self.T, self.peak = distiller.objective, T, peak_tflops(self.device, dtype)
         shapes = self.teacher and self.teacher.config, self.student.config
-        self.flops = training_flops_per_token(self.objective, *shapes, T, mask_share)  # per token
+        self.flops = training_flops_per_token(self.objective, *shapes, T, label_share)  # per token
 
     def begin(self, corpus, A, B, held_out):
         """Prints what will run: A micro-batches of B sequences in an update of each rank."""
@@ -83,7 +83,7 @@ class RunReport:
             "student": {"parameters": num_params(student.config), **run.evaluation["held_out"]},
         }
         student.cpu().eval()
-        weights.save_model(run.out, student)
+        weights.save_model(run.out, student, **tokenizer.hub_ids)
         tokenizer.max_length = student.config.positions
         tokenizer.save(run.out, student.config.family)
         ending = {"planned_steps": progress.total, "ended_by": ended_by, "evaluated_after": run.evaluation["step"]}
@@ -127,18 +127,23 @@ def folded(line):
 def conclusion(summary):
     """Returns what a finished run has achieved, where it is, and what to run next, as text."""
     student, teacher, out = summary["student"], summary["teacher"], summary["out"]
-    what = f"the model predicts {student['top1']:.1%} of the masked words\nof held-out text"
+    causal = "perplexity" in student
+    words = "tokens that come next" if causal else "masked words"
+    what = f"the model predicts {student['top1']:.1%} of the {words}\nof held-out text"
     if teacher:
         size = student["parameters"] / teacher["parameters"]
         what = (
-            f"the student has {size:.0%} of its teacher's parameters and\npredicts {student['top1']:.1%} of the masked "
-            f"words of held-out text, the teacher {teacher['top1']:.1%}"
+            f"the student has {size:.0%} of its teacher's parameters and\npredicts {student['top1']:.1%} of the "
+            f"{words} of held-out text, the teacher {teacher['top1']:.1%}"
         )
+    if causal:
+        what += f";\nits perplexity is {student['perplexity']:.4g}"
+        what += f", the teacher's {teacher['perplexity']:.4g}" if teacher else ""
+    finetune = command("finetune.py", "--task", "sst2", "--model", out, "--data", "GLUE")
     return (
         f"finished after {duration(summary['seconds'])}: {what}\n"
         f"{out} holds the model, run.json, metrics.jsonl and curve.svg; try it:\n"
-        f"  {command('sample.py', '--model', out)}\n"
-        f"  {command('finetune.py', '--task', 'sst2', '--model', out, '--data', 'GLUE')}"
+        f"  {command('sample.py', '--model', out)}" + ("" if causal else f"\n  {finetune}")
     )
 
 

@@ -20,7 +20,11 @@ from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HELD_OUT = {"mlm_loss", "top1"}, {"mlm_loss", "top1", "kl", "agreement"}  # metrics without and with a teacher
+HELD_OUT = [  # metrics of masked and of causal models, without and with a teacher
+    {*loss, "top1", *with_teacher}
+    for loss in (["mlm_loss"], ["clm_loss", "perplexity"])
+    for with_teacher in ([], ["kl", "agreement"])
+]
 PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # settings of train.py that may be paths
 
 
@@ -172,6 +176,8 @@ def draw_curve(path, history, teacher_metrics):
     window = max(1, len(updates) // 50)
     unit = f"nats, mean of {window} updates" if window > 1 else "nats"
 
+    loss = next((name for name in ("mlm_loss", "clm_loss") if held_out and name in held_out[0]["held_out"]), "mlm_loss")
+
     def evaluated(title, unit, metric, form=plot.NUMBER):
         student = {"student" if teacher_metrics else "model": [(m["step"], m["held_out"][metric]) for m in held_out]}
         teacher = teacher_metrics and ("teacher", teacher_metrics[metric])
@@ -180,7 +186,7 @@ def draw_curve(path, history, teacher_metrics):
     plot.draw(
         path,
         plot.lines("training loss", unit, training, window=window),
-        evaluated("held-out masked-LM loss", "nats", "mlm_loss"),
+        evaluated(f"held-out {'masked' if loss == 'mlm_loss' else 'causal'}-LM loss", "nats", loss),
         evaluated("held-out accuracy", "top-1", "top1", plot.percent),
     )
 

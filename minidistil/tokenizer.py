@@ -1,4 +1,4 @@
-"""Text <-> token ids: what every tokenizer offers, and the one place that finds out which kind a model has.
+"""The one place that finds out which kind of tokenizer a model has.
 
     WordPiece   BERT, DistilBERT                        tokenizers/wordpiece.py
     ByteBPE     GPT-2, RoBERTa                          tokenizers/byte_bpe.py
@@ -7,26 +7,19 @@
 The kind does not follow from the model's family: an encoder of BERT's shape may have XLM-R's vocabulary.
 """
 
-import array
 import pathlib
 
-import numpy as np
-
 from minidistil.errors import UserError
+from minidistil.tokenizers import unigram_files
+from minidistil.tokenizers.base import BaseTokenizer
+from minidistil.tokenizers.byte_bpe import ByteBPE
 from minidistil.tokenizers.json_files import read_json
+from minidistil.tokenizers.unigram import Unigram
+from minidistil.tokenizers.wordpiece import WordPiece
 
 
-class Tokenizer:
-    """A vocabulary and its way to split text; `load` returns the kind that a folder holds.
-
-    vocab: tokens in the order of their ids. special: name -> token, of sep (which ends a document) and, where the
-    vocabulary has them, cls, pad, unk and mask; their ids are `sep_id` and so on. added: AddedTokens. max_length: the
-    longest sequence of the model. pair_separators: how many sep stand between two texts; second_type: the token type of
-    the second one.
-    """
-
-    pair_separators, second_type = 1, 1
-    hub_ids = {}  # ids that the config.json of a model with this tokenizer names, by their keys
+class Tokenizer(BaseTokenizer):
+    """Any tokenizer: `load` returns one of the right kind."""
 
     @staticmethod
     def load(path):
@@ -36,31 +29,9 @@ class Tokenizer:
             raise UserError(f"there is no {path}: name a vocab.txt or a folder that holds one")
         return _kind(path).load(path)
 
-    def set_special(self, special):
-        """Sets `special` and the ids of its tokens."""
-        self.special = dict(special)
-        for name, token in special.items():
-            setattr(self, f"{name}_id", self.ids[token])
-
-    @property
-    def special_ids(self):
-        return [self.ids[token] for token in self.special.values()]
-
-    def encode(self, text):
-        """Returns the ids (a list) of plain text: "[SEP]" is three tokens, an added token such as "<url>" is one."""
-        return memoryview(self._encode(text)).cast("I").tolist()
-
-    def encode_documents(self, texts):
-        """Returns the ids of all texts in one uint32 array, with `sep` after each text that has ids."""
-        end = array.array("I", [self.sep_id]).tobytes()
-        return np.frombuffer(b"".join(ids + end for ids in map(self._encode, texts) if ids), np.uint32)
-
 
 def _kind(path):
     """Returns the class of the tokenizer in an existing file or folder."""
-    from minidistil.tokenizers.byte_bpe import ByteBPE
-    from minidistil.tokenizers.wordpiece import WordPiece
-
     folder, names = (path, None) if path.is_dir() else (path.parent, [path.name])
 
     def has(*wanted):
@@ -70,8 +41,13 @@ def _kind(path):
         return WordPiece
     if has("vocab.json", "merges.txt"):
         return ByteBPE
+    if has(*unigram_files.MODELS) or path.suffix == ".model":
+        return Unigram
     model = read_json(folder / "tokenizer.json").get("model") if has("tokenizer.json") else {}
     model = model if isinstance(model, dict) else {}
-    if model.get("type") == "BPE" or (model.get("type") is None and "merges" in model):
+    kind = model.get("type")
+    if kind == "BPE" or (kind is None and "merges" in model):
         return ByteBPE
+    if kind == "Unigram" or (kind is None and isinstance(model.get("vocab"), list)):
+        return Unigram
     return WordPiece  # which says what it lacks

@@ -59,16 +59,18 @@ def shipped():
         drop = dict(key_ptr="*i64", site="i32:any", T="i32", C="i32", threshold="i32:any", scale="fp32")
         yield (f"dropout, {half}", dropout._kernel, dict(drop, x_ptr=logits, y_ptr=logits), dict(BLOCK=1024), 1, 1024)
         norm = dict(drop, w_ptr="*fp32", stats_ptr="*fp32")
-        for drops in (False, True):
-            name = f"{'with' if drops else 'without'} dropout, {half}"
+        # of post-norm blocks, and of pre-norm ones, whose stream is fp32 and passes on a gradient
+        streams = {"": (logits, {"g_ptr": None}, {}), "pre-norm ": ("*fp32", {}, {"g_ptr": "*fp32"})}
+        for drops, (norms, (stream, no_g, g)) in itertools.product((False, True), streams.items()):
+            name = f"{norms}{'with' if drops else 'without'} dropout, {half}"
             flags = dict(HAS_DROPOUT=drops, A=A, B=B)
             yield (f"layer_norm forward {name}", layer_norm._forward_kernel,
-                   dict(norm, x_ptr=logits, r_ptr=logits, b_ptr="*fp32", y_ptr=logits, z_ptr=logits, eps="fp32"),
+                   dict(norm, x_ptr=logits, r_ptr=stream, b_ptr="*fp32", y_ptr=logits, z_ptr=stream, eps="fp32"),
                    dict(flags, HAS_RESIDUAL=True, KEEP_Z=True), warps, A + B)  # fmt: skip
             yield (f"layer_norm backward {name}", layer_norm._backward_kernel,
-                   dict(norm, dy_ptr=logits, z_ptr=logits, dz_ptr=logits, dx_ptr=logits, dwb_ptr="*fp32",
-                        N="i32:any"),
-                   flags, warps, A + B)  # fmt: skip
+                   dict(norm, dy_ptr=logits, z_ptr=stream, dz_ptr=stream, dx_ptr=logits, dwb_ptr="*fp32",
+                        N="i32:any", **g),
+                   dict(flags, HAS_G=bool(g), HAS_DX=drops or stream != logits, **no_g), warps, A + B)  # fmt: skip
         rows = dict(a_ptr=logits, b_ptr=logits, stats_ptr="*fp32", stride_a="i32", stride_b="i32", C="i32")
         flags = dict(BLOCK_1=A, BLOCK_2=B)
         yield (f"cosine forward, {half}", cosine._forward_kernel, dict(rows, distance_ptr="*fp32"), flags, warps, A + B)

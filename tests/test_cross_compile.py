@@ -17,6 +17,7 @@ SCRIPT = pathlib.Path(__file__).parent / "cross_compile.py"
 BYTES = {
     "distill_kl forward": 4, "distill_kl backward": 6, "linear_distill_kl": 6, "layer_norm forward without": 8,
     "layer_norm forward with": 8, "layer_norm backward without": 6, "layer_norm backward with": 8,
+    "layer_norm forward pre-norm": 12, "layer_norm backward pre-norm": 16,
     "cosine forward": 4, "cosine backward": 6, "dropout": 4,
 }  # fmt: skip
 
@@ -41,7 +42,7 @@ def test_kernels_compile_well(arch, compilations):
     done = compilations[arch]
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 30
+    assert len(kernels) == 38
     for k in kernels:
         print(json.dumps(k))  # pytest -s shows the figures
         name = f"{k['kernel']} on {arch}"

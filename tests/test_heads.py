@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minidistil import weights
+from minidistil.downstream import heads
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, SpanReader, load_finetuned, load_pretrained
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
@@ -14,13 +15,15 @@ from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 BERT = Config(vocab_size=60, positions=24, layers=2, heads=2, width=16, mlp_width=32, init_range=0.3)
 DISTILBERT = BERT.student(2)
-SHAPES = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=["bert", "distilbert"])
+ROBERTA = dataclasses.replace(BERT, token_types=1, pad_id=1, norm_eps=1e-5, family="roberta")
+XLM_R = dataclasses.replace(ROBERTA, family="xlm-roberta")
+SHAPES = pytest.mark.parametrize("config", [BERT, DISTILBERT, ROBERTA, XLM_R], ids=lambda config: config.family)
 
 
 def batch(config):
     ids = torch.randint(5, config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(12)[None] < torch.tensor([[12], [7], [9]])
-    types = (torch.arange(12)[None] >= 5).long().expand(3, 12) * mask
+    types = (torch.arange(12)[None] >= 5).long().expand(3, 12) * mask * (config.token_types != 1)
     theirs = {"input_ids": ids, "attention_mask": mask.long()}
     return (ids, mask, types), theirs | ({"token_type_ids": types} if config.token_types else {})
 
@@ -84,11 +87,11 @@ def test_a_start_takes_the_encoder_and_a_fresh_head(config, tmp_path):
 
 @SHAPES
 def test_only_the_pooler_of_bert_was_pretrained(config, tmp_path):
-    """DistilBERT's dense layer belongs to the task that it was tuned for; BERT's comes from pre-training."""
+    """The dense layer of other families belongs to the task that it was tuned for; BERT's comes from pre-training."""
     tuned = Classifier(config, 3, seed=1)
     weights.save_model(tmp_path, tuned)
     model = load_pretrained(tmp_path, Classifier, 2, seed=2)
-    assert torch.equal(model.pool.weight, tuned.pool.weight) == bool(config.token_types)
+    assert torch.equal(model.pool.weight, tuned.pool.weight) == (config.family == "bert")
     assert model.classify.weight.shape == (2, config.width)
     assert load_pretrained(tmp_path, SpanReader, 2).answer.weight.shape == (2, config.width)
 
@@ -112,6 +115,7 @@ def test_pipeline_gives_the_same_answer(config, tmp_path):
     transformers = pytest.importorskip("transformers")
     vocab = [*SPECIAL_TOKENS.values(), *(f"w{i}" for i in range(55))]
     tokenizer = WordPiece(vocab, max_length=24)
+    config = dataclasses.replace(config, pad_id=tokenizer.pad_id)
     model = Classifier(config, 2, seed=1).eval()
     weights.save_model(tmp_path, model, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1})
     tokenizer.save(tmp_path, config.family)
@@ -135,3 +139,12 @@ def test_cls_alone_is_the_same(config):
     gradients = [torch.autograd.grad(x[:, 0].square().sum(), parameters) for x in (whole, alone)]
     for expected, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_what_roberta_drops(monkeypatch):
+    """RoBERTa's classifier drops out of [CLS] and of the dense layer, BERT's of the dense layer only."""
+    for config, calls in ((BERT, 1), (ROBERTA, 2)):
+        shapes = []
+        monkeypatch.setattr(heads, "dropout", lambda x, p, training, shapes=shapes: shapes.append((x.shape, p)) or x)
+        Classifier(config, 2, seed=1).train()(*batch(config)[0])
+        assert shapes == [((3, config.width), config.dropout)] * calls

@@ -81,7 +81,7 @@ def key_of(seed, first=0):
 def kept(x, p, seed):
     """The mask that the kernel draws, read off z = dropout(1) without a residual."""
     one, zero = torch.ones_like(x), torch.zeros(x.shape[1], device=x.device)
-    return module._forward(one, None, zero, zero, EPS, p, key_of(seed), 1, 1, torch.float32, True)[1]
+    return module._forward(one, None, zero, zero, EPS, p, key_of(seed), 1, 1, torch.float32, True, False)[1]
 
 
 @pytest.mark.parametrize("C", [768, 100, 8])
@@ -96,7 +96,7 @@ def test_dropout_in_the_kernel(C, kernel):
         return F.layer_norm(x * mask.to(x.dtype) + residual, weight.shape, weight, bias, eps)
 
     def with_seed(x, residual, weight, bias, eps):
-        return module._operator(x, residual, weight, bias, eps, p, key_of(seed), 1, 1, torch.float32, True)[0]
+        return module._operator(x, residual, weight, bias, eps, p, key_of(seed), 1, 1, torch.float32, True, False)[0]
 
     truth = run(with_mask, *(t.double() for t in (x, r, weight, bias, dy)))
     for want, got in zip(truth, run(with_seed, x, r, weight, bias, dy), strict=True):
@@ -159,8 +159,8 @@ def test_more_dimensions_strides_and_autocast(kernel):
 def test_z_is_written_only_for_a_backward_pass(p, kernel):
     x, r, weight, bias, _ = problem(5, 100)
     key = key_of(3) if p else None
-    y, z, _ = module._forward(x, r, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, True)
-    without, empty, _ = module._forward(x, r, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, False)
+    y, z, _ = module._forward(x, r, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, True, False)
+    without, empty, _ = module._forward(x, r, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, False, False)
     assert z.shape == y.shape and empty.numel() == 0 and torch.equal(y, without)
 
 
@@ -168,8 +168,9 @@ def test_registered_as_an_operator(kernel):
     x, r, weight, bias, _ = problem(3, 16)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     for residual, p, key in ((r, 0.0, None), (None, 0.0, None), (r, 0.5, key_of(3))):
-        arguments = (x, residual, weight, bias, EPS, p, key, 1, 1, torch.float32, True)
-        torch.library.opcheck(torch.ops.minidistil.dropout_add_layer_norm.default, arguments)
+        for with_sum in (False, True):
+            arguments = (x, residual, weight, bias, EPS, p, key, 1, 1, torch.bfloat16, True, with_sum)
+            torch.library.opcheck(torch.ops.minidistil.dropout_add_layer_norm.default, arguments)
 
 
 def test_one_graph_under_compile(kernel):
@@ -178,6 +179,173 @@ def test_one_graph_under_compile(kernel):
     for got, want in zip(run(compiled, x, r, weight, bias, dy), run(dropout_add_layer_norm, x, r, weight, bias, dy),
                          strict=True):  # fmt: skip
         assert torch.equal(got, want)
+
+
+# ---- with the sum, the residual stream of a pre-norm block
+
+
+@pytest.fixture(params=["kernel", "cpu"])
+def path(request, monkeypatch):
+    """Through Triton, and through PyTorch's LayerNorm."""
+    if request.param == "kernel":
+        pytest.importorskip("triton")
+        if DEVICE == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+    elif DEVICE == "cuda":
+        pytest.skip("the other path is for the CPU")
+    return request.param
+
+
+def both_ref(x, residual, weight, bias, eps, mask=1.0):
+    """(y, z) by the definition; `mask` is 0 or 1 / (1 - p) where dropout is."""
+    z = x * mask if residual is None else x * mask + residual
+    return F.layer_norm(z, weight.shape, weight, bias, eps), z
+
+
+def with_sum(x, residual, weight, bias, eps, **options):
+    return dropout_add_layer_norm(x, residual, weight, bias, eps, with_sum=True, **options)
+
+
+def run_both(function, x, residual, weight, bias, dy, g, **options):
+    """{name: value} of y, z and the gradients, in fp64; dy or g may be None: y or z is not used further."""
+    named = dict(x=x, residual=residual, weight=weight, bias=bias)
+    leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
+    y, z = function(leaves["x"], leaves.get("residual"), leaves["weight"], leaves["bias"], EPS, **options)
+    used = [(t, upstream.to(t.dtype)) for t, upstream in ((y, dy), (z, g)) if upstream is not None]
+    outputs, upstream = zip(*used, strict=True)
+    found = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+    results = dict(zip((f"d{name}" for name in leaves), found, strict=True), y=y, z=z)
+    for name, t in leaves.items():
+        assert results[f"d{name}"] is None or results[f"d{name}"].dtype == t.dtype
+    return {name: None if t is None else t.detach().double().cpu() for name, t in results.items()}
+
+
+def check_both(x, residual, weight, bias, dy, g, floor, mask=None, **options):
+    """Every result is that of fp64 to `floor` of its norm, and is missing where it is there."""
+    wide = [None if t is None else t.double() for t in (x, residual, weight, bias, dy, g)]
+    truth = run_both(both_ref, *wide, mask=1.0 if mask is None else mask.double())
+    ours = run_both(with_sum, x, residual, weight, bias, dy, g, **options)
+    assert truth.keys() == ours.keys()
+    for name, want in truth.items():
+        assert (ours[name] is None) == (want is None), name
+        if want is not None and want.numel():
+            assert ours[name].isfinite().all(), name
+            error = (ours[name] - want).norm()
+            assert error <= floor * want.norm() + 1e-12, f"{name}: {error:.2e} of {want.norm():.2e}"
+
+
+def pre_norm_problem(N, C, dtype=torch.float32, residual=True, stream=torch.float32):
+    x, r, weight, bias, dy = problem(N, C, dtype)
+    g = torch.randn(N, C, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return x, r.to(stream) if residual else None, weight, bias, dy, g
+
+
+USED = {"both": (True, True), "y": (True, False), "z": (False, True)}
+
+
+@pytest.mark.parametrize("N, C", [(0, 16), (1, 3), (3, 7), (5, 64), (9, 100), (4, 768), (3, 1000), (2, 1024)])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("used", USED)
+def test_with_the_sum_in_fp32(N, C, residual, used, path):
+    *inputs, dy, g = pre_norm_problem(N, C, residual=residual)
+    of_y, of_z = USED[used]
+    check_both(*inputs, dy if of_y else None, g if of_z else None, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("used", USED)
+def test_with_the_sum_in_half_precision(dtype, stream, used, path):
+    """The stream has its own dtype, and y that of x."""
+    x, r, weight, bias, dy, g = pre_norm_problem(9, 768, dtype, stream=stream)
+    y, z = with_sum(x, r, weight, bias, EPS)
+    assert y.dtype == dtype and z.dtype == stream
+    of_y, of_z = USED[used]
+    floor = max(FLOOR[dtype], FLOOR[stream])
+    check_both(x, r, weight, bias, dy if of_y else None, g if of_z else None, floor)
+
+
+def test_the_stream_keeps_its_precision_under_autocast(path):
+    """z is the sum in fp32, to the bit, and the gradient that arrives there goes on without rounding to bf16."""
+    x, r, weight, bias, dy, g = pre_norm_problem(9, 100, torch.bfloat16)
+    r.requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y, z = with_sum(x, r, weight, bias, EPS)
+        first, same = with_sum(r, None, weight, bias, EPS)
+    assert y.dtype == first.dtype == torch.bfloat16 and z.dtype == same.dtype == torch.float32
+    assert torch.equal(z, x.float() + r) and torch.equal(same, r)
+    (dr,) = torch.autograd.grad([y, z], r, [torch.zeros_like(y), g])
+    assert dr.dtype == torch.float32 and torch.equal(dr, g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("used", USED)
+def test_with_the_sum_and_dropout(dtype, residual, used, path):
+    """One key gives one mask, forward and backward, whichever gradient arrives: that of z without a residual."""
+    x, r, weight, bias, dy, g = pre_norm_problem(6, 100, dtype, residual)
+    x, dy, g = (t.view(3, 2, 100) for t in (x, dy, g))
+    r = None if r is None else r.view(3, 2, 100)
+    options = dict(p=0.25, key=Key.of(12345, 4, torch.device(DEVICE)), site=7)
+    mask = with_sum(torch.ones_like(x).float(), None, weight, bias, EPS, **options)[1]
+    assert sorted(mask.unique().tolist()) == [0.0, pytest.approx(1 / 0.75)]
+    of_y, of_z = USED[used]
+    upstream = dy if of_y else None, g if of_z else None
+    check_both(x, r, weight, bias, *upstream, {torch.float32: 3e-6, torch.bfloat16: 2**-6}[dtype], mask, **options)
+    plain, (y, _) = (
+        dropout_add_layer_norm(x, r, weight, bias, EPS, **options),
+        with_sum(x, r, weight, bias, EPS, **options),
+    )
+    torch.testing.assert_close(y, plain, rtol=3e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2)
+
+
+def test_the_sum_without_gradients(path):
+    x, r, weight, bias, *_ = pre_norm_problem(6, 100, torch.bfloat16)
+    with torch.no_grad():
+        y, z = with_sum(x, r, weight, bias, EPS, p=0.5, training=False)
+        _, same = with_sum(x, None, weight, bias, EPS)
+    assert torch.equal(z, x.float() + r) and same is x
+    torch.testing.assert_close(y.float(), both_ref(x.float(), r, weight, bias, EPS)[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("used", USED)
+def test_the_sum_is_in_one_graph_under_compile(used, path):
+    """A graph has zeros for an output that is not used, and so for the gradients of weight and bias."""
+    *inputs, dy, g = pre_norm_problem(3, 16, torch.bfloat16 if used == "both" else torch.float32)
+    compiled = torch.compile(with_sum, backend="aot_eager", fullgraph=True)
+    of_y, of_z = USED[used]
+    upstream = dy if of_y else None, g if of_z else None
+    want, got = (run_both(function, *inputs, *upstream) for function in (with_sum, compiled))
+    for name in want:
+        assert torch.equal(got[name], torch.zeros_like(got[name]) if want[name] is None else want[name]), name
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_gradcheck_with_the_sum(residual):
+    x, r, weight, bias, *_ = (None if t is None else t.cpu().double() for t in pre_norm_problem(3, 7))
+    leaves = [t.requires_grad_() for t in ([x, r] if residual else [x]) + [weight, bias]]
+
+    def function(x, *rest):
+        *r, weight, bias = rest
+        y, z = with_sum(x, r[0] if r else None, weight, bias, 1e-5)
+        return y, z * 1.0  # z may be x itself
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_two_backward_passes_with_the_sum(path):
+    x, r, weight, bias, dy, g = pre_norm_problem(5, 64)
+    leaves = [t.requires_grad_() for t in (x, r, weight, bias)]
+    results = with_sum(*leaves, EPS)
+    first = torch.autograd.grad(results, leaves, (dy, g), retain_graph=True)
+    second = torch.autograd.grad(results, leaves, (dy, g))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_bytes_of_the_sum():
+    """With fp32 streams: forward 2 + 4 + 4 + 2 bytes of an element, backward 4 + 2 + 4 + 4 + 2."""
+    assert module.bytes_moved(5, 100, 2, 0.0, stream=4) == module.bytes_moved(5, 100, 2, 0.1, stream=4) == 28 * 500
+    assert module.bytes_moved(5, 100, 4, 0.0, stream=4) == 32 * 500 and module.bytes_moved(5, 100, 2, 0.1) == 16 * 500
 
 
 # ---- CPU

@@ -1,5 +1,6 @@
 """Projection and loss in one: kernel (interpreted without a GPU) and CPU path against logits and autograd in fp64."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from kernels import IGNORE
 from kernels import linear_distill_kl as module
 from kernels.linear_distill_kl import linear_distill_kl, linear_distill_kl_ref
+from minidistil.model import Config, LanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -63,6 +65,7 @@ def test_closed_form_equals_autograd_in_fp64(N, V, tau, weights):
 
 def test_closed_form_at_the_real_vocabulary(monkeypatch):
     monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 30522 * 8)  # several chunks, the last one ragged
+    monkeypatch.setattr(module, "CPU_CHUNK_ROWS", 1)
     student, teacher, labels = problem(19, 30522, C=8, C_t=8)
     weights = (0.1, 0.2, 0.0)
     loss, *_ = linear_distill_kl(*student, *teacher, labels, 2.0, *weights)
@@ -121,6 +124,7 @@ def test_the_real_vocabulary_in_fp32(path):
 def test_several_chunks(path, monkeypatch):
     monkeypatch.setattr(module, "GPU_CHUNK_ROWS", 8)
     monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 1000 * 4)
+    monkeypatch.setattr(module, "CPU_CHUNK_ROWS", 1)
     monkeypatch.setattr(module.cpu, "rows_in_cache", lambda V, dtype: 3)
     check_against_fp64(problem(37, dtype=torch.float32, scale=0.5), 2.0, (0.5, 0.3, 0.1))
 
@@ -164,7 +168,7 @@ def test_rows_in_half_precision(dtype, kept, allowed, path):
     (h, *decoder), teacher = ([x.detach().to(DEVICE) for x in xs] for xs in (student, teacher))
     h.requires_grad_()
     arguments = (h, *decoder, *teacher, labels.to(DEVICE), 2.0, *weights)
-    assert module._forward(*arguments, dtype, True, False)[2].dtype == kept
+    assert module._forward(*arguments, dtype, True, False, False)[2].dtype == kept
     (got,) = torch.autograd.grad(2**16 * linear_distill_kl(*arguments)[0], h)
     want = gradients(linear_distill_kl_ref, *wide, labels, 2.0, weights)[4] / 1.7 * 2**16
     assert got.dtype == dtype and (got.double().cpu() - want).norm() <= allowed * want.norm()
@@ -207,16 +211,48 @@ def test_a_frozen_decoder_costs_no_gradient(path):
     W, b = W.detach(), b.detach()
     loss, *_ = linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)
     assert torch.autograd.grad(loss, h)[0].norm() > 0
-    for wanted, sizes in (((True, False), (h.numel(), 0, 0)), ((False, True), (0, W.numel(), b.numel()))):
+    for wanted in itertools.product((True, False), repeat=3):
         found = module._forward(h, W, b, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, *wanted)
-        assert tuple(x.numel() for x in found[2:]) == sizes
+        assert [x.numel() for x in found[2:]] == [x.numel() * w for x, w in zip((h, W, b), wanted, strict=True)]
     asked, forward = [], module._forward
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_forward", lambda *a: (asked.append(a[-2:]), forward(*a))[1])
+        patch.setattr(module, "_forward", lambda *a: (asked.append(a[-3:]), forward(*a))[1])
         torch.testing.assert_close(linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)[0], loss)
         with torch.enable_grad():
             linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)
-    assert asked == [(False, False), (True, False)]
+    assert asked == [(False, False, False), (True, False, False)]
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the largest tensor of a call, in bytes, and the shapes of all."""
+
+    biggest, shapes = 0, ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.biggest = max(self.biggest, x.untyped_storage().nbytes())
+                self.shapes += (tuple(x.shape),)
+        return result
+
+
+def test_a_decoder_without_a_bias_costs_no_gradient_of_one(path):
+    """GPT-2's: the bias is a zero that takes no gradient, so no sum over the rows of a chunk is computed for it."""
+    model = LanguageModel(Config(1000, 8, 0, 1, 2, 16, 16, family="gpt2"), seed=0).to(DEVICE)
+    (h, *_), teacher, labels = problem(9, C=16, dtype=torch.float32)
+    h, teacher, labels = h.detach().to(DEVICE).requires_grad_(), [x.to(DEVICE) for x in teacher], labels.to(DEVICE)
+    W, zero = model.decoder
+    found, shapes = [], []
+    for b in (zero, zero.clone().requires_grad_()):
+        with Watch() as watch:
+            loss, *_ = linear_distill_kl(h, W, b, *teacher, labels, 2.0, 0.5, 0.3)
+            found.append(torch.autograd.grad(loss, [x for x in (h, W, b) if x.requires_grad]))
+        shapes.append(watch.shapes)
+    assert not zero.requires_grad and [len(x) for x in found] == [2, 3]
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=False))
+    # beside db there are the biases themselves, divided by tau or padded
+    assert shapes[1].count((1000,)) - shapes[0].count((1000,)) >= 3  # db, a sum, its addition
 
 
 def test_the_gradient_of_padding_columns_is_zero(path):
@@ -235,7 +271,7 @@ def test_registered_as_an_operator(path):
     student, teacher, labels = problem(5, 100, dtype=torch.float32)
     torch.library.opcheck(
         torch.ops.minidistil.linear_distill_kl.default,
-        (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True),
+        (*student, *teacher, labels, 2.0, 0.5, 0.3, 0.0, torch.float32, True, True, True),
     )
 
 
@@ -339,20 +375,21 @@ def test_a_teacher_prepared_once_is_used_as_it_is(autocast, path, monkeypatch):
 def test_logits_are_never_kept():
     """2,048 rows of 30,522 logits would take 250 MB for each model: no tensor of the call is larger than a chunk."""
     student, teacher, labels = problem(2048, 30522, C=8, C_t=8, dtype=torch.float32, masked=0.15)
-    biggest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal biggest
-            result = function(*args, **(kwargs or {}))
-            for x in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(x, torch.Tensor):
-                    biggest = max(biggest, x.untyped_storage().nbytes())
-            return result
-
-    with Watch():
+    with Watch() as watch:
         linear_distill_kl(*student, *teacher, labels, 2.0, 0.5, 0.3)[0].backward()
-    assert 30522 * 8 * 4 <= biggest <= module.CPU_CHUNK_BYTES + 30522 * 4
+    assert 30522 * 8 * 4 <= watch.biggest <= module.CPU_CHUNK_BYTES + 30522 * 4
+
+
+@pytest.mark.parametrize("dtype, on_cpu", [(torch.float32, 412), (torch.bfloat16, 824), (torch.float64, 206)])
+def test_rows_of_a_chunk(dtype, on_cpu):
+    """At 30,522 words 48 MiB on a CPU, 4,096 rows on a GPU; at 250,037 no less than 128 rows, no more than 1 GiB."""
+    assert module._chunk(10 * on_cpu, 30522, dtype, True) == on_cpu
+    assert module._chunk(10 * 4096, 30522, dtype, False) == 4096
+    assert [module._chunk(1, V, dtype, cpu) for V in (1, 30522, 250037) for cpu in (True, False)] == [1] * 6
+    assert module._chunk(1280, 250037, dtype, True) == 128
+    gpu = module._chunk(10**6, 250037, dtype, False)
+    assert 0.98 * 2**30 <= gpu * 250037 * dtype.itemsize <= 2**30
+    assert module._chunk(10**6, 10**9, dtype, False) == 1
 
 
 def test_without_a_teacher_it_is_cross_entropy():

@@ -1,5 +1,6 @@
 """The transformer against transformers' own, on random and on real weights, and its arithmetic against a counter's."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
@@ -17,40 +18,49 @@ from minidistil.model import (
     LanguageModel,
     attention,
     attention_ref,
-    flops_per_token,
     num_params,
 )
-from minidistil.weights import load_model
+from minidistil.progress import flops_per_token
+from minidistil.student import student_from_teacher
+from minidistil.weights import load_model, save_model
 
 TINY = Config(vocab_size=50, positions=16, layers=2, heads=2, width=8, mlp_width=12)
+TINY_GPT2 = dataclasses.replace(TINY, family="gpt2", token_types=0, norm_eps=1e-5)
+GPT2_BASE = Config(50257, 1024, token_types=0, norm_eps=1e-5, family="gpt2")
+ROBERTA_BASE = Config(50265, 512, token_types=1, norm_eps=1e-5, pad_id=1, family="roberta")
 
 # (vocabulary, positions, layers, heads, width, MLP width): one head, odd head width, MLP narrower than C, one layer
 SHAPES = [(50, 16, 2, 2, 8, 12), (97, 33, 3, 1, 6, 24), (64, 512, 1, 4, 20, 16)]
 
 
+FAMILIES = ["bert", "distilbert", "roberta", "xlm-roberta", "gpt2"]
+
+
 def reference(family, shape, seed=0):
-    """Returns a BertForMaskedLM or DistilBertForMaskedLM of transformers: every weight random, norms and biases too."""
-    transformers = pytest.importorskip("transformers")
+    """Returns the language model of transformers of this family: every weight random, norms and biases too."""
+    tr = pytest.importorskip("transformers")
     V, T, L, H, C, F_ = shape
-    if family == "bert":
-        config = transformers.BertConfig(
-            vocab_size=V,
-            max_position_embeddings=T,
-            num_hidden_layers=L,
-            num_attention_heads=H,
-            hidden_size=C,
-            intermediate_size=F_,
-        )
-    else:
-        config = transformers.DistilBertConfig(
+    ends = dict(bos_token_id=0, eos_token_id=2)
+    like_bert = dict(vocab_size=V, num_hidden_layers=L, num_attention_heads=H, hidden_size=C, intermediate_size=F_)
+    like_roberta = like_bert | ends | dict(
+        max_position_embeddings=T + 2, type_vocab_size=1, pad_token_id=1, layer_norm_eps=1e-5
+    )  # fmt: skip
+    config = {
+        "bert": lambda: tr.BertConfig(max_position_embeddings=T, **like_bert),
+        "distilbert": lambda: tr.DistilBertConfig(
             vocab_size=V, max_position_embeddings=T, n_layers=L, n_heads=H, dim=C, hidden_dim=F_
-        )
-    model_class = transformers.BertForMaskedLM if family == "bert" else transformers.DistilBertForMaskedLM
-    model = model_class(config).eval()
+        ),
+        "roberta": lambda: tr.RobertaConfig(**like_roberta),
+        "xlm-roberta": lambda: tr.XLMRobertaConfig(**like_roberta),
+        "gpt2": lambda: tr.GPT2Config(
+            vocab_size=V, n_positions=T, n_layer=L, n_head=H, n_embd=C, n_inner=F_, bos_token_id=0, eos_token_id=0
+        ),
+    }[family]()  # fmt: skip
+    model = (tr.AutoModelForCausalLM if family == "gpt2" else tr.AutoModelForMaskedLM).from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if name.lower().endswith("norm.weight") else 0.0
+            mean = 1.0 if name.lower().endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.0
             # large enough that every part matters, small enough that rounding is not amplified beyond 2e-6
             parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model
@@ -66,23 +76,68 @@ def batch(V, B, T, seed=0):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_transformers(tmp_path, family, shape):
     theirs = reference(family, shape)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path)
     ids, mask, types = batch(shape[0], B=3, T=16)
+    ids = ids.clamp(min=2)  # RoBERTa's positions follow from which ids are padding, 1
+    padded_ids = ids.masked_fill(~mask, ours.config.pad_id)
     with torch.no_grad():
-        torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
-        padded = theirs(ids, attention_mask=mask.long()).logits
-        torch.testing.assert_close(ours.logits(ours(ids, mask)), padded, atol=1e-5, rtol=1e-5)
-        assert (padded - theirs(ids).logits).abs().max() > 1e-3  # else the mask would prove nothing
+        plain = theirs(ids).logits
+        torch.testing.assert_close(ours.logits(ours(ids)), plain, atol=1e-5, rtol=1e-5)
+        padded = theirs(padded_ids, attention_mask=mask.long()).logits[mask]
+        torch.testing.assert_close(ours.logits(ours(padded_ids, mask)[mask]), padded, atol=1e-5, rtol=1e-5)
+        if family != "gpt2":  # in which padding on the right is seen by nobody
+            assert (padded - plain[mask]).abs().max() > 1e-3  # else the mask would prove nothing
         if family == "bert":
-            pairs = theirs(ids, attention_mask=mask.long(), token_type_ids=types).logits
-            torch.testing.assert_close(ours.logits(ours(ids, mask, types)), pairs, atol=1e-5, rtol=1e-5)
+            pairs = theirs(padded_ids, attention_mask=mask.long(), token_type_ids=types).logits[mask]
+            found = ours.logits(ours(padded_ids, mask, types)[mask])
+            torch.testing.assert_close(found, pairs, atol=1e-5, rtol=1e-5)
             assert (pairs - padded).abs().max() > 1e-3
-        exact = theirs.double()(ids, attention_mask=mask.long()).logits
-        torch.testing.assert_close(ours.double().logits(ours(ids, mask)), exact, atol=1e-12, rtol=1e-12)
+        exact = theirs.double()(padded_ids, attention_mask=mask.long()).logits[mask]
+        torch.testing.assert_close(ours.double().logits(ours(padded_ids, mask)[mask]), exact, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_models_and_students_open_in_transformers(tmp_path, family):
+    """What we write computes the same there, and here to the bit; a student with all layers is its teacher."""
+    V, T, L, *_ = shape = SHAPES[1]
+    theirs = reference(family, shape)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    ids = batch(V, B=3, T=T)[0].clamp(min=2)
+    save_model(tmp_path / "ours", ours)
+    student = student_from_teacher(ours, range(L)).eval()
+    save_model(tmp_path / "student", student)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        for folder in ("ours", "student"):
+            again, loading = type(theirs).from_pretrained(tmp_path / folder, output_loading_info=True) if (
+                folder == "ours" or student.config.family == family
+            ) else pytest.importorskip("transformers").DistilBertForMaskedLM.from_pretrained(
+                tmp_path / folder, output_loading_info=True
+            )  # fmt: skip
+            assert not loading["missing_keys"] and not loading["unexpected_keys"]
+            torch.testing.assert_close(again.eval()(ids).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(student.logits(student(ids)), expected, atol=1e-5, rtol=1e-5)
+    for folder, model in (("ours", ours), ("student", student)):
+        reloaded = load_model(tmp_path / folder)
+        assert reloaded.config == model.config
+        assert all(torch.equal(reloaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_padding_of_another_id_moves_the_positions(tmp_path):
+    """RoBERTa's first position is that behind pad_id, whatever pad_id is."""
+    theirs = reference("roberta", SHAPES[0])
+    theirs.config.pad_token_id = 3
+    model = type(theirs)(theirs.config).eval()
+    model.save_pretrained(tmp_path)
+    ours, ids = load_model(tmp_path), batch(50, B=2, T=12)[0].clamp(min=4)
+    assert ours.config.positions == SHAPES[0][1] + 2 - 4
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ours(ids)), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_real_checkpoint_agrees_with_transformers(assets):
@@ -167,14 +222,21 @@ def test_no_mask_means_that_every_token_is_seen():
     torch.testing.assert_close(model(ids), model(ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("config, expected", [(BERT_BASE, 109_514_298), (DISTILBERT_BASE, 66_985_530)])
+PUBLISHED = [
+    (BERT_BASE, 109_514_298), (DISTILBERT_BASE, 66_985_530),
+    (GPT2_BASE, 124_439_808), (GPT2_BASE.student(6), 81_912_576),
+    (ROBERTA_BASE, 124_697_433 - 2 * 768),  # less two positions that no token uses
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config, expected", PUBLISHED)
 def test_num_params_of_base_shapes(config, expected):
     with torch.device("meta"):
         model = LanguageModel(config)
     assert num_params(config) == expected == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("config", [TINY, TINY.student(3), Config(layers=2, vocab_size=1000)], ids=str)
+@pytest.mark.parametrize("config", [TINY, TINY.student(3), TINY_GPT2, Config(layers=2, vocab_size=1000)], ids=str)
 def test_flops_per_token_agree_with_a_counter(config):
     B, T, rows = 2, 16, 5
     model = LanguageModel(config, seed=0).eval()
@@ -185,7 +247,7 @@ def test_flops_per_token_agree_with_a_counter(config):
     assert counter.get_total_flops() == pytest.approx(B * T * flops_per_token(config, T, rows / (B * T)), rel=1e-12)
 
 
-@pytest.mark.parametrize("config", [TINY, TINY.student(1)], ids=["bert", "distilbert"])
+@pytest.mark.parametrize("config", [TINY, TINY.student(1), TINY_GPT2], ids=["bert", "distilbert", "gpt2"])
 def test_gradient_reaches_every_parameter(config):
     model = LanguageModel(config, seed=0)
     ids, mask, _ = batch(config.vocab_size, B=3, T=16)
@@ -226,11 +288,13 @@ def test_decoder_is_the_word_table_itself():
     assert weight is model.encoder.embeddings.words.weight and bias.shape == (TINY.vocab_size,)
 
 
-def test_every_dropout_acts_and_in_training_only():
-    model = LanguageModel(TINY, seed=0)
+@pytest.mark.parametrize("config", [TINY, TINY_GPT2], ids=["bert", "gpt2"])
+def test_every_dropout_acts_and_in_training_only(config):
+    model = LanguageModel(config, seed=0)
     ids, _, _ = batch(TINY.vocab_size, B=2, T=9)
     places = [module for module in model.modules() if hasattr(module, "dropout")]
-    assert len(places) == 1 + 2 * TINY.layers  # embeddings; attention and the block of each layer
+    # the embeddings, which in GPT-2 the first block drops; attention and the block of each layer
+    assert len(places) == (not config.causal) + 2 * config.layers
     for place in places:
         for other in places:
             other.dropout = 0.5 if other is place else 0.0

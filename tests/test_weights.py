@@ -639,14 +639,17 @@ def test_a_distilbert_has_one_layer_norm_eps(tmp_path):
 
 
 def test_family_is_found_without_a_model_type(tmp_path):
-    for config, family, architecture in ((BERT, "bert", "BertModel"), (DISTILBERT, "distilbert", "DistilBertModel")):
+    gpt2 = dataclasses.replace(BERT, family="gpt2", token_types=0, norm_eps=1e-5)
+    for config, family, architecture in (
+        (BERT, "bert", "BertModel"), (DISTILBERT, "distilbert", "DistilBertModel"), (gpt2, "gpt2", "GPT2LMHeadModel"),
+    ):  # fmt: skip
         write_config(tmp_path, config)
         edited(tmp_path, model_type=..., architectures=[architecture])
         assert read_config(tmp_path) == config and config.family == family
         edited(tmp_path, architectures=...)
         assert read_config(tmp_path) == config and config.family == family
-        edited(tmp_path, architectures=["RobertaForMaskedLM"])
-        refused(lambda: read_config(tmp_path), "RobertaForMaskedLM")
+        edited(tmp_path, architectures=["ElectraForMaskedLM"])
+        refused(lambda: read_config(tmp_path), "ElectraForMaskedLM")
 
 
 def test_old_config_takes_defaults_for_what_may_be_absent(folder):
@@ -661,7 +664,7 @@ def test_old_config_takes_defaults_for_what_may_be_absent(folder):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "roberta"}, {"model_type": 1}, {"model_type": ["bert"]},
+        {"model_type": "electra"}, {"model_type": 1}, {"model_type": ["bert"]},
         {"vocab_size": ...}, {"hidden_size": ...}, {"num_hidden_layers": ...}, {"num_attention_heads": ...},
         {"intermediate_size": ...}, {"max_position_embeddings": ...},
         {"hidden_act": "gelu_new"}, {"hidden_act": "relu"}, {"hidden_act": ["gelu"]},

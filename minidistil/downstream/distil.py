@@ -19,7 +19,7 @@ from minidistil.checks import check_vocabulary
 from minidistil.data import IGNORE
 from minidistil.downstream.batches import predict
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, load_finetuned, read_finetuned
-from minidistil.downstream.tasks import check_pairs, check_positions
+from minidistil.downstream.tasks import check_model, check_positions
 from minidistil.errors import UserError
 from minidistil.precision import cast_products
 from minidistil.rng import mix, uniform
@@ -87,7 +87,7 @@ def check_teacher(folder, task, tokenizer):
     if Tokenizer.load(folder).digest != tokenizer.digest:
         raise UserError(f"{folder} and the student have different vocabularies: they must agree word for word")
     check_vocabulary(f"teacher {folder}", config, tokenizer)
-    check_pairs(f"the teacher {folder}", config, task)
+    check_model(f"the teacher {folder}", config, tokenizer, task)
 
 
 def load_teachers(folders, task):

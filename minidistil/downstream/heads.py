@@ -2,7 +2,7 @@
 
 Both are the heads of transformers, so their checkpoints load there:
 
-    Classifier   [CLS] -> dense, tanh (BERT) or ReLU (DistilBERT) -> dropout -> one logit per label
+    Classifier   [CLS] -> (RoBERTa: dropout) dense -> tanh (DistilBERT: ReLU) -> dropout -> one logit per label
     SpanReader   each token -> two logits: the answer starts here, the answer ends here
 
 Legend as in model.py:  B batch   T tokens per sequence   C width   K labels, 1 for a regression
@@ -34,13 +34,14 @@ class Classifier(nn.Module):
         self.encoder = Encoder(config)
         self.pool = nn.Linear(config.width, config.width)
         self.classify = nn.Linear(config.width, outputs)
-        p = FAMILIES[config.family].classifier_dropout
-        self.dropout = config.dropout if p is None else p
+        self.family = FAMILIES[config.family]
+        self.dropout = config.dropout if self.family.classifier_dropout is None else self.family.classifier_dropout
         initialise(self, config.init_range, seed)
 
     def forward(self, ids, mask=None, types=None):
-        x = self.pool(self.encoder(ids, mask, types, first=1)[:, 0])  # (B, C)
-        x = torch.tanh(x) if FAMILIES[self.config.family].head_activation == "tanh" else F.relu(x)
+        x = self.encoder(ids, mask, types, first=1)[:, 0]  # (B, C)
+        x = self.pool(dropout(x, self.dropout, self.training) if self.family.drops_cls else x)
+        x = torch.tanh(x) if self.family.head_activation == "tanh" else F.relu(x)
         return self.classify(dropout(x, self.dropout, self.training))
 
 

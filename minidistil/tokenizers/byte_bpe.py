@@ -23,9 +23,9 @@ import re
 import unicodedata
 
 from minidistil.errors import UserError
-from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers import byte_bpe_files
 from minidistil.tokenizers.added_tokens import AddedToken, Matcher
+from minidistil.tokenizers.base import BaseTokenizer
 from minidistil.tokenizers.byte_bpe_files import BYTES, END_OF_TEXT, ROBERTA
 from minidistil.tokenizers.caches import CACHE_ENTRIES, Cache, Table
 from minidistil.tokenizers.code_points import characters
@@ -35,6 +35,7 @@ SHORT_WORD = 64  # bytes; up to here, looking for the earliest merge in all of t
 # Unicode's White_Space; Python's \s has U+001C to U+001F, too
 WHITE = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f"
 WHITE += "\u205f\u3000"
+_VISIBLE = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"})  # in tables
 # what is not white with the space before it; white space, whose last character is a chunk of its own before such
 _CHUNK = re.compile(f" ?[^{WHITE}]+|[{WHITE}]+(?![^{WHITE}])|[{WHITE}]")
 # words of a chunk of ASCII or of classes: ASCII as it is, other letters A, numbers 0, white space a space, the rest !
@@ -69,7 +70,7 @@ def _class_of(c):
     return c if c.isascii() else "!"
 
 
-class ByteBPE(Tokenizer):
+class ByteBPE(BaseTokenizer):
     """A vocabulary of byte sequences and the merges that make them.
 
     vocab: tokens in the order of their ids, spelled as in the files; all bytes are among them. merges: pairs of tokens,
@@ -176,6 +177,15 @@ class ByteBPE(Tokenizer):
     def decode(self, ids):
         """Returns the text; bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return b"".join(self._bytes[i] for i in ids).decode("utf-8", "replace")
+
+    def shown(self, i):
+        """Returns how a table shows a token: with visible white space, or as the files spell it."""
+        text = self.decode([i])
+        return self.vocab[i] if "\ufffd" in text else text.translate(_VISIBLE)
+
+    def appended(self, text, i):
+        """Returns a text with one token more, in place of a <mask>, which took the white space before it."""
+        return text.rstrip(WHITE) + self.decode([i])
 
     @staticmethod
     def chunks(text):

@@ -22,9 +22,9 @@ import unicodedata
 
 from minidistil.errors import UserError
 from minidistil.files import write_json, write_text
-from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers import wordpiece_files
 from minidistil.tokenizers.added_tokens import Matcher
+from minidistil.tokenizers.base import BaseTokenizer
 from minidistil.tokenizers.caches import CACHE_ENTRIES, Cache, Table
 from minidistil.tokenizers.code_points import characters
 from minidistil.tokenizers.wordpiece_files import LONGEST_WORD, SPECIAL_TOKENS
@@ -81,7 +81,7 @@ _LOWER = {
 }
 
 
-class WordPiece(Tokenizer):
+class WordPiece(BaseTokenizer):
     """A WordPiece vocabulary with its normalisation.
 
     vocab: tokens in the order of their ids. lowercase, strip_accents (None: as lowercase) and chinese (space around CJK
@@ -231,6 +231,11 @@ class WordPiece(Tokenizer):
                 token = " " + token
             parts.append(token)
         return "".join(parts)
+
+    def appended(self, text, i):
+        """Returns a text with one token more."""
+        token = self.vocab[i]
+        return text.rstrip() + token[2:] if token.startswith("##") else text + token
 
     def _encode(self, text):
         """The ids of plain text as the bytes of uint32."""
