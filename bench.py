@@ -6,7 +6,7 @@
     python bench.py cosine        cosine distance of hidden states
     python bench.py step          updates of distillation, against the original script's way
     python bench.py prepare       2 GB of text to tokens: workers, memory, the same bytes after a kill
-    python bench.py tokenizer     WordPiece on one thread, against the Rust package `tokenizers`
+    python bench.py tokenizer     WordPiece and byte-level BPE on one thread, against the Rust package `tokenizers`
     python bench.py demo          the demo against the same student without a teacher, three seeds
     python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'

@@ -22,7 +22,8 @@ def encoder(tokenizer):
     Documents without tokens, such as blank lines, are skipped.
     """
     dtype = token_dtype(len(tokenizer.vocab))
-    spaced = any(_SPACE.search(token.content) for token in tokenizer.added)  # a cut could part them
+    # a cut could part an added token, or a token from the white space after it
+    spaced = any(_SPACE.search(token.content) or token.rstrip for token in tokenizer.added)
 
     def encode(batch):
         hashes, sizes, ids = [], [], []

@@ -15,7 +15,7 @@ import torch
 from pictures import svg_texts
 
 import bench
-from benches import RESULTS, ROOT, kernels, prepare, step
+from benches import RESULTS, ROOT, kernels, prepare, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt, fitted
 from data import docstrings
@@ -145,7 +145,11 @@ def test_varied_text_keeps_its_documents(tmp_path, monkeypatch):
 def test_tokenizer(tmp_path, capsys):
     pytest.importorskip("tokenizers")
     results = run("tokenizer", tmp_path, capsys)
-    assert len(results) == 5 and results[0]["shape"]["tokens"] > 10_000
+    assert len(results) == 10 and results[0]["shape"]["tokens"] > 10_000
+    assert [row["provider"] for row in results[5:]] == [f"byte-level BPE: {row['provider']}" for row in results[:5]]
+    assert results[5]["shape"]["tokens"] != results[0]["shape"]["tokens"]
+    with pytest.raises(UserError, match="holds no byte-level BPE"):
+        tokenizer.byte_level(ROOT / "data" / "demo", [], 300)
 
 
 def test_the_original_has_the_same_loss(tmp_path):

@@ -9,9 +9,12 @@ import sys
 
 import pytest
 
+from data import byte_vocab
 from data import vocab as learner
 from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.byte_bpe import ByteBPE
+from minidistil.tokenizers.byte_bpe_files import BYTES
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
@@ -139,3 +142,85 @@ def test_a_vocabulary_in_use_is_not_overwritten(learned, text):
     for out in (folder, folder / "vocab.txt"):
         result = run(text, "--size", 300, "--out", out)
         assert result.returncode == 1 and "already exists" in result.stderr
+
+
+# --- byte-level BPE ---
+
+
+@pytest.fixture(scope="module", params=["gpt2", "roberta"])
+def byte_level(request, text, tmp_path_factory):
+    """(kind, tokenizer, summary, folder) of one run, 500 entries."""
+    folder = tmp_path_factory.mktemp("byte_level") / "model"
+    result = run(text, "--size", 500, "--byte-level", request.param, "--out", folder)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return request.param, Tokenizer.load(folder), json.loads(result.stdout), folder
+
+
+def test_bytes_merges_and_special_tokens(byte_level):
+    kind, tokenizer, summary, folder = byte_level
+    assert isinstance(tokenizer, ByteBPE) and len(tokenizer.vocab) == summary["size"] == 500
+    special = {"gpt2": ["<|endoftext|>"], "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}[kind]
+    assert len(tokenizer.merges) == 500 - 256 - len(special) and {*special, *BYTES} <= set(tokenizer.vocab)
+    assert tokenizer.special_ids == ([499] if kind == "gpt2" else [0, 1, 2, 3, 499])
+    assert {"\u0120walk", "\u0120Z\u00c3\u00bcrich", "ing", "\u00e4\u00b8\u0143\u00e6\u0138\u0129"} <= set(
+        tokenizer.vocab
+    )
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in folder.iterdir()}
+
+
+def test_every_merge_can_be_reached(byte_level):
+    _, tokenizer, _, _ = byte_level
+    assert len(set(tokenizer.merges)) == len(tokenizer.merges)
+    for left, right in tokenizer.merges:
+        assert tokenizer._merge([tokenizer.ids[c] for c in left + right]) == [tokenizer.ids[left + right]]
+
+
+def test_the_figures_of_byte_level_are_true(byte_level, text):
+    _, tokenizer, summary, _ = byte_level
+    contents = text.read_text(encoding="utf-8").split("\n")
+    words = sum(len(tokenizer.words(chunk)) for line in contents for chunk in tokenizer.chunks(line.strip()))
+    tokens = sum(len(tokenizer.encode(line.strip())) for line in contents)
+    assert words * 0.95 < summary["words"] < words  # without the held-out
+    assert summary["tokens_per_word"] == pytest.approx(tokens / words, rel=0.02) and "unk_share" not in summary
+
+
+def test_byte_level_is_as_short_as_what_others_learn(byte_level, text):
+    tokenizers = pytest.importorskip("tokenizers")
+    _, tokenizer, _, _ = byte_level
+    lines = text.read_text(encoding="utf-8").split("\n")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(lines, vocab_size=256 + len(tokenizer.merges), min_frequency=1, show_progress=False)
+    expected = sum(len(encoding.ids) for encoding in theirs.encode_batch(lines))
+    assert sum(len(tokenizer.encode(line)) for line in lines) < 1.01 * expected
+
+
+def test_byte_level_for_any_number_of_workers(byte_level, text, tmp_path):
+    kind, tokenizer, _, _ = byte_level
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert run(text, "--size", 500, "--byte-level", kind, "--out", out, "--workers", workers).returncode == 0
+        assert Tokenizer.load(out).digest == tokenizer.digest
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--size", 200], "--size 200 is too small: the bytes and the special tokens alone take 257"),
+    (["--size", 90000], "lower --size or give more text"),
+    (["--size", 400, "--cased"], "--cased is for WordPiece"),
+    (["--size", 400, "--out", "v.txt"], "name a folder with --out"),
+    (["--size", 400, "--out", "merges.json"], "name a folder with --out"),
+])  # fmt: skip
+def test_byte_level_that_cannot_be(text, tmp_path, arguments, message):
+    result = run(text, "--byte-level", "gpt2", "--out", tmp_path / "model", *arguments)
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_bytes_alone(text, tmp_path):
+    assert run(text, "--byte-level", "gpt2", "--size", 257, "--out", tmp_path / "model").returncode == 0
+    assert Tokenizer.load(tmp_path / "model").decode([*b"ABC"]) == "bcd"  # ids as in GPT-2: the first is "!"
+
+
+def test_a_piece_that_the_earlier_merges_leave_in_three_is_skipped(monkeypatch):
+    monkeypatch.setattr(byte_vocab, "byte_pairs", lambda *_, **__: ["ab", "a", "abc", "xyz", "abcab"])
+    found = byte_vocab.learn({"abc": 1}, 260, "gpt2")
+    assert found.merges == [("a", "b"), ("ab", "c"), ("abc", "ab")]

@@ -110,7 +110,7 @@ class ByteBPE(BaseTokenizer):
         self._pairs = [(self.ids[a], self.ids[b], self.ids[a + b]) for a, b in self.merges]
         self._ranks = {a * len(self.vocab) + b: rank for rank, (a, b, _) in enumerate(self._pairs)}
         self._classes = Table(_class_of)
-        self._packed = Cache(self._pack_word, CACHE_ENTRIES)
+        self._packed = Cache(self._pack_word, CACHE_ENTRIES // 2)  # word -> the same
         self._cache = Cache(self._pack, CACHE_ENTRIES)  # chunk -> its ids as the bytes of uint32
         self._located = Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 

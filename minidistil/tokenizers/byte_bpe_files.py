@@ -40,7 +40,8 @@ def read_folder(folder):
     names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
     path, merges_path, json_path, config_path = (folder / name for name in names)
     data, config, model = read_json(json_path), read_json(config_path), read_json(folder / "config.json")
-    kind = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "TokenizersBackend")
+    default = "RobertaTokenizer" if "model_type" in model else "TokenizersBackend"
+    kind = str(config.get("tokenizer_class") or model.get("tokenizer_class") or default)
     if not re.fullmatch(_CLASSES, kind):
         raise UserError(f"{config_path}: tokenizer_class is {kind}: use a model with GPT-2's or RoBERTa's tokenizer")
     if switches(config_path, config, {"add_prefix_space": "prefix"}).get("prefix"):
