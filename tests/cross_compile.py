@@ -132,15 +132,30 @@ def instructions(sass):
     return [op for i, op in found if i in inside], [op for _, op in found]
 
 
+def products(ttir):
+    """(32-bit, 64-bit) products of two numbers that are known at run time only, as row * stride is."""
+    constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
+    found = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+x)?(i32|i64)", ttir)
+    bits = [of for *factors, of in found if not constants & set(factors)]
+    return bits.count("i32"), bits.count("i64")
+
+
 def figures(kernel, types, constants, warps, elements, architecture):
     """What one program does per element: instructions, registers, spills; waits in loops; widths of global accesses."""
     k = compiled(kernel, types, constants, warps, architecture)
+    of_type = products(k.asm["ttir"])
     if architecture.startswith("gfx"):
         text = k.asm["amdgcn"]
         number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
         loads = sorted(set(re.findall(r"(?:global|buffer)_load_\w+", text)))
         stores = sorted(set(re.findall(r"(?:global|buffer)_store_\w+", text)))
-        return dict(registers=number["vgpr_count"], spilled=number["vgpr_spill_count"], loads=loads, stores=stores)
+        return dict(
+            registers=number["vgpr_count"],
+            spilled=number["vgpr_spill_count"],
+            loads=loads,
+            stores=stores,
+            products=of_type,
+        )
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         (folder / "k.cubin").write_bytes(k.asm["cubin"])
@@ -151,6 +166,7 @@ def figures(kernel, types, constants, warps, elements, architecture):
     return dict(
         registers=registers,
         spilled=bytes_spilled,
+        products=of_type,
         shared=k.metadata.shared,
         where="loops" if loop else "whole kernel",
         instructions=round(len(ops) / per_thread, 1),
