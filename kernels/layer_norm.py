@@ -248,6 +248,15 @@ def split_width(C):
     return A, B, max(1, min(8, A // 1024))
 
 
+def _backward_warps(C, stream):
+    """Returns the warps of a row in the backward pass.
+
+    A warp keeps gamma, dgamma and dbeta in registers: of 1,024 columns, or of fewer beside the gradient of a `stream`.
+    """
+    columns = sum(split_width(C)[:2])
+    return min(8, triton.next_power_of_2(columns // 1024 + 1 if stream else -(-columns // 1024)))
+
+
 def _programs(N, device):
     """Returns the number of programs of the backward pass, which also is that of partial sums: 8 per multiprocessor."""
     return min(N, 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4)
@@ -296,7 +305,8 @@ def _backward(
     if N:
         _backward_kernel[(programs,)](
             dy, g, z, weight, stats, key, site, T, dz, dx, dwb, N, C, *threshold_and_scale(p),
-            HAS_G=g is not None, HAS_DX=dx.ndim == 2, HAS_DROPOUT=key is not None, A=A, B=B, num_warps=warps,
+            HAS_G=g is not None, HAS_DX=dx.ndim == 2, HAS_DROPOUT=key is not None, A=A, B=B,
+            num_warps=max(warps, _backward_warps(C, g is not None)),
         )  # fmt: skip
     return dz, dx, dwb.sum(0).to(weight.dtype)
 

@@ -43,9 +43,10 @@ def shipped():
             name = f"distill_kl forward, {'parts of' if split else 'whole'} {layout} rows, {half}"
             yield (name, distill_kl._forward_kernel, dict(row, stride_s=stride, stride_t=stride, width="i32"),
                    dict(flags, SPLIT=split, PEEL=peel, BLOCK_V=block), warps, block)  # fmt: skip
-        yield (f"distill_kl merge, {half}", distill_kl._merge_kernel,
-               {k: v for k, v in dict(row, P="i32:any").items() if k != "t_ptr"},
-               dict(flags, BLOCK_P=4), 1, 32)  # fmt: skip
+        for parts in (4, 128):  # a single row of 250,037 words has 123
+            yield (f"distill_kl merge of {parts}, {half}", distill_kl._merge_kernel,
+                   {k: v for k, v in dict(row, P="i32:any").items() if k != "t_ptr"},
+                   dict(flags, BLOCK_P=parts), 1, 32)  # fmt: skip
         for layout, (stride, peel) in layouts.items():
             yield (f"distill_kl backward, {layout} rows, {half}", distill_kl._backward_kernel,
                    dict(common, g_kl_ptr="*fp32", g_ce_ptr="*fp32", stats_ptr="*fp32", ds_ptr=logits, stride_s=stride,
@@ -67,10 +68,13 @@ def shipped():
             yield (f"layer_norm forward {name}", layer_norm._forward_kernel,
                    dict(norm, x_ptr=logits, r_ptr=stream, b_ptr="*fp32", y_ptr=logits, z_ptr=stream, eps="fp32"),
                    dict(flags, HAS_RESIDUAL=True, KEEP_Z=True), warps, A + B)  # fmt: skip
-            yield (f"layer_norm backward {name}", layer_norm._backward_kernel,
-                   dict(norm, dy_ptr=logits, z_ptr=stream, dz_ptr=stream, dx_ptr=logits, dwb_ptr="*fp32",
-                        N="i32:any", **g),
-                   dict(flags, HAS_G=bool(g), HAS_DX=drops or stream != logits, **no_g), warps, A + B)  # fmt: skip
+            for C in (768, 1024, 1280, 1600) if g and itemsize == 2 else (768,):  # the widths of GPT-2
+                A_, B_, least = layer_norm.split_width(C)
+                yield (f"layer_norm backward {name}, of {C}", layer_norm._backward_kernel,
+                       dict(norm, dy_ptr=logits, z_ptr=stream, dz_ptr=stream, dx_ptr=logits, dwb_ptr="*fp32",
+                            N="i32:any", **g),
+                       dict(flags, HAS_G=bool(g), HAS_DX=drops or stream != logits, A=A_, B=B_, **no_g),
+                       max(least, layer_norm._backward_warps(C, bool(g))), A_ + B_)  # fmt: skip
         rows = dict(a_ptr=logits, b_ptr=logits, stats_ptr="*fp32", stride_a="i32", stride_b="i32", C="i32")
         flags = dict(BLOCK_1=A, BLOCK_2=B)
         yield (f"cosine forward, {half}", cosine._forward_kernel, dict(rows, distance_ptr="*fp32"), flags, warps, A + B)
@@ -128,15 +132,30 @@ def instructions(sass):
     return [op for i, op in found if i in inside], [op for _, op in found]
 
 
+def products(ttir):
+    """(32-bit, 64-bit) products of two numbers that are known at run time only, as row * stride is."""
+    constants = set(re.findall(r"(%\w+) = arith\.constant", ttir))
+    found = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+x)?(i32|i64)", ttir)
+    bits = [of for *factors, of in found if not constants & set(factors)]
+    return bits.count("i32"), bits.count("i64")
+
+
 def figures(kernel, types, constants, warps, elements, architecture):
     """What one program does per element: instructions, registers, spills; waits in loops; widths of global accesses."""
     k = compiled(kernel, types, constants, warps, architecture)
+    of_type = products(k.asm["ttir"])
     if architecture.startswith("gfx"):
         text = k.asm["amdgcn"]
         number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
         loads = sorted(set(re.findall(r"(?:global|buffer)_load_\w+", text)))
         stores = sorted(set(re.findall(r"(?:global|buffer)_store_\w+", text)))
-        return dict(registers=number["vgpr_count"], spilled=number["vgpr_spill_count"], loads=loads, stores=stores)
+        return dict(
+            registers=number["vgpr_count"],
+            spilled=number["vgpr_spill_count"],
+            loads=loads,
+            stores=stores,
+            products=of_type,
+        )
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         (folder / "k.cubin").write_bytes(k.asm["cubin"])
@@ -147,6 +166,7 @@ def figures(kernel, types, constants, warps, elements, architecture):
     return dict(
         registers=registers,
         spilled=bytes_spilled,
+        products=of_type,
         shared=k.metadata.shared,
         where="loops" if loop else "whole kernel",
         instructions=round(len(ops) / per_thread, 1),

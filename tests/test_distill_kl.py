@@ -92,6 +92,24 @@ def test_rows_of_the_real_vocabulary(dtype):
     check_against_fp64(*problem(64, 30522, dtype, 3.0), 2.0, FLOOR[dtype])
 
 
+@pytest.mark.parametrize("dtype", FLOOR)
+@pytest.mark.parametrize("V", [50257, 250037])
+@pytest.mark.parametrize("pad", [True, False])
+def test_rows_of_larger_vocabularies(V, dtype, pad):
+    """GPT-2's words, and a few more than XLM-R's: both odd, so that without padding each row begins elsewhere."""
+    check_against_fp64(*problem(3, V, dtype, 3.0, pad=pad), 2.0, FLOOR[dtype])
+
+
+def test_a_row_of_123_parts(path, monkeypatch):
+    """What a GPU makes of a single row of 250,037 words, in blocks of the size that is shipped."""
+    if path == "cpu":
+        pytest.skip("only the kernel splits rows")
+    monkeypatch.setattr(module, "BLOCK_V", 2048)
+    monkeypatch.setattr(module, "_split", lambda N, V, device: (123, 2048))
+    inputs, upstream = problem(1, 250037, scale=3.0)
+    check_against_fp64(inputs, upstream, 2.0, FLOOR[torch.float32])
+
+
 @pytest.mark.parametrize("block", [64, 1024])
 def test_many_blocks_in_a_row(block, monkeypatch):
     """The running maxima move from block to block: logits that rise, fall and jump."""

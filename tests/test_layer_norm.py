@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from kernels import layer_norm as module
 from kernels.dropout import Key
 from kernels.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_ref
+from minidistil.model import Config, LanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -340,6 +341,25 @@ def test_two_backward_passes_with_the_sum(path):
     first = torch.autograd.grad(results, leaves, (dy, g), retain_graph=True)
     second = torch.autograd.grad(results, leaves, (dy, g))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_pre_norm_model_by_kernel_and_by_pytorch(autocast, kernel, monkeypatch):
+    """Two blocks of GPT-2: hidden states and all gradients."""
+    config = Config(50, 8, 0, 2, 2, 24, 48, dropout=0.0, attention_dropout=0.0, family="gpt2")
+    ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def results():
+        model = LanguageModel(config, seed=0).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            y = model(ids)
+        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, y.dtype))
+        return [y.detach().double(), *(p.grad.to_dense().double() for p in model.encoder.parameters())]
+
+    got = results()
+    monkeypatch.setattr(module, "on_triton", lambda x: False)
+    for a, b in zip(got, results(), strict=True):
+        assert (a - b).norm() <= (3e-2 if autocast else 1e-5) * b.norm() + 1e-6
 
 
 def test_bytes_of_the_sum():

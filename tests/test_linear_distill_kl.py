@@ -121,6 +121,16 @@ def test_the_real_vocabulary_in_fp32(path):
     check_against_fp64(problem(5, 30522, dtype=torch.float32, scale=0.5), 2.0, (0.5, 0.3, 0.0))
 
 
+@pytest.mark.parametrize("V", [50257, 250037])
+@pytest.mark.parametrize("autocast, floor", [(None, 3e-6), (torch.bfloat16, 2**-7)])
+def test_larger_vocabularies(V, autocast, floor, path, monkeypatch):
+    """GPT-2's words, and a few more than XLM-R's, in two chunks."""
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 0)
+    monkeypatch.setattr(module, "CPU_CHUNK_ROWS", 2)
+    arguments = problem(3, V, C=8, C_t=8, dtype=torch.float32, scale=0.5)
+    check_against_fp64(arguments, 2.0, (0.5, 0.3, 0.1), autocast, floor)
+
+
 def test_several_chunks(path, monkeypatch):
     monkeypatch.setattr(module, "GPU_CHUNK_ROWS", 8)
     monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 8 * 1000 * 4)
