@@ -96,7 +96,10 @@ class Linear(Case):
     name, leaves, liger_on_cpu = "linear", (0, 1, 2), True
     sizes = {
         "tiny": [dict(N=8, V=1000, C=64, labelled=1.0, dtype="float32")],
-        "cpu": [dict(N=N, V=30522, C=768, labelled=1.0, dtype="float32") for N in (512, 2048)],
+        "cpu": [
+            dict(N=N, V=V, C=C, labelled=1.0, dtype="float32")
+            for N, V, C in ((512, 30522, 768), (2048, 30522, 768), (1024, 250037, 384))
+        ],
         "cuda": [dict(N=N, V=30522, C=768, labelled=part, dtype="bfloat16") for N, part in ((4915, 1), (32768, 0.15))],
     }
 
