@@ -228,8 +228,7 @@ def finetune_tasks(settings, names, out):
     for name in names:  # before hours go into the first
         task, folders = outline(name), distil.find_teachers(teachers, outline(name))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
-            if not as_bilstm:
-                check_model(folder, config, tokenizer, task)
+            check_model(folder, config, tokenizer, task, as_bilstm)
             for teacher in folders:
                 distil.check_teacher(teacher, task, tokenizer)
         require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from minidistil.errors import UserError
+from minidistil.families import FAMILIES
 
 # settings of train.py or finetune.py that say how a teacher is learnt from
 OF_MASKS = "mask_share", "mask_smoothing", "kd_rows"  # settings of train.py for masked tokens
@@ -69,15 +70,28 @@ def check_seeds(first, n=1):
 
 
 def check_vocabulary(role, config, tokenizer, say=print):
-    """Raises UserError where a model's table has fewer rows than the vocabulary has words; says how many are spare.
+    """Raises UserError where a vocabulary does not fit a model; says how many rows of the model's table are spare.
 
-    Published tables are often padded to a round number; a vocabulary that was cut short looks the same.
+    It has more words than the table has rows, no [MASK] for a model of masked tokens, or another padding token than a
+    RoBERTa, in which transformers counts positions by it. Published tables are often padded to a round number; a
+    vocabulary that was cut short looks the same.
     """
     spare = config.vocab_size - len(tokenizer.vocab)
     if spare < 0:
         raise UserError(
             f"the {role} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
             "give it the vocabulary that it was trained with"
+        )
+    if not config.causal and "mask" not in tokenizer.special:
+        raise UserError(
+            f"the {role} is a {config.family}, which fills in masked tokens, and its vocabulary has no token for them, "
+            "as a GPT-2's: give it a vocabulary that has one, or use a gpt2"
+        )
+    if FAMILIES[config.family].first_position and config.pad_id != tokenizer.pad_id:
+        raise UserError(
+            f"the {role}'s config.json says pad_token_id {config.pad_id}, but {tokenizer.special['pad']} is "
+            f"{tokenizer.pad_id} in its vocabulary, and a {config.family} counts positions by it: take both from the "
+            "same model"
         )
     if spare:
         say(f"the {role} has {config.vocab_size} rows for {len(tokenizer.vocab)} words: the last {spare} stay unused")

@@ -294,9 +294,7 @@ def num_params(config):
     124,439,808 for GPT-2, and 81,912,576 for DistilGPT2.
     """
     C, F_, V = config.width, config.mlp_width, config.vocab_size
-    embeddings = (
-        V + config.positions + config.token_types
-    ) * C + 2 * C  # and their LayerNorm, which GPT-2 has at the end
+    embeddings = (V + config.positions + config.token_types + 2) * C  # with a LayerNorm, which GPT-2 has at the end
     block = 4 * (C * C + C) + (C * F_ + F_) + (F_ * C + C) + 2 * 2 * C
     head = 0 if config.causal else C * C + C + 2 * C + V
     return embeddings + config.layers * block + head

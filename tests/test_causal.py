@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from same_layers import assert_same_layers
 
+import finetune
 import sample
 import train
 from minidistil import weights
@@ -251,3 +252,12 @@ def test_flags_of_a_causal_model_are_its_own(tiny, causal):
     ):
         with pytest.raises(UserError, match=message):
             sample.main(["a [MASK]", "--model", str(model), *flags])
+
+
+@pytest.mark.parametrize("flags", [dict(model=None), dict(model="bilstm", words=None)], ids=["model", "words"])
+def test_a_causal_model_is_not_fine_tuned(causal, tiny, glue, tmp_path, flags):
+    for task in ("sst2", "rte", "squad")[: 3 if "words" not in flags else 2]:
+        chosen = {name: value or str(causal) for name, value in flags.items()}
+        with pytest.raises(UserError, match="is a gpt2, which is not fine-tuned here: use a BERT or RoBERTa"):
+            finetune.finetune(finetune.Settings(task=task, data=str(glue), out=str(tmp_path / "out"), **chosen))
+    assert not (tmp_path / "out").exists()

@@ -11,9 +11,10 @@ import sample
 import train
 from data import prepare, vocab
 from minidistil import weights
-from minidistil.downstream import squad
-from minidistil.downstream.batches import encode_pair
+from minidistil.downstream import bilstm, squad
+from minidistil.downstream.batches import encode_pair, padded
 from minidistil.downstream.heads import load_finetuned
+from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.tokenizer import Tokenizer
 
@@ -111,6 +112,49 @@ def test_a_task_is_learnt_and_opens_in_transformers(student, glue, tmp_path, tas
     if task == "sst2":
         said = transformers.pipeline("text-classification", model=str(out / task), device=-1)("ab cd")[0]
         assert said["score"] == pytest.approx(torch.softmax(ours, -1).max().item(), abs=1e-5)
+
+
+def test_a_bilstm_reads_pairs_of_a_vocabulary_without_token_types(roberta, tiny, glue, tmp_path):
+    """RoBERTa's types are all 0: what follows the first </s> is the second text, as with BERT's types."""
+    few = dict(task="rte", data=str(glue), examples=16, epochs=1.0, lr="1e-3", device="cpu", dtype="fp32")
+    finetune.finetune(
+        finetune.Settings(model=str(roberta / "teacher"), out=str(tmp_path / "teacher"), seq_len=48, **few)
+    )
+    teacher = str(tmp_path / "teacher" / "rte")
+    for change in (dict(words=str(roberta / "teacher")), dict(teacher=teacher)):
+        out = tmp_path / f"bilstm-{min(change)}"
+        summary = finetune.finetune(finetune.Settings(model="bilstm", out=str(out), seq_len=48, **few, **change))
+        assert 0 <= summary["tasks"]["rte"]["score"] <= 100
+    tokenizer, model = Tokenizer.load(roberta / "teacher"), bilstm.load(out / "rte")[0]
+    one, other = (encode_pair(tokenizer, "ab", text, 48) for text in ("abc", "h g"))
+    with torch.no_grad():
+        logits = [model(*padded([item], [0], tokenizer.pad_id, torch.device("cpu"))) for item in (one, other)]
+    assert not torch.equal(*logits)  # the second text is read
+
+
+def test_a_vocabulary_has_what_its_model_needs(roberta, tiny, tmp_path):
+    """Positions are counted by <pad>, and blanks are filled in: silently, a model would learn something else."""
+    shape = weights.read_config(roberta / "teacher")
+    for folder, config, words in (
+        (tiny, shape, r"says pad_token_id 1, but \[PAD\] is 0 in its vocabulary, and a roberta counts positions by it"),
+        (
+            tmp_path,
+            Config(**{**vars(shape), "family": "bert", "pad_id": 0}),
+            "the model is a bert, which fills in masked",
+        ),
+    ):
+        weights.write_config(tmp_path, config)
+        if folder == tmp_path:
+            text = str(tiny / "text.txt")
+            vocab.main(
+                [text, "--byte-level", "gpt2", "--size", "500", "--workers", "1", "--out", str(tmp_path / "gpt2")]
+            )
+            prepare.prepare([text], tmp_path / "gpt2", tmp_path / "corpus", val_share=0.1, workers=1, progress=False)
+        with pytest.raises(UserError, match=words):
+            train.train(train.Settings(
+                teacher="none", student_config=str(tmp_path / "config.json"), data=str(folder / "corpus"), device="cpu",
+                dtype="fp32", steps=1, out=str(tmp_path / "out"),
+            ))  # fmt: skip
 
 
 @pytest.mark.parametrize(("length", "stride"), [(384, 128), (100, 30)])

@@ -44,12 +44,15 @@ class BiLSTM(nn.Module):
     def forward(self, ids, mask, types):
         """Returns logits (B, outputs) of ids (B, T) int64: [CLS] a [SEP], or [CLS] a [SEP] b [SEP].
 
-        mask (B, T) bool is True at real tokens, types (B, T) 1 in the second segment; [CLS] and [SEP] count as words.
+        mask (B, T) bool is True at real tokens, of which [SEP] is the last; [CLS] and [SEP] count as words. The second
+        text is what follows the first [SEP], since RoBERTa's `types` do not tell the texts apart.
         """
         if not self.pair:
             features = self.encode(ids, mask)  # (B, 2H)
         else:
-            segments = torch.cat([mask & (types == 0), mask & (types == 1)])  # (2B, T)
+            ends = ids == ids.gather(1, mask.sum(1, keepdim=True) - 1)
+            second = ends.cumsum(1) > ends.long()
+            segments = torch.cat([mask & ~second, mask & second])  # (2B, T)
             u, v = self.encode(torch.cat([ids, ids]), segments).chunk(2)
             features = torch.cat([u, v, (u - v).abs(), u * v], dim=1)  # (B, 8H)
         x = F.relu(self.dense(self._drop(features)))

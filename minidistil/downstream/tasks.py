@@ -42,11 +42,14 @@ def outline(name):
     return Outline(name, SentenceTask.kind, task.labels or ("score",), task.pair)
 
 
-def check_model(role, config, tokenizer, task):
-    """Raises UserError for a causal model, and where one lacks the second token type that a task of pairs needs."""
+def check_model(role, config, tokenizer, task, words_only=False):
+    """Raises UserError for a causal model, and where one lacks the second token type that a task of pairs needs.
+
+    `words_only`: a BiLSTM takes nothing but its words, so that their types do not matter.
+    """
     if config.causal:
         raise UserError(f"{role} is a {config.family}, which is not fine-tuned here: use a BERT or RoBERTa")
-    if task.pair and not config.has_type(tokenizer.second_type):
+    if task.pair and not words_only and not config.has_type(tokenizer.second_type):
         what = f"{role} has one token type (type_vocab_size 1), {task.name} needs two for its pairs of texts"
         raise UserError(f"{what}: use a model that has two, or a --task of single texts")
 
