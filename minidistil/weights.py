@@ -118,6 +118,9 @@ def read_config(place):
     numbers = {"family": family, **FAMILIES[family].config_defaults}
     if family == "gpt2" and values.get("n_inner") is None and isinstance(values.get("n_embd"), int):
         values["n_inner"] = 4 * values["n_embd"]
+    first, others = (Config.dropout if values.get(k) is None else values[k] for k in ("embd_pdrop", "resid_pdrop"))
+    if family == "gpt2" and first != others:
+        raise UserError(f"{path}: embd_pdrop is {first!r} and resid_pdrop {others!r}: give both the same value")
     for ours, theirs in FAMILIES[family].config_keys.items():
         if values.get(theirs) is not None:
             numbers[ours] = _number(path, ours, theirs, values[theirs])
@@ -236,8 +239,24 @@ def load_model(folder, fresh_head=False):
 def named_weights(folder, model):
     """Returns ({their name: tensor}, {our parameter: [their name, ...]}) for a model from a folder's files."""
     tensors = read_weights(folder)
+    _check_family(folder, model.config.family, tensors)
     names = _names(model.config, model.state_dict())
     return _by_their_names(folder, tensors, [name for group in names.values() for name in group]), names
+
+
+def _check_family(folder, family, tensors):
+    """Raises UserError for tensors of another family whose encoder has the same names: BERT's and RoBERTa's."""
+    for name in tensors:
+        plain = _canonical(name)
+        if FAMILIES[family].first_position:
+            other = "bert" if re.search(r"(^|\.)cls\.predictions\.", plain) else None
+        else:
+            other = "roberta" if "roberta" in name.split(".") or re.search(r"(^|\.)lm_head\.dense\.", plain) else None
+        if other:
+            way = f"if it is one, write {other!r} as the model_type there"
+            raise UserError(
+                f"{folder} holds {name}, as a {other} does, but its config.json describes a {family}: {way}"
+            )
 
 
 def fill(folder, model, source, names, fresh=()):

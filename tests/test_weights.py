@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minidistil import weights
+from minidistil.downstream.heads import Classifier, load_pretrained
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.hub import resolve
@@ -692,6 +693,31 @@ def test_widths_that_a_gpt2_leaves_out(tmp_path):
         assert read_config(tmp_path).mlp_width == 16
     edited(tmp_path, n_embd="wide")
     refused(lambda: read_config(tmp_path), "n_embd is 'wide'")
+
+
+def test_a_gpt2_has_one_dropout_outside_attention(tmp_path):
+    write_config(tmp_path, GPT2)
+    for embedding, residual in ((0.0, 0.1), (..., 0.2), (0.3, ...), (0, None)):
+        edited(tmp_path, embd_pdrop=embedding, resid_pdrop=residual)
+        refused(lambda: read_config(tmp_path), "embd_pdrop is", "and resid_pdrop", "give both the same value")
+    for embedding, residual in ((0.2, 0.2), (..., 0.1), (None, ...), (0, 0.0)):
+        edited(tmp_path, embd_pdrop=embedding, resid_pdrop=residual)
+        assert read_config(tmp_path).dropout == (residual if isinstance(residual, float) else 0.1)
+
+
+@pytest.mark.parametrize("part", ["roberta.", "lm_head.", "cls."])
+def test_bert_and_roberta_are_told_apart_by_their_tensors(tmp_path, part):
+    """Their encoders have the same names, but not the same positions; an old config.json may not say which it is."""
+    config, other = (ROBERTA, BERT) if part != "cls." else (BERT, ROBERTA)
+    save_model(tmp_path, random_model(config))
+    shape = dataclasses.replace(config, positions=config.positions + 2, family=other.family)
+    write_config(tmp_path, shape)
+    dropped = {"roberta.": "lm_head.", "lm_head.": "roberta.", "cls.": "bert."}[part]
+    tensors = {name.removeprefix(dropped): tensor for name, tensor in stored(tmp_path).items()
+               if dropped != "lm_head." or not name.startswith(dropped)}  # fmt: skip
+    rewrite(tmp_path, tensors)
+    for load in (lambda: load_model(tmp_path, fresh_head=True), lambda: load_pretrained(tmp_path, Classifier, 2)):
+        refused(load, f"as a {config.family} does, but its config.json describes a {other.family}", "model_type")
 
 
 def test_positions_of_padding_are_not_ours(tmp_path):
