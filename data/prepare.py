@@ -51,7 +51,7 @@ class Settings:
     source: str = option(
         dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
     )
-    vocab: str = option(None, "vocab.txt, or a model: folder, name on the Hugging Face Hub, or demo", required=True)
+    vocab: str = option(None, "model: folder, name on the Hugging Face Hub, or demo; or a vocab.txt", required=True)
     out: str = option(None, "folder to write; must not exist", required=True)
     val_share: float = option(0.01, "share of held-out documents")
     workers: int = option(None, "processes (default: the cores of this computer)")
@@ -243,7 +243,7 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up, like Ctrl-C
     started = time.perf_counter()
     vocab = pathlib.Path(settings.vocab).expanduser()
-    if not vocab.exists() and vocab.suffix not in (".txt", ".json"):  # these would be missing files
+    if not vocab.exists() and vocab.suffix not in (".txt", ".json", ".model"):  # these would be missing files
         from minidistil import hub  # imports PyTorch, whose memory is not needed otherwise
 
         vocab = hub.resolve(settings.vocab)

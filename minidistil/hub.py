@@ -8,10 +8,11 @@ import pathlib
 import re
 
 from minidistil.errors import UserError
+from minidistil.tokenizers import unigram_files
 from minidistil.weights import no_config, weight_files
 
 DEMO = pathlib.Path(__file__).resolve().parent.parent / "data" / "demo"
-VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model")
+VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt", *unigram_files.MODELS)
 TOKENIZER = [*VOCABULARIES, "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"]
 SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
@@ -81,14 +82,14 @@ def _snapshot(place):
 
 
 def _missing(folder):
-    """Returns what a folder lacks of a complete model with its vocabulary, such as "no vocab.txt", or ""."""
+    """Returns what a folder lacks of a complete model with its vocabulary, such as "no config.json", or ""."""
     if not (folder / "config.json").is_file():
         return "no config.json"
     try:
         weight_files(folder)
     except UserError:
         return "no weights, or not all"
-    return "" if any((folder / name).is_file() for name in VOCABULARIES) else f"no {VOCABULARIES[0]}"
+    return "" if any((folder / name).is_file() for name in VOCABULARIES) else "no vocabulary"
 
 
 def _refusal(error, page):

@@ -26,7 +26,7 @@ class Tokenizer(BaseTokenizer):
         """Reads the tokenizer of a model's folder, or of one of its files; raises UserError for what is not one."""
         path = pathlib.Path(path)
         if not path.exists():
-            raise UserError(f"there is no {path}: name a vocab.txt or a folder that holds one")
+            raise UserError(f"there is no {path}: name the folder of a model or tokenizer, or a vocab.txt")
         return _kind(path).load(path)
 
 
@@ -43,6 +43,9 @@ def _kind(path):
         return ByteBPE
     if has(*unigram_files.MODELS) or path.suffix == ".model":
         return Unigram
+    if path.is_dir() and not has("tokenizer.json"):
+        files = f"vocab.txt, vocab.json and merges.txt, {', '.join(unigram_files.MODELS)}, nor tokenizer.json"
+        raise UserError(f"{path} holds no vocabulary, neither {files}: add the model's")
     model = read_json(folder / "tokenizer.json").get("model") if has("tokenizer.json") else {}
     model = model if isinstance(model, dict) else {}
     kind = model.get("type")

@@ -170,7 +170,7 @@ def test_demo_is_shipped_or_its_absence_said(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "gone, word",
-    [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("vocab.txt", "no vocab.txt")],
+    [("config.json", "no config.json"), ("model.safetensors", "no weights"), ("vocab.txt", "no vocabulary")],
 )
 def test_incomplete_snapshot_is_not_taken(gone, word):
     snapshot = make_cached(cache_folder(), "bert-base-uncased")
@@ -264,7 +264,7 @@ def test_models_are_downloaded_into_the_cache(tmp_path):
     snapshot = pathlib.Path(first[0][0])
     assert snapshot == cache_folder() / "models--google-bert--bert-base-uncased" / "snapshots" / COMMIT
     assert (snapshot / "model.safetensors").read_bytes() == (safe / "model.safetensors").read_bytes()
-    assert first[3][0] == "UserError" and "a/bare has no vocab.txt" in first[3][1]
+    assert first[3][0] == "UserError" and "a/bare has no vocabulary" in first[3][1]
     assert first[4][0] == "UserError" and f"{endpoint} (no such model there)" in first[4][1]
     assert [answer[0] for answer in again] == [first[0][0], first[0][0], first[1][0]]
     assert not any(answer[3] for answer in again)  # nor the library that would use it

@@ -135,7 +135,8 @@ def test_the_vocabulary_may_be_that_of_a_named_model(tmp_path, documents):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "vocab.txt").read_bytes() == (ROOT / "data" / "demo" / "vocab.txt").read_bytes()
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    for name, reason in {"no/model": "forbids a download", "absent.txt": "there is no absent.txt"}.items():
+    files = {f"absent{suffix}": f"there is no absent{suffix}: name" for suffix in (".txt", ".json", ".model")}
+    for name, reason in {"no/model": "forbids a download", **files}.items():
         done = run(source, "--vocab", name, "--out", tmp_path / "none", cwd=tmp_path, env=offline)
         assert done.returncode == 1 and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "none").exists()

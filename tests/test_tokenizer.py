@@ -557,7 +557,11 @@ def broken_tokenizer_json(folder, change):
 
 BROKEN = {
     "absent": (lambda folder: folder.rmdir(), "there is no"),
-    "empty folder": (lambda folder: None, "neither vocab.txt nor tokenizer.json"),
+    "empty folder": (lambda folder: None, "holds no vocabulary, neither vocab.txt, vocab.json and .*, nor tokenizer.json"),
+    "a GPT-2 without its vocabulary": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}'),
+        "holds no vocabulary, neither vocab.txt, vocab.json and merges.txt, ",
+    ),
     "not UTF-8": (lambda folder: (folder / "vocab.txt").write_bytes(b"[PAD]\n\xff\xfe"), "not UTF-8"),
     "empty vocabulary": (lambda folder: (folder / "vocab.txt").touch(), r"no \[PAD\]"),
     "no [MASK]": (lambda folder: write_vocab(folder, SMALL[:4]), r"vocab.txt: the vocabulary has no \[MASK\]"),

@@ -98,7 +98,9 @@ class WordPiece(BaseTokenizer):
         for token in SPECIAL_TOKENS.values():
             if (count := self.vocab.count(token)) != 1:
                 problem = f"the vocabulary has {token} {count} times" if count else f"the vocabulary has no {token}"
-                raise UserError(f"{problem}: use the vocab.txt of a BERT model, or one made by data/vocab.py")
+                raise UserError(
+                    f"{problem}: use a BERT model's vocab.txt, one made by data/vocab.py, or the folder of a tokenizer"
+                )
         self.set_special(SPECIAL_TOKENS)
         self.lowercase = bool(lowercase)
         self.strip_accents = bool(lowercase if strip_accents is None else strip_accents)
