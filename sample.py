@@ -28,7 +28,7 @@ import unicodedata
 import torch
 
 from minidistil import hub, weights
-from minidistil.checks import score_words
+from minidistil.checks import check_predicts, check_seeds, check_vocabulary, score_words
 from minidistil.cli import option, parse_args, run_script
 from minidistil.errors import UserError
 from minidistil.generate import continuation
@@ -102,6 +102,9 @@ def completed(settings, causal):
         for name, value in given.items():
             if value < 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 0 or more")
+        check_seeds(given.get("seed", 0))
+        if BLANK in prompt:
+            raise UserError("the model is a GPT-2, which continues a text and fills in no [MASK]: leave it out")
         return dataclasses.replace(settings, prompt=prompt, **OF_CAUSAL | given)
     for name in given:
         raise UserError(f"--{name.replace('_', '-')} is for a GPT-2, which continues a text: leave it out")
@@ -226,13 +229,16 @@ def main(argv):
     tokenizer = tokenizers["student"]
     if any(other.digest != tokenizer.digest for other in tokenizers.values()):
         raise UserError("student and teacher have different vocabularies: name its own teacher, or use --teacher none")
-    causal = weights.read_config(folders["student"]).causal
+    configs = {role: weights.read_config(folder) for role, folder in folders.items()}
+    check_predicts(configs.get("teacher"), configs["student"])
+    causal = configs["student"].causal
     settings = completed(settings, causal)
     if causal:
         ids = [tokenizer.sep_id, *tokenizer.encode(settings.prompt)]  # the beginning of a document
         positions = [len(ids) - 1]  # whose next token is the one blank
     else:
-        mask = tokenizer.special.get("mask", BLANK)
+        check_vocabulary("student", configs["student"], tokenizer, say=lambda line: None)  # it has a blank
+        mask = tokenizer.special["mask"]
         settings.prompt = settings.prompt.replace(BLANK, mask)
         check_blanks(settings.prompt, mask)
         ids = tokenizer.encode_prompt(settings.prompt)

@@ -103,11 +103,16 @@ def score_words(role, model, tokenizer, say=print):
     model.words = len(tokenizer.vocab)
 
 
+def check_predicts(teacher, student):
+    """Raises UserError where models with these configs, the teacher's perhaps None, predict different tokens."""
+    if teacher and teacher.causal != student.causal:
+        families = f"the teacher is a {teacher.family} and the student a {student.family}"
+        raise UserError(f"{families}: one predicts masked tokens, the other the next ones: use one family")
+
+
 def check_family(teacher, student, settings):
     """Raises UserError where teacher and student predict different tokens, or `settings` are for masked ones only."""
-    if teacher and teacher.config.causal != student.config.causal:
-        families = f"the teacher is a {teacher.config.family} and the student a {student.config.family}"
-        raise UserError(f"{families}: one predicts masked tokens, the other the next ones: use one family")
+    check_predicts(teacher and teacher.config, student.config)
     for field in dataclasses.fields(settings) if student.config.causal else ():
         if field.name in OF_MASKS and getattr(settings, field.name) != field.default:
             what = f"--{field.name.replace('_', '-')} is for masked tokens, and a {student.config.family} has none"

@@ -247,11 +247,25 @@ def test_sample_shows_the_next_word_and_the_continuation(causal, capsys):
 
 def test_flags_of_a_causal_model_are_its_own(tiny, causal):
     for flags, model, message in (
+        (["--seed", str(2**63)], causal, f"--seed is {2**63}: it must be a whole number from 0 to"),
+        ([], causal, "the model is a GPT-2, which continues a text and fills in no"),
+        (["--teacher", str(causal)], tiny / "teacher", "the teacher is a gpt2 and the student a bert: one predicts"),
+        (["--teacher", str(tiny / "teacher")], causal, "the teacher is a bert and the student a gpt2: one predicts"),
         (["--tokens", "3"], tiny / "teacher", "--tokens is for a GPT-2, which continues a text: leave it out"),
         (["--top-k", "-1"], causal, "--top-k is -1: it must be 0 or more"),
     ):
         with pytest.raises(UserError, match=message):
             sample.main(["a [MASK]", "--model", str(model), *flags])
+
+
+def test_a_run_without_data_says_whose_vocabulary_it_has(tiny, monkeypatch, capsys):
+    """data/gpt2.json alone is trained with the demo's words, not with byte-level BPE."""
+    monkeypatch.setattr("data.cached.docs_corpus", lambda *_: tiny / "corpus")
+    for teacher in ("none", str(tiny / "teacher")):
+        train.open_corpus(train.Settings(teacher=teacher), Tokenizer.load(tiny / "teacher"), tiny / "teacher")
+        said = capsys.readouterr().out
+        assert f"training on the docs corpus with the vocabulary of {tiny / 'teacher'}; for" in said
+        assert f"BOOKS_FOLDER --vocab {tiny / 'teacher'} --out" in said
 
 
 @pytest.mark.parametrize("flags", [dict(model=None), dict(model="bilstm", words=None)], ids=["model", "words"])

@@ -155,6 +155,9 @@ def test_a_vocabulary_has_what_its_model_needs(roberta, tiny, tmp_path):
                 teacher="none", student_config=str(tmp_path / "config.json"), data=str(folder / "corpus"), device="cpu",
                 dtype="fp32", steps=1, out=str(tmp_path / "out"),
             ))  # fmt: skip
+    weights.save_model(tmp_path / "gpt2", LanguageModel(config))
+    with pytest.raises(UserError, match="the student is a bert, which fills in masked"):
+        sample.main(["a [MASK]", "--model", str(tmp_path / "gpt2")])
 
 
 @pytest.mark.parametrize(("length", "stride"), [(384, 128), (100, 30)])
