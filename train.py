@@ -2,11 +2,11 @@
 
     python train.py                                              the demo: two minutes on two CPU cores
     python train.py --teacher bert-base-uncased --accum 64       any BERT, a folder or a name
-    python train.py --teacher none --student-config FILE --data DIR    masked-LM training without a teacher
+    python train.py --teacher none --student-config FILE --data DIR    training without a teacher
     torchrun --nproc-per-node 8 train.py ...                     any of these in several processes
 
-Every run leaves in --out a folder that transformers loads (`AutoModelForMaskedLM`, `AutoTokenizer`), run.json,
-metrics.jsonl, curve.svg and a checkpoint. The last line of stdout is one JSON object:
+Every run leaves in --out a folder that transformers loads, run.json, metrics.jsonl, curve.svg and a checkpoint. The
+last line of stdout is one JSON object, with "clm_loss" and "perplexity" in place of "mlm_loss" for a GPT-2:
 
     {"out", "steps", "tokens", "seconds", "tokens_per_second", "peak_rss_mib", "peak_gpu_mib",
      "teacher": {"parameters", "mlm_loss", "top1"}, "student": {"parameters", "mlm_loss", "top1", "kl", "agreement"}}
@@ -51,7 +51,7 @@ EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 @dataclasses.dataclass
 class Settings:
     # models and data
-    teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (plain masked-LM training)")
+    teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (training on the text alone)")
     data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once "
                         "in the folder $MINIDISTIL_CACHE or data/cache)")  # fmt: skip
     out: str = option(None, "output folder (default: runs/NAME, a new one each time)")
@@ -63,7 +63,7 @@ class Settings:
     micro_batch: str = option(None, "sequences per forward pass, a divisor of batch * accum; auto: as many as fit on a "
                                "GPU, a fast number on a CPU (default: auto on a GPU, --batch on a CPU); it changes an "
                                "update only by rounding, but see --dropout")  # fmt: skip
-    seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] included")
+    seq_len: int = option(512, "tokens in a sequence, [CLS] and [SEP] of masked models included")
     # optimiser: AdamW with betas (0.9, 0.98), eps 1e-6, no weight decay
     lr: float = option(5e-4, "peak learning rate")
     warmup: float = option(0.05, "share of the updates in which the learning rate rises; then it falls linearly")
@@ -71,7 +71,7 @@ class Settings:
     # objective
     temperature: float = option(2.0, "softens both distributions in the KL term")
     alpha_ce: float = option(5.0, "weight of tau^2 KL to the teacher's distribution")
-    alpha_mlm: float = option(2.0, "weight of the masked-LM cross-entropy")
+    alpha_mlm: float = option(2.0, "weight of the cross-entropy of masked tokens, or of a GPT-2's next ones")
     alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
     kd_rows: str = option("all", "tokens on which the student learns the teacher's logits", choices=("all", "masked"))
@@ -146,11 +146,11 @@ def open_corpus(settings, tokenizer, tokenizer_folder):
     if settings.data:
         corpus = Corpus(settings.data)
     else:
-        if settings.teacher not in ("demo", "none"):
+        if settings.teacher != "demo":
             print(
-                "no --data: training on the docs corpus; for the published result prepare Wikipedia + books: "
-                "python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 BOOKS_FOLDER "
-                f"--vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
+                f"no --data: training on the docs corpus with the vocabulary of {tokenizer_folder}; for the published "
+                "result take Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 "
+                f"BOOKS_FOLDER --vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
                 flush=True,
             )
         from data.cached import docs_corpus

@@ -1,3 +1,3 @@
-"""minidistil: distil BERT into DistilBERT with little code."""
+"""minidistil: distil BERT, RoBERTa, XLM-R and GPT-2 with little code."""
 
 __version__ = "0.1.0"

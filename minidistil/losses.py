@@ -6,9 +6,10 @@
       + alpha_mse * mean over R of sum_v (s - t)^2
 
 for student logits s, teacher logits t and last hidden states h. R is all tokens (the published recipe) or the masked
-ones (`kd_rows`: all | masked). The denominator of every mean is that of the *whole update*, so the gradient does not
-depend on the split into micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened
-gradient shrinks: d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)).
+ones (`kd_rows`: all | masked). In a causal model every token counts as masked: its label is the next one. The
+denominator of every mean is that of the *whole update*, so the gradient does not depend on the split into
+micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened gradient shrinks:
+d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)).
 
 Legend:  B batch   T tokens per sequence   N rows   C width   s, t student and teacher   tau temperature
 """
@@ -34,7 +35,7 @@ class Objective:
     kd_rows: str = "all"
 
     def without_teacher(self):
-        """Returns the objective of a run without a teacher: the masked-LM term alone."""
+        """Returns the objective of a run without a teacher: the term of the true tokens alone."""
         return dataclasses.replace(self, alpha_ce=0.0, alpha_cos=0.0, alpha_mse=0.0)
 
     @property
