@@ -3,9 +3,10 @@
     python data/prepare.py docs --vocab data/demo --out runs/docs
     python data/prepare.py books/ wikipedia:enwiki-pages-articles.xml.bz2 --vocab vocab.txt --out runs/corpus
 
-The output folder holds train.bin and val.bin (token ids, each document followed by [SEP], little-endian uint16, or
-uint32 for more than 65,536 tokens), counts.npy ((V,) int64, how often train.bin holds each id), the tokenizer's files
-and meta.json with hashes of all of them. The folder is written atomically.
+The output folder holds train.bin and val.bin (token ids, each document followed by [SEP], or the token that ends a text
+in another vocabulary; little-endian uint16, or uint32 for more than 65,536 tokens), counts.npy ((V,) int64, how often
+train.bin holds each id), the tokenizer's files and meta.json with hashes of all of them. The folder is written
+atomically.
 
 A document is a line of text; or what stands between blank lines, if one line in a hundred is blank; or one value of
 --field in a table or JSON file; or an article of Wikipedia. One of more than 4 MiB is cut at white space into several.

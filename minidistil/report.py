@@ -83,7 +83,10 @@ class RunReport:
             "student": {"parameters": num_params(student.config), **run.evaluation["held_out"]},
         }
         student.cpu().eval()
-        weights.save_model(run.out, student, **tokenizer.hub_ids)
+        ids = tokenizer.hub_ids
+        if student.config.causal:  # whatever its vocabulary: without them, transformers takes those of GPT-2's own
+            ids = {"bos_token_id": tokenizer.sep_id, "eos_token_id": tokenizer.sep_id}
+        weights.save_model(run.out, student, **ids)
         tokenizer.max_length = student.config.positions
         tokenizer.save(run.out, student.config.family)
         ending = {"planned_steps": progress.total, "ended_by": ended_by, "evaluated_after": run.evaluation["step"]}

@@ -149,6 +149,8 @@ def test_a_student_learns_and_opens_in_transformers(tiny, causal, tmp_path, caps
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "gpt2" and config["n_layer"] == 2 and config["architectures"] == ["GPT2LMHeadModel"]
     theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    sep = Tokenizer.load(out).sep_id  # at which a text ends, in this vocabulary too
+    assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (sep, sep)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     ours = weights.load_model(out)
     ids = torch.randint(5, ours.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
