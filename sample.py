@@ -164,7 +164,8 @@ def go_on(model, ids, settings, tokenizer):
     new = continuation(
         model, ids, settings.tokens, settings.temperature, settings.top_k, settings.seed, end=tokenizer.sep_id
     )
-    return settings.prompt + tokenizer.decode(new)
+    prompt = ids[1:]  # decoded with the new ones: whether a space follows it is up to them
+    return settings.prompt + tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
 
 
 def bar(share, width, blocks):

@@ -23,6 +23,8 @@ from minidistil.progress import training_flops_per_token
 from minidistil.safetensors import read_safetensors
 from minidistil.student import student_from_teacher
 from minidistil.tokenizer import Tokenizer
+from minidistil.tokenizers.wordpiece import WordPiece
+from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
 
 SHAPE = dict(positions=32, token_types=0, layers=4, heads=2, width=32, mlp_width=64, norm_eps=1e-5, family="gpt2")
 
@@ -241,10 +243,21 @@ def test_sample_shows_the_next_word_and_the_continuation(causal, capsys):
         best = theirs(torch.tensor([ids])).logits[0, -1].topk(4).indices.tolist()
     assert [token for token, _ in found["predictions"]["student"]] == [tokenizer.vocab[i] for i in best]
     new = continuation(weights.load_model(causal), ids, 6, temperature=0, end=tokenizer.sep_id)
-    assert found["continuations"] == {"student": prompt + tokenizer.decode(new), "teacher": None}
+    assert found["continuations"] == {"student": f"{prompt} {tokenizer.decode(new)}", "teacher": None}
     sample.main([prompt, "--model", str(causal), "--teacher", str(causal), "-k", "4", "--tokens", "6", "--seed", "1"])
     said = capsys.readouterr().out
     assert said.count(prompt) == 3 and "same first guess in 1 of 1" in said
+
+
+def test_a_continuation_joins_its_prompt_as_the_vocabulary_has_it(monkeypatch):
+    """WordPiece: a word begins with a space, ## and a full stop without one; nothing stands before an empty prompt."""
+    tokenizer = WordPiece([*SPECIAL_TOKENS.values(), "ab", "cd", "##e", "."])
+    for prompt, new, text in (
+        ("AB", ["cd", "##e"], "AB cde"), ("ab", ["##e", "cd"], "abe cd"), ("cd", ["."], "cd."), ("", ["cd"], "cd"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sample, "continuation", lambda *_, new=new, **__: [tokenizer.ids[token] for token in new])
+        settings = sample.Settings(prompt, tokens=4, top_k=0, seed=0)
+        assert sample.go_on(None, [tokenizer.sep_id, *tokenizer.encode(prompt)], settings, tokenizer) == text
 
 
 def test_flags_of_a_causal_model_are_its_own(tiny, causal):
