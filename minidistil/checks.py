@@ -80,7 +80,7 @@ def check_vocabulary(role, config, tokenizer, say=print):
     if spare < 0:
         raise UserError(
             f"the {role} has {config.vocab_size} words, its vocabulary {len(tokenizer.vocab)}: "
-            "give it the vocabulary that it was trained with"
+            "give it the vocabulary that it was trained with, or as many words in the config.json of a new model"
         )
     if not config.causal and "mask" not in tokenizer.special:
         raise UserError(

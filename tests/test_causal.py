@@ -178,6 +178,11 @@ def test_without_a_teacher(tiny, causal, tmp_path):
     shape = str(causal / "config.json")
     summary = train.train(settings(tiny, causal, tmp_path / "run", teacher="none", student_config=shape, steps=2))
     assert summary["teacher"] is None and summary["student"].keys() == {"parameters", "clm_loss", "perplexity", "top1"}
+    config = dict(json.loads((causal / "config.json").read_text()), vocab_size=100)
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    shape = str(tmp_path / "small.json")
+    with pytest.raises(UserError, match="has 100 words, its .*, or as many words in the config.json of a new model"):
+        train.train(settings(tiny, causal, tmp_path / "small", teacher="none", student_config=shape))
 
 
 @pytest.mark.parametrize(
