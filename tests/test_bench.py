@@ -284,13 +284,14 @@ def test_a_later_failure_keeps_the_earlier_rounds(tmp_path, monkeypatch):
         speed = next(speeds)
         if speed is None:
             raise UserError("died")
-        return {"tokens_per_second": speed, "peak_mib": 1.0}
+        return {"tokens_per_second": speed, "peak_mib": 1.0, "dtype": "fp32"}
 
     monkeypatch.setattr(step, "alone", alone)
     monkeypatch.setattr(step, "make_world", lambda *_: None)
     rows = step.bench(step.Settings(tiny=True, device="cpu", rounds=2, out=str(tmp_path)))
     original, every, masked = {id(row): row for row in rows}.values()
     assert original["tokens_per_second"][1] == 10.5 and masked["tokens_per_second"][1] == 42.0
+    assert original["dtype"] == "fp32" and "| original's way | fp32 |" in step.table([original])
     assert every["tokens_per_second"][1] == 20.0 and "died" in every["error"]
 
 
