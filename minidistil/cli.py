@@ -86,7 +86,11 @@ def run_script(main, argv=None, in_ranks=False):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be no text
     try:
-        sys.exit(main(argv) or 0)
+        code = main(argv) or 0
+        if in_ranks and launcher.place()[1] > 1:  # gloo's threads may abort a rank that ends while others still write
+            sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
     except (UserError, OSError, MemoryError) as error:
         if "--debug" in argv:
             raise
