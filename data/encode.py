@@ -8,7 +8,7 @@ import numpy as np
 HASHES = 1 << 63  # document hashes are below this
 PIECE = 1 << 16  # characters of a document to split at once: the list of words takes 15 times the memory of the text
 _SPACE = re.compile(r"[ \t\r\n]")
-_CUT = re.compile(r"(?<=\S)[ \t\r\n]")  # the first of several spaces: byte-level BPE splits them all but the last off
+_CUT = re.compile(r"(?<=\S)[ \t\r\n]")  # the first of several, all but the last of which byte-level BPE keeps together
 
 
 def token_dtype(vocab_size):

@@ -372,11 +372,6 @@ def dropout_add_layer_norm(x, residual, weight, bias, eps, p=0.0, training=True,
     return y.view(x.shape), x if residual is None and data is None else z.view(x.shape)
 
 
-def bytes_moved(N, C, itemsize, p, stream=0):
-    """Minimum bytes moved by forward and backward, with a residual: 14 per element in bf16, 16 with dropout.
-
-    `stream`: bytes of an element of the residual and of z, where z is returned: 28 in bf16 with a stream in fp32.
-    """
-    if stream:  # residual, z; z, g, dz; and dx, where it is not dz
-        return N * C * (3 * itemsize + 5 * stream + (itemsize if p or stream != itemsize else 0))
+def bytes_moved(N, C, itemsize, p):
+    """Minimum bytes moved by forward and backward, with a residual: 14 per element in bf16, 16 with dropout."""
     return N * C * itemsize * (4 + (4 if p else 3))

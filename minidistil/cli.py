@@ -86,8 +86,13 @@ def run_script(main, argv=None, in_ranks=False):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may be no text
     try:
-        code = main(argv) or 0
-        if in_ranks and launcher.place()[1] > 1:  # gloo's threads may abort a rank that ends while others still write
+        try:
+            code = main(argv) or 0
+        except SystemExit as end:
+            if type(end.code) is not int or end.code < 128:
+                raise
+            code = end.code  # of a run that a signal interrupted
+        if in_ranks and launcher.place().size > 1:  # at once: the interpreter's end has aborted a rank (LOG.md)
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)

@@ -39,3 +39,14 @@ class BaseTokenizer:
         """Returns the ids of all texts in one uint32 array, with `sep` after each text that has ids."""
         end = array.array("I", [self.sep_id]).tobytes()
         return np.frombuffer(b"".join(ids + end for ids in map(self._encode, texts) if ids), np.uint32)
+
+    def _encode(self, text):
+        """The ids of plain text as the bytes of uint32."""
+        if self.added:
+            return b"".join(self._encode_parts(text, self._raw))
+        return self._encode_plain(text)
+
+    def _encode_parts(self, text, matcher):
+        """Yields the ids of a text in which `matcher` finds tokens, part by part, as the bytes of uint32."""
+        for token, start, end in matcher.split(text):
+            yield self._encode_plain(text[start:end]) if token is None else array.array("I", [token]).tobytes()

@@ -166,18 +166,8 @@ class Unigram(BaseTokenizer):
         """Returns a text with one token more, in place of a <mask>, which took the white space before it."""
         return text.rstrip() + self.vocab[i].replace(WORD_START, " ")
 
-    def _encode(self, text):
-        """The ids of plain text as the bytes of uint32."""
-        if self.added:
-            return b"".join(self._encode_parts(text, self._raw))
-        return self._encode_plain(text)
-
-    def _encode_parts(self, text, matcher):
-        """Yields the ids of a text in which `matcher` finds tokens, part by part, as the bytes of uint32."""
-        for token, start, end in matcher.split(text):
-            yield self._encode_plain(text[start:end]) if token is None else array.array("I", [token]).tobytes()
-
     def _encode_plain(self, text):
+        """The ids of text without added tokens as the bytes of uint32."""
         return array.array("I", self._processor.encode(_utf8(text))).tobytes()
 
 

@@ -239,12 +239,6 @@ class WordPiece(BaseTokenizer):
         token = self.vocab[i]
         return text.rstrip() + token[2:] if token.startswith("##") else text + token
 
-    def _encode(self, text):
-        """The ids of plain text as the bytes of uint32."""
-        if self.added:
-            return b"".join(self._encode_parts(text, self._raw))
-        return self._encode_plain(text)
-
     def _encode_parts(self, text, matcher):
         """Yields the ids of a text in which `matcher` finds tokens, part by part, as the bytes of uint32."""
         for token, start, end in matcher.split(text):
