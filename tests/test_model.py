@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from minidistil import model as model_module
 from minidistil.model import (
     BERT_BASE,
     DISTILBERT_BASE,
@@ -300,6 +301,27 @@ def test_every_dropout_acts_and_in_training_only(config):
             other.dropout = 0.5 if other is place else 0.0
         assert not torch.equal(model.train()(ids), model(ids))
         assert torch.equal(model.eval()(ids), model(ids))
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_GPT2], ids=["bert", "gpt2"])
+def test_every_dropout_has_a_number_of_its_own(config, monkeypatch):
+    """Two of one number would drop the same elements."""
+    sites = []
+
+    def recorded(function, names):
+        def call(*arguments, **named):
+            given = dict(zip(names, arguments, strict=False)) | named
+            if given.get("p") and given.get("training", True):
+                sites.append(given["site"])
+            return function(*arguments, **named)
+
+        return call
+
+    of_norm = ["x", "residual", "weight", "bias", "eps", "p", "training", "key", "site"]
+    for name, names in (("dropout", ["x", "p", "training", "key", "site"]), ("dropout_add_layer_norm", of_norm)):
+        monkeypatch.setattr(model_module, name, recorded(getattr(model_module, name), names))
+    LanguageModel(config, seed=0).train()(batch(config.vocab_size, B=2, T=9)[0])
+    assert sorted(sites) == list(range(1 + 3 * config.layers))
 
 
 def test_impossible_shapes_are_refused():
