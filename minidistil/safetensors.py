@@ -102,8 +102,8 @@ def _are_sizes(values):
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
-def parse_json(data):
-    """Returns the JSON object in the UTF-8 bytes `data`; ValueError for anything else, NaN and repeated keys too."""
+def parse_json(data, kind=dict):
+    """Returns the JSON object, or list, in the UTF-8 bytes `data`; ValueError for anything else, and repeated keys."""
 
     def unique(pairs):
         values = dict(pairs)
@@ -118,8 +118,8 @@ def parse_json(data):
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+    if not isinstance(value, kind):
+        raise ValueError(f"not a JSON {'object' if kind is dict else 'list'}")
     return value
 
 

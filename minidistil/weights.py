@@ -51,12 +51,12 @@ def read_weights(folder):
     return tensors
 
 
-def read_json(path):
-    """Returns the JSON object in a file; raises UserError for anything else."""
+def read_json(path, kind=dict):
+    """Returns the JSON object, or list, in a file; raises UserError for anything else."""
     with open(path, "rb") as file:
         data = file.read(HEADER_LIMIT)
     try:
-        return parse_json(data)
+        return parse_json(data, kind)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}: copy or download it again") from None
 
@@ -184,7 +184,10 @@ def unused_positions(family, pad_id):
 
 
 def write_config(folder, config, head=None, **extra):
-    """Writes config.json as transformers' configuration of this family has it; `head` None is the language model's."""
+    """Writes config.json as transformers' configuration of this family has it.
+
+    `head` is how the name of the model's class ends there; None: as the language model's does.
+    """
     family = FAMILIES[config.family]
     values = {theirs: getattr(config, ours) for ours, theirs in family.config_keys.items()}
     values[family.config_keys["positions"]] += unused_positions(config.family, config.pad_id)
@@ -192,7 +195,7 @@ def write_config(folder, config, head=None, **extra):
         raise ValueError(f"a {config.family}'s config.json cannot say that norm_eps is {config.norm_eps}")
     if config.causal:
         values["embd_pdrop"] = config.dropout
-    suffix = family.language_model if head is None else f"For{head}"
+    suffix = family.language_model if head is None else head
     values |= {"model_type": config.family, "architectures": [f"{family.architecture}{suffix}"]}
     values |= {**family.config_constants, "tie_word_embeddings": True, "torch_dtype": "float32", **extra}
     write_json(pathlib.Path(folder) / "config.json", dict(sorted(values.items())))
@@ -217,15 +220,15 @@ def _names(config, parameters):
     return names
 
 
-def load_model(folder, fresh_head=False):
-    """Returns the LanguageModel of a Hugging Face folder in fp32 on the CPU, in eval mode.
+def load_model(folder, fresh_head=False, kind=LanguageModel):
+    """Returns the model of a Hugging Face folder in fp32 on the CPU, in eval mode: a LanguageModel or SentenceEncoder.
 
     `fresh_head` adds a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder. Raises
     UserError unless every tensor of the file is used or ignored with a reason, and every parameter has a tensor.
     """
     config = read_config(folder)
     with torch.device("meta"):  # allocates and draws nothing: every tensor is replaced below
-        model = LanguageModel(config)
+        model = kind(config)
     source, names = named_weights(folder, model)
     fresh, of_head = {}, [name for ours in names if ours.startswith("head.") for name in names[ours]]
     if of_head and not any(name in source for name in of_head):
@@ -341,15 +344,17 @@ def _fresh_head(config):
 def save_model(folder, model, **extra):
     """Writes config.json and model.safetensors of an fp32 model as transformers does; `load_model` inverts it.
 
-    A LanguageModel becomes a BertForMaskedLM or, by its family, another; the tied decoder is left out. A
-    Classifier becomes a ...ForSequenceClassification, a SpanReader a ...ForQuestionAnswering, `extra` more keys.
+    A LanguageModel becomes a BertForMaskedLM or, by its family, another; the tied decoder is left out, and so is a
+    projection to a teacher's width. A Classifier becomes a ...ForSequenceClassification, a SpanReader a
+    ...ForQuestionAnswering, a SentenceEncoder a BertModel; `extra` more keys.
     """
-    state = model.state_dict()
-    tensors = {}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("projection.")}
+    tensors, hub_name = {}, getattr(model, "hub_name", None)
     for ours, theirs in _names(model.config, state).items():
         for name, part in zip(theirs, state[ours].chunk(len(theirs)), strict=True):
             transposed, unused = _layout(model.config, name)
             part = F.pad(part, (0, 0, unused, 0)) if unused else part
+            name = name.partition(".")[2] if hub_name == "Model" else name  # a model without a head has no prefix
             tensors[name] = part.t().contiguous() if transposed else part
-    write_config(folder, model.config, getattr(model, "hub_name", None), **extra)
+    write_config(folder, model.config, hub_name, **extra)
     write_safetensors(pathlib.Path(folder) / "model.safetensors", tensors)

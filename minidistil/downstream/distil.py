@@ -80,7 +80,7 @@ def check_teacher(folder, task, tokenizer):
     """Raises UserError for a teacher that was fine-tuned for something else than a task, or has another vocabulary."""
     config, kind, labels = read_finetuned(folder)
     if kind is not task.kind:
-        what = f"it is a ...For{kind.hub_name}, not a ...For{task.kind.hub_name}"
+        what = f"it is a ...{kind.hub_name}, not a ...{task.kind.hub_name}"
         raise UserError(f"{folder} was not fine-tuned for {task.name} ({what}): give a teacher that was")
     if kind is Classifier:
         label_order(folder, labels, task)

@@ -26,7 +26,7 @@ MASKED_LOGIT = -1e4  # logit of a padding token; finite, so that differences of 
 class Classifier(nn.Module):
     """ids (B, T) -> logits (B, K), from the hidden state of [CLS]."""
 
-    hub_name = "SequenceClassification"
+    hub_name = "ForSequenceClassification"
 
     def __init__(self, config, outputs, seed=None):
         super().__init__()
@@ -48,7 +48,7 @@ class Classifier(nn.Module):
 class SpanReader(nn.Module):
     """ids (B, T) -> logits (B, 2, T) of the answer's first token and of its last."""
 
-    hub_name = "QuestionAnswering"
+    hub_name = "ForQuestionAnswering"
 
     def __init__(self, config, outputs=2, seed=None):
         super().__init__()
@@ -88,7 +88,7 @@ def read_finetuned(folder):
     config = weights.read_config(folder)
     values = weights.read_json(pathlib.Path(folder) / "config.json")
     architecture = str((values.get("architectures") or [""])[0])
-    kind = next((kind for kind in (Classifier, SpanReader) if architecture.endswith(f"For{kind.hub_name}")), None)
+    kind = next((kind for kind in (Classifier, SpanReader) if architecture.endswith(kind.hub_name)), None)
     if kind is None:
         raise UserError(f"{folder} is not a fine-tuned model: make one with finetune.py")
     labels = values.get("id2label") or {}
