@@ -108,7 +108,8 @@ class Corpus:
 class Sequences:
     """Sequences of T tokens from a stream of ids, and their labels; `batch(first, n)` is a pure function.
 
-    `causal`: the labels are the next tokens, and nothing is masked. `label_share` is the share of tokens with a label.
+    `causal`: the labels are the next tokens, and nothing is masked. `label_share` is the share of tokens with a label,
+    `mean_length` that of a sequence in tokens.
 
     With `shuffle`, each epoch has a new permutation of the blocks and a new offset of their boundaries; without
     (evaluation), sequence g is block g. `smoothing`: 0 masks uniformly, 0.7 is the published preference for rare words.
@@ -118,7 +119,7 @@ class Sequences:
         self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False, mask_share=MASK_SHARE, causal=False
     ):
         self.tokens, self.T, self.tokenizer, self.seed, self.shuffle = tokens, T, tokenizer, seed, shuffle
-        self.causal, self.label_share = causal, 1.0 if causal else mask_share
+        self.causal, self.label_share, self.mean_length = causal, 1.0 if causal else mask_share, T
         self.block = T if causal else T - 2  # [CLS] and [SEP] take two places
         spare = causal + (self.block - 1 if shuffle else 0)  # for the last label, and for the epoch's offset
         self.per_epoch = max(0, (len(tokens) - spare) // self.block)

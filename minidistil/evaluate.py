@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
-from minidistil.student import to_teacher
+from minidistil.narrow import to_teacher
 
 ROWS = 256  # rows of logits at a time, at most: 256 x 30,522 fp32 is 31 MB
 LOGIT_BYTES = 128 << 20  # at most, of one model's fp32 logits at a time, of which five such tensors exist

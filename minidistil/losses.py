@@ -23,7 +23,7 @@ import torch
 from kernels.cosine import cosine_distance
 from kernels.linear_distill_kl import linear_distill_kl
 from minidistil.data import IGNORE
-from minidistil.student import to_teacher
+from minidistil.narrow import to_teacher
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,5 @@
-"""Student initialisation: from teacher layers, from a folder, or with random weights.
+"""Student initialisation: from teacher layers, from a folder, or with random weights."""
 
-A narrower student starts from the teacher's directions that matter most: its word vectors are U S V^T, and C_s columns
-of V with the largest singular values keep most of them. The same columns are the start of a projection, learnt beside
-the student and not part of it, through which the student's hidden states are compared with the teacher's.
-
-Legend:  C_t, C_s width of teacher and student   V (C_t, C_s) those columns, orthonormal
-"""
-
-import dataclasses
 import re
 
 import torch
@@ -15,6 +7,7 @@ import torch
 from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.model import LanguageModel
+from minidistil.narrow import narrowed, narrower, projection_to
 
 
 def student_layers(teacher_layers, k=None):
@@ -51,52 +44,6 @@ def student_from_teacher(teacher, layers):
     return student
 
 
-def narrower(config, width):
-    """Returns this Config `width` wide: its heads keep their width, its MLP its ratio. UserError unless heads fit."""
-    D = config.width // config.heads
-    if width < D or width % D or width >= config.width:
-        raise UserError(f"--student-width {width}: give a multiple of {D}, a head's width, below {config.width}")
-    shape = dict(width=width, heads=width // D, mlp_width=max(1, config.mlp_width * width // config.width))
-    return dataclasses.replace(config, **shape)
-
-
-def leading_directions(teacher, width):
-    """Returns V (C_t, width) fp32: the right singular vectors of the teacher's word vectors, the largest first."""
-    words = teacher.encoder.embeddings.words.weight.detach().double()
-    _, vectors = torch.linalg.eigh(words.T @ words)  # in the order of growing eigenvalues
-    return vectors.flip(1)[:, :width].float().contiguous()
-
-
-@torch.no_grad()
-def start_from_directions(student, teacher):
-    """Gives a narrower student the teacher's word and position vectors in its leading directions, and the head's bias.
-
-    Its layers stay random.
-    """
-    V, theirs = leading_directions(teacher, student.config.width), teacher.encoder.embeddings
-    words, positions = theirs.words.weight, theirs.positions.weight
-    if theirs.types is not None and student.encoder.embeddings.types is None:
-        positions = positions + theirs.types.weight[0]
-    student.encoder.embeddings.words.weight.copy_(words @ V)
-    student.encoder.embeddings.positions.weight.copy_(positions @ V)
-    if teacher.head is not None and not teacher.config.causal:
-        student.head.bias.copy_(teacher.head.bias)
-
-
-def projection_to(teacher, student):
-    """Returns the projection, a bias-free Linear from the student's width to the teacher's that starts as V^T."""
-    projection = torch.nn.Linear(student.config.width, teacher.config.width, bias=False, device="meta")
-    V = leading_directions(teacher, student.config.width)
-    projection.load_state_dict({"weight": V}, assign=True)
-    return projection.requires_grad_()
-
-
-def to_teacher(model, x):
-    """Returns x (..., C_s), hidden states or vectors of a model, in its teacher's width."""
-    projection = getattr(model, "projection", None)
-    return x if projection is None else projection(x)
-
-
 def parse_layers(text, teacher_layers):
     """Parses --student-layers: `6` -> six evenly spread teacher layers; `0,2,4` -> these; None -> half of them."""
     try:
@@ -125,8 +72,9 @@ def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout
         if layers:
             raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
         student = weights.load_model(source, fresh_head=True, kind=kind)
-    elif source == "teacher" and not width:
+    elif source == "teacher":
         student = student_from_teacher(teacher, parse_layers(layers, teacher.config.layers))
+        student = narrowed(student, width) if width else student
     else:
         if shape:
             config = weights.read_config(shape)
@@ -136,8 +84,6 @@ def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout
         else:
             raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
         student = kind(config, seed=seed)
-        if source == "teacher":
-            start_from_directions(student, teacher)
     if teacher and student.config.width != teacher.config.width:
         student.projection = projection_to(teacher, student)
     if dropout is not None:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from minidistil.data import IGNORE
 from minidistil.losses import Denominators, Objective, counts, distillation_loss
 from minidistil.model import Config, LanguageModel
+from minidistil.narrow import narrower, projection_to
 from minidistil.pooling import Pooling
-from minidistil.student import narrower, projection_to
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []

@@ -1,0 +1,102 @@
+"""A student narrower than its teacher: its start, and the projection through which the two are compared.
+
+The teacher's word vectors are U S V^T. The C_s columns of V with the largest singular values keep most of them, and a
+hidden state h of the teacher becomes h V. The narrow model computes in these directions what the wide one does:
+
+    matrices that read hidden states     W -> W V       words, q, k, v and the MLP's first
+    matrices that write them             W -> V^T W     attention's output and the MLP's second
+    heads and units of the MLP           those stay that write most
+
+LayerNorm alone knows no directions. Its weights become the root mean square of what they do along each, times what the
+lost directions had of the length.
+
+The same V is the start of the projection h_s V^T, which is learnt beside the student and is no part of it.
+
+Legend:  C_t, C_s width of teacher and student   V (C_t, C_s), orthonormal   D head width
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from minidistil.errors import UserError
+
+
+def narrower(config, width):
+    """Returns this Config `width` wide: its heads keep their width, its MLP its ratio. UserError unless heads fit."""
+    D = config.width // config.heads
+    if width < D or width % D or width >= config.width:
+        raise UserError(f"--student-width {width}: give a multiple of {D}, a head's width, below {config.width}")
+    shape = dict(width=width, heads=width // D, mlp_width=max(1, config.mlp_width * width // config.width))
+    return dataclasses.replace(config, **shape)
+
+
+def leading_directions(model, width):
+    """Returns V (C_t, width) fp32: the right singular vectors of a model's word vectors, the largest first."""
+    return _directions(model)[1][:, :width].float().contiguous()
+
+
+def _directions(model):
+    """Returns the squared singular values (C_t,) of a model's word vectors and all right singular vectors, in fp64."""
+    words = model.encoder.embeddings.words.weight.detach().double()
+    values, vectors = torch.linalg.eigh(words.T @ words)  # in the order of growing eigenvalues
+    return values.flip(0), vectors.flip(1)
+
+
+@torch.no_grad()
+def narrowed(model, width):
+    """Returns a model of the same class, `width` wide, that computes what `model` does in its leading directions."""
+    narrow = type(model)(narrower(model.config, width))
+    V, (values, _) = leading_directions(model, width), _directions(model)
+    kept = math.sqrt(values[:width].sum() / values.sum() * model.config.width / width)
+    wide, small = model.encoder.embeddings, narrow.encoder.embeddings
+    for name in ("words", "positions", "types"):
+        if getattr(small, name) is not None:
+            getattr(small, name).weight.copy_(getattr(wide, name).weight @ V)
+    for wide_block, small_block in zip(model.encoder.blocks, narrow.encoder.blocks, strict=True):
+        _narrow_attention(wide_block.attention, small_block.attention, V)
+        _narrow_mlp(wide_block.mlp, small_block.mlp, V)
+    if not (model.head is None or model.config.causal):
+        narrow.head.dense.weight.copy_(V.T @ model.head.dense.weight @ V)
+        narrow.head.dense.bias.copy_(model.head.dense.bias @ V)
+        narrow.head.bias.copy_(model.head.bias)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+    for name, norm in norms.items():
+        of_narrow = narrow.get_submodule(name)
+        of_narrow.weight.copy_(kept * (V.square() * norm.weight.square()[:, None]).sum(0).sqrt())
+        of_narrow.bias.copy_(norm.bias @ V)
+    return narrow
+
+
+def _narrow_attention(wide, narrow, V):
+    C, H = len(V), wide.heads
+    q, k, v = wide.qkv.weight.view(3, H, -1, C)  # each (H, D, C)
+    out = wide.out.weight.view(C, H, -1).transpose(0, 1)  # (H, C, D)
+    heads = (out @ v).flatten(1).norm(dim=1).topk(narrow.heads).indices.sort().values
+    narrow.qkv.weight.copy_(torch.cat([w[heads].flatten(0, 1) @ V for w in (q, k, v)]))
+    narrow.qkv.bias.copy_(wide.qkv.bias.view(3, H, -1)[:, heads].flatten())
+    narrow.out.weight.copy_(V.T @ out[heads].transpose(0, 1).flatten(1))
+    narrow.out.bias.copy_(wide.out.bias @ V)
+
+
+def _narrow_mlp(wide, narrow, V):
+    strength = wide.up.weight.norm(dim=1) * wide.down.weight.norm(dim=0)
+    units = strength.topk(narrow.up.out_features).indices.sort().values
+    narrow.up.weight.copy_(wide.up.weight[units] @ V)
+    narrow.up.bias.copy_(wide.up.bias[units])
+    narrow.down.weight.copy_(V.T @ wide.down.weight[:, units])
+    narrow.down.bias.copy_(wide.down.bias @ V)
+
+
+def projection_to(teacher, student):
+    """Returns the projection, a bias-free Linear from the student's width to the teacher's that starts as V^T."""
+    projection = torch.nn.Linear(student.config.width, teacher.config.width, bias=False, device="meta")
+    projection.load_state_dict({"weight": leading_directions(teacher, student.config.width)}, assign=True)
+    return projection.requires_grad_()
+
+
+def to_teacher(model, x):
+    """Returns x (..., C_s), hidden states or vectors of a model, in its teacher's width."""
+    projection = getattr(model, "projection", None)
+    return x if projection is None else projection(x)
