@@ -31,6 +31,7 @@ ABLATIONS = {
     "random start": (["--student-init", "random"], -3.69),
 }
 PUBLISHED_MASKS = ("--mask-share", "0.15")
+UNTRAINED = "student, layers alone, untrained"  # what no training has to earn
 METRICS = ("top1", "mlm_loss", "kl", "agreement")
 
 
@@ -106,6 +107,10 @@ def demo_table(results):
     lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher "
              "| seconds |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | | |")
+    for r in students[:1]:  # its curve begins before the first update
+        _, top1, loss = r["curve"][0]
+        row = [UNTRAINED, f"{r['parameters']:,}", f"{top1:.1%}", f"{top1 / teacher['top1']:.1%}", f"{loss:.3f}"]
+        lines.append(f"| {' | '.join(row)} | | |")
     for r in students:
         row = [f"student, {r['provider']}", f"{r['parameters']:,}", with_spread(r, "top1", ".1%")]
         row += [f"{r['top1'][0] / teacher['top1']:.1%}", with_spread(r, "mlm_loss", ".3f")]

@@ -31,6 +31,7 @@ from minidistil.cli import option
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.model import LanguageModel, num_params
+from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.safetensors import write_safetensors
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.unigram import Unigram
@@ -135,6 +136,8 @@ def main(argv):
     small, ids = tokenizer.cut(np.flatnonzero(used + held_out).tolist())
     small.save(out)
     before, after = cut_model(folder, out, ids)
+    if modules_folder(folder):  # of a sentence encoder
+        write_pooling(out, read_pooling(folder), after)
     summary = {
         "out": settings.out,
         "tokens": int(used.sum() + held_out.sum()),

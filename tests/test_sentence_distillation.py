@@ -43,7 +43,7 @@ def world(tiny, tmp_path_factory):
     tokenizer.save(folder / "teacher", "bert")
     write_pooling(folder / "teacher", Pooling("mean", True, 24), config)
     text, out = [str(tiny / "text.txt")], folder / "corpus"
-    prepare(text, folder / "teacher", out, val_share=0.1, workers=1, progress=False, sentences=True)
+    prepare(text, folder / "teacher", out, val_share=0.1, workers=1, progress=False, prefix="")
     return folder
 
 
@@ -210,7 +210,7 @@ def test_the_prompt_of_a_teacher_is_that_of_its_corpus(world, tiny, tmp_path):
     with pytest.raises(UserError, match="reads 'ab ' before each sentence, and .* has '': prepare .* --prefix 'ab '"):
         train.train(settings(world, tmp_path / "out", teacher=str(asks)))
     text = [str(tiny / "text.txt")]
-    prepare(text, asks, tmp_path / "corpus", val_share=0.1, workers=1, progress=False, sentences=True, prefix="ab ")
+    prepare(text, asks, tmp_path / "corpus", val_share=0.1, workers=1, progress=False, prefix="ab ")
     train.train(settings(world, tmp_path / "out", teacher=str(asks), data=str(tmp_path / "corpus"), steps=1))
     assert read_pooling(tmp_path / "out").prompt == "ab " and read_pooling(tmp_path / "out").mode == "cls"
 
