@@ -25,7 +25,7 @@ from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
 VECTORS = dict(alpha_ce=0.0, alpha_mlm=0.0, alpha_cos=0.0, alpha_emb=1.0)
-ALL = dict(alpha_emb=3.0, alpha_mse=0.01)
+ALL = dict(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.01, alpha_emb=3.0)
 TERMS = {"vectors": VECTORS, "with the cosine": VECTORS | dict(alpha_cos=1.0), "all": ALL}
 
 
@@ -76,7 +76,10 @@ def test_vectors_come_closer_and_the_folder_opens_in_sentence_transformers(world
     assert all(list(metrics) == ["emb"] for metrics in evaluated)
     assert evaluated[-1]["emb"] < 0.7 * evaluated[0]["emb"] and summary["student"]["emb"] == evaluated[-1]["emb"]
     assert all(record["loss"] == record["emb"] and "ce" not in record for record in history if "loss" in record)
-    assert summary["teacher"] == {"parameters": 28832} and summary["student"]["parameters"] < 28832
+    sizes = [
+        sum(tensor.numel() for tensor in tensors(folder).values()) for folder in (world / "teacher", tmp_path / "out")
+    ]
+    assert summary["teacher"] == {"parameters": sizes[0]} and summary["student"]["parameters"] == sizes[1] < sizes[0]
     pooling = read_pooling(tmp_path / "out")
     assert pooling == read_pooling(world / "teacher") == Pooling("mean", True, 24)
     # what the run says of held-out sentences is what users of the folder get
@@ -111,7 +114,9 @@ def test_a_resumed_run_has_the_same_bits(terms, width, world, tiny, tmp_path):
     config = weights.read_config(tmp_path / "whole")
     assert (config.width, config.mlp_width, config.layers) == ((16, 32, 2) if width else (32, 64, 2))
     with pytest.raises(UserError, match="student_width"):
-        train.train(settings(world, tmp_path / "halves", resume=True, **dict(given, student_width=8)))
+        train.train(
+            settings(world, tmp_path / "halves", resume=True, **dict(given, student_width=None if width else 16))
+        )
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -161,7 +166,7 @@ def test_a_narrower_student_starts_from_the_leading_directions(world):
     torch.testing.assert_close(V.T @ V, torch.eye(16), atol=1e-6, rtol=0)
     _, values, vectors = torch.linalg.svd(words.detach().double(), full_matrices=False)
     shared = torch.linalg.svdvals(vectors[:16] @ V.double())
-    assert shared.min() > 1 - 1e-9  # the same directions
+    assert shared.min() > 1 - 1e-6  # the same directions
     kept = (student.encoder.embeddings.words.weight @ V.T - words).norm().item()
     assert kept == pytest.approx(values[16:].square().sum().sqrt().item(), rel=1e-4)  # the best of rank 16
     assert torch.equal(student.projection.weight, V)
