@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
+import signal
+import time
 import types
 
 import pytest
@@ -107,6 +110,34 @@ def test_retention_without_tasks_scores_vectors_alone(tiny, glue, scripts):
     assert table[0] == "| | zero-shot stsb | kept | minutes |" and len(table) == 2 + 4
 
 
+def test_retention_goes_on_without_a_recipe_that_fails(tiny, glue, scripts, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "undistilled", "--steps-of-hand")
+    script = jobs.script
+
+    def failing(log, threads, *words):
+        if "--steps-of-hand" in words:
+            raise UserError("unrecognized arguments: --steps-of-hand")
+        return script(log, threads, *words)
+
+    monkeypatch.setattr(jobs, "script", failing)
+    rows = retained(tiny, glue, layers="2", minutes=1.0, recipes="undistilled,vectors")
+    assert rows["undistilled"]["error"].endswith("unrecognized arguments: --steps-of-hand")
+    assert rows["vectors"]["scores"] == {"sst2": 50.5} and "undistilled" not in retention.table(list(rows.values()))
+
+
+def test_an_exception_ends_the_processes(tmp_path):
+    (tmp_path / "long.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        with jobs.pool(1) as submit:
+            first, second = (submit(jobs.script, tmp_path / "log", 1, tmp_path / "long.py") for _ in range(2))
+            while "begun" not in ((tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    assert time.monotonic() - began < 30 and isinstance(first.exception(), UserError) and second.cancelled()
+
+
 def test_a_recipe_without_a_head_has_no_kl():
     assert "--alpha-ce 0" not in recipes.flags("masked words", True)
     assert recipes.flags("masked words", False).endswith("--alpha-ce 0")
@@ -167,6 +198,11 @@ def test_retention_says_why_a_run_failed(tiny, glue, tmp_path, monkeypatch):
     rows = retained(tiny, glue, student="nowhere", finetune="--examples 8 --lr x", rounds=1)
     assert "--lr x: give one learning rate" in rows["teacher"]["error"]
     assert "nowhere" in rows["nowhere"]["error"] and "scores" not in rows["teacher"]
+
+
+def test_retention_needs_minutes():
+    with pytest.raises(UserError, match="--minutes is 0: it must be greater than 0"):
+        list(retention.bench(retention.Settings(teacher="a", data="c", layers="2", minutes=0)))
 
 
 @pytest.mark.parametrize("given", [dict(teacher=None), dict(data=None), dict(student=None)])

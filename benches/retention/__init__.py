@@ -26,6 +26,7 @@ scores, on its dev set. Each seed of a student is fine-tuned once; the models th
 import dataclasses
 import pathlib
 import statistics
+from importlib.util import find_spec
 
 from benches import Common
 from benches.report import attempt
@@ -74,9 +75,11 @@ def chosen_recipes(settings):
     names = settings.recipes.split(",") if settings.recipes else list(RECIPES)
     if unknown := [name for name in names if name not in RECIPES]:
         raise UserError(f"--recipes {unknown[0]} is not known: choose from {', '.join(RECIPES)}")
-    if settings.width and PEER in names:
-        print(f"{PEER} is left out: its recipe keeps the teacher's width", flush=True)
-    return [name for name in RECIPES if name in names and not (settings.width and name == PEER)]
+    why = None if find_spec("sentence_transformers") else "install it with pip install -r requirements-dev.txt"
+    why = "its recipe keeps the teacher's width" if settings.width else why
+    if why and PEER in names:
+        print(f"{PEER} is left out: {why}", flush=True)
+    return [name for name in RECIPES if name in names and not (why and name == PEER)]
 
 
 def open_plan(settings, recipes):
@@ -106,6 +109,8 @@ def bench(settings):
     if not (settings.teacher and settings.data and (settings.layers or settings.width or settings.student)):
         what = "--teacher and --data, and --layers to distil students or --student for finished ones"
         raise UserError(f"retention compares models: give {what}")
+    if not settings.minutes > 0:
+        raise UserError(f"--minutes is {settings.minutes}: it must be greater than 0")
     recipes = chosen_recipes(settings)
     plan = open_plan(settings, recipes)
     fixed = {"teacher": plan.teacher}
@@ -113,18 +118,22 @@ def bench(settings):
     names = ["teacher", *([UNTRAINED] if recipes else []), *recipes, *students]
     rows = {name: {"case": "retention", "provider": name} for name in names}
     with jobs.pool(workers()) as submit:
+        made = distilled(plan, submit, rows, recipes, fixed | students)
         models = {}  # name -> [{"folder", "zero_shot", ...} of each seed]
-        for name, futures in distilled(plan, submit, rows, recipes, fixed | students).items():
-            with attempt(rows[name]):
-                models[name] = [future.result() for future in futures]
-                rows[name] |= described(plan, name, models[name], models)
-            yield rows[name]
+        for name, row in rows.items():
+            if name in made:
+                with attempt(row):
+                    models[name] = [future.result() for future in made[name]]
+                    row |= described(plan, name, models[name])
+                    if teacher := row.get("zero_shot") and rows["teacher"].get("zero_shot"):
+                        row["retained_zero_shot"] = round(100 * row["zero_shot"][0] / teacher[0], 2)
+            yield row
         if settings.task:
             yield from fine_tuned(plan, submit, rows, models, students)
 
 
 def distilled(plan, submit, rows, recipes, fixed):
-    """Returns {name: [Future of {"folder", "zero_shot", ...} of each seed]} of the rows; a row that failed has none."""
+    """Returns {name: [Future of {"folder", "zero_shot", ...} of each seed]}, without the rows whose probe failed."""
     if recipes:
         print(f"preparing {len(plan.texts)} files of text: see {plan.folder}", flush=True)
         jobs.corpus(plan)
@@ -133,30 +142,25 @@ def distilled(plan, submit, rows, recipes, fixed):
         with attempt(rows[name]):
             updates[name] = max(1, int(60 * plan.settings.minutes / future.result()))
             print(f"{name}: {updates[name]:,} updates of {future.result():.3g} s", flush=True)
-    made = {}
-    for name in rows:
-        if name in fixed:
-            made[name] = [submit(jobs.given, plan, name, pathlib.Path(fixed[name]))]
-        elif name == UNTRAINED:
-            made[name] = [submit(jobs.untrained, plan, name)]
-        elif name in updates:
-            seeds = range(plan.settings.rounds)
-            made[name] = [submit(jobs.student, plan, name, updates[name], seed) for seed in seeds]
-        else:
-            made[name] = []
+    made = {name: [submit(jobs.given, plan, name, pathlib.Path(folder))] for name, folder in fixed.items()}
+    if recipes:
+        made[UNTRAINED] = [submit(jobs.untrained, plan, UNTRAINED)]
+    for seed in range(plan.settings.rounds):
+        for name, steps in updates.items():
+            made.setdefault(name, []).append(submit(jobs.student, plan, name, steps, seed))
     return made
 
 
-def described(plan, name, seeds, models):
+def described(plan, name, seeds):
     """Returns what a row holds before fine-tuning."""
     row = {"parameters": num_params(weights.read_config(seeds[0]["folder"])), "seeds": len(seeds)}
     if "steps" in seeds[0]:
-        row["settings"] = f"{flags(name, plan.with_head)} {plan.settings.train or ''}".strip()
+        more = "" if name == PEER else plan.settings.train or ""
+        row["settings"] = f"{flags(name, plan.with_head)} {more}".strip()
         row |= {"steps": seeds[0]["steps"], "seconds": max(seed["seconds"] for seed in seeds)}
     if seeds[0]["zero_shot"] is not None:
-        found, teacher = [seed["zero_shot"] for seed in seeds], models["teacher"][0]["zero_shot"]
+        found = [seed["zero_shot"] for seed in seeds]
         row["zero_shot"] = [round(statistics.median(found), 2), min(found), max(found)]
-        row["retained_zero_shot"] = round(100 * row["zero_shot"][0] / teacher, 2)
     return row
 
 
@@ -183,11 +187,12 @@ def fine_tuned(plan, submit, rows, models, students):
                 rows[name]["retained"] = round(100 * rows[name]["macro"] / rows["teacher"]["macro"], 2)
         return rows[name]
 
-    for name, futures in {name: start(name, seeds) for name, seeds in models.items()}.items():
+    started = {name: start(name, seeds) for name, seeds in models.items() if "error" not in rows[name]}
+    for name, futures in started.items():
         yield finish(name, futures)
-    vectors = [name for name in models if name.startswith("vectors") and "macro" in rows[name]]
+    vectors = [name for name in started if name.startswith("vectors") and "macro" in rows[name]]
     best = max(vectors, key=lambda name: rows[name]["macro"], default=next(iter(students), None))
-    if plan.settings.taught is not None and best in models:
+    if plan.settings.taught is not None and "macro" in rows.get(best, {}):
         name, more = TAUGHT.format(best), f"--teacher {jobs.finetuned(plan, 'teacher')} {plan.settings.taught}"
         rows[name] = {k: rows[best][k] for k in ("case", "parameters")} | {"provider": name}
         yield finish(name, start(name, models[best], more), plan.settings.taught)

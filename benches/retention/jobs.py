@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 from benches import ROOT, last_line
-from benches.retention.recipes import PEER, flags
+from benches.retention.recipes import PEER, RECIPES, flags
 from minidistil import files, weights
 from minidistil.downstream import glue, vectors
 from minidistil.folder import CHECKPOINT
@@ -42,6 +42,11 @@ class Plan:
     shape: tuple  # flags of the student's layers and width
     updates: int  # of a probe
     settings: object
+
+    @property
+    def prefix(self):
+        """The flag of the text before every sentence, if there is one."""
+        return [f"--prefix={self.settings.prefix}"] if self.settings.prefix else []
 
 
 def once(path, asked, work):
@@ -100,8 +105,7 @@ def slug(name, seed=None):
 
 def corpus(plan):
     """Prepares the texts, a sentence a row, with the teacher's vocabulary."""
-    prefix = [f"--prefix={plan.settings.prefix}"] if plan.settings.prefix else []
-    words = ["data/prepare.py", *plan.texts, "--sentences", *prefix, "--vocab", plan.teacher, "--out", plan.corpus]
+    words = ["data/prepare.py", *plan.texts, "--sentences", *plan.prefix, "--vocab", plan.teacher, "--out", plan.corpus]
     asked = [*map(str, words), *map(files.sha256, plan.texts)]
     return once(plan.folder / "text.json", asked, lambda: script(plan.folder / "text.log", plan.threads, *words))
 
@@ -111,11 +115,12 @@ def corpus(plan):
 
 def train(plan, recipe, steps, seed, out):
     """Makes the student of a recipe in the folder `out`; returns {"steps", "seconds"} of its training alone."""
-    words = ["train.py", "--teacher", plan.teacher, "--data", plan.corpus, *plan.shape]
-    words += shlex.split(f"--dtype {plan.dtype} {flags(recipe, plan.with_head)} {plan.settings.train or ''}")
+    shared = ["--teacher", plan.teacher, *plan.shape, "--dtype", plan.dtype]
     if recipe == PEER:
-        words = ["benches/retention/peer.py", *plan.texts, "--teacher", plan.teacher, *plan.shape]
-        words += ["--dtype", plan.dtype, *([f"--prefix={plan.settings.prefix}"] if plan.settings.prefix else [])]
+        words = [RECIPES[PEER], *plan.texts, *shared, *plan.prefix]
+    else:
+        words = ["train.py", "--data", plan.corpus, *shared]
+        words += shlex.split(f"{flags(recipe, plan.with_head)} {plan.settings.train or ''}")
     words += ["--steps", steps, "--seed", seed, "--out", out]
     log = out.with_name(f"{out.name}.log")
 
