@@ -91,6 +91,9 @@ def test_retention_has_a_row_for_each_recipe_and_baseline(tiny, glue, scripts):
     lines = retention.table(list(rows.values())).splitlines()
     assert lines[0] == "| | zero-shot stsb | kept | sst2 | mean | kept | minutes |" and "| 1.0 |" in lines[4]
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(rows) + len(show.PUBLISHED)
+    retention.draw("kept.svg", list(rows.values()))
+    drawn = set(svg_texts(pathlib.Path("kept.svg")))
+    assert set(names) - drawn == {"vectors + cosine", "vectors + cosine + masked words"} and "zero-shot STS-B" in drawn
 
 
 def test_retention_repeats_no_finished_job(tiny, glue, scripts):

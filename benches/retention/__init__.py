@@ -21,6 +21,15 @@ Each recipe of recipes.py has the same text, layers, minutes and threads: a shor
 time of an update, from which its number of updates follows, the same for all seeds. The text is that of training sets,
 without labels (text.py). `zero_shot` is the Spearman correlation of the cosine of two sentences' vectors with STS-B's
 scores, on its dev set. Each seed of a student is fine-tuned once; the models that have no seeds, once for each.
+
+An interrupted bench goes on where it was: the same command finds what is finished in runs/retention/NAME, named after
+--out or after the teacher, and resumes what is not. Files:
+
+    recipes.py    the table of recipes
+    text.py       their text, and a training set of QNLI where only its dev set is at hand
+    jobs.py       distillation, zero-shot score and fine-tuning, a process per core
+    peer.py       sentence-transformers' recipe, a script of its own
+    show.py       table and picture
 """
 
 import dataclasses
@@ -87,7 +96,7 @@ def open_plan(settings, recipes):
     teacher = hub.resolve(settings.teacher)
     shape = [*(["--student-layers", settings.layers] if settings.layers else [])]
     shape += ["--student-width", str(settings.width)] if settings.width else []
-    names = [teacher.resolve().name, *shape[1::2], *(["tiny"] if settings.tiny else [])]
+    names = [pathlib.Path(settings.teacher).absolute().name, *shape[1::2], *(["tiny"] if settings.tiny else [])]
     folder = RUNS / (pathlib.Path(settings.out).name if settings.out else jobs.slug("-".join(names)))
     data = with_qnli(settings.data, folder / "data")
     texts = write_texts(data, folder / "text") + (settings.text or "").split(",") if recipes else []

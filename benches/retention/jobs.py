@@ -20,7 +20,7 @@ from benches.retention.recipes import PEER, RECIPES, flags
 from minidistil import files, weights
 from minidistil.downstream import glue, vectors
 from minidistil.folder import CHECKPOINT
-from minidistil.pooling import read_pooling, write_pooling
+from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
@@ -115,11 +115,11 @@ def corpus(plan):
 
 def train(plan, recipe, steps, seed, out):
     """Makes the student of a recipe in the folder `out`; returns {"steps", "seconds"} of its training alone."""
-    shared = ["--teacher", plan.teacher, *plan.shape, "--dtype", plan.dtype]
     if recipe == PEER:
-        words = [RECIPES[PEER], *plan.texts, *shared, *plan.prefix]
+        teacher = modules_folder(plan.teacher) or plan.teacher
+        words = [RECIPES[PEER], *plan.texts, "--teacher", teacher, *plan.shape, "--dtype", plan.dtype, *plan.prefix]
     else:
-        words = ["train.py", "--data", plan.corpus, *shared]
+        words = ["train.py", "--teacher", plan.teacher, *plan.shape, "--data", plan.corpus, "--dtype", plan.dtype]
         words += shlex.split(f"{flags(recipe, plan.with_head)} {plan.settings.train or ''}")
     words += ["--steps", steps, "--seed", seed, "--out", out]
     log = out.with_name(f"{out.name}.log")
@@ -151,7 +151,7 @@ def untrained(plan, name):
 
     def work():
         model, tokenizer = weights.load_model(plan.teacher, fresh_head=True), Tokenizer.load(plan.teacher)
-        start = build_student(model, layers=plan.settings.layers).eval()
+        start = build_student(model, layers=plan.settings.layers, width=plan.settings.width).eval()
         weights.save_model(out, start)
         tokenizer.max_length = start.config.positions
         tokenizer.save(out, start.config.family)
