@@ -25,27 +25,27 @@ import numpy as np
 import torch
 
 from minidistil import hub, weights
-from minidistil.checks import check_family, check_fit, check_needs_teacher, check_settings, score_words
+from minidistil.checks import check_family, check_fit, check_needs_teacher, check_sentences, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
-from minidistil.data import IGNORE, Corpus, Prefetcher, Sequences
+from minidistil.data import Prefetcher
 from minidistil.device import choose_device
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
 from minidistil.errors import UserError
-from minidistil.evaluate import HeldOut
 from minidistil.folder import CHECKPOINT, check_room, claimed, command
-from minidistil.losses import Denominators, Objective
+from minidistil.losses import TERMS, Denominators, Objective, counts
 from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
+from minidistil.model import LanguageModel
+from minidistil.pooling import SentenceEncoder, read_pooling
 from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
 from minidistil.run import Run, SignalFlag, State, inherited
 from minidistil.student import build_student, drops
+from minidistil.text import open_corpus, open_held_out, training_sequences
 from minidistil.tokenizer import Tokenizer
-
-EVAL_SEED = 20191002  # of the held-out masks, the same in every run
 
 
 @dataclasses.dataclass
@@ -74,11 +74,13 @@ class Settings:
     alpha_mlm: float = option(2.0, "weight of the cross-entropy of masked tokens, or of a GPT-2's next ones")
     alpha_cos: float = option(1.0, "weight of 1 - cosine between last hidden states")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
+    alpha_emb: float = option(0.0, "weight of the squared distance of sentence vectors of length 1; --data: sentences")
     kd_rows: str = option("all", "tokens on which the student learns the teacher's logits", choices=("all", "masked"))
     mask_share: float = option(0.15, "share of the tokens that are masked, in training; held-out text: 0.15")
     mask_smoothing: float = option(0.7, "prefer rare words for masking: weights count^-FLOAT; 0: uniform")
     # student
     student_layers: str = option(None, "teacher layers to copy: a number (6) or a list (0,2,4) (default: half)")
+    student_width: int = option(None, "width of a narrower student, which starts from the teacher's leading directions")
     student_init: str = option(None, "initial weights: teacher, random, or a model (default: teacher if there is one)")
     student_config: str = option(None, "config.json of a student of another shape, with random weights")
     dropout: float = option(None, "dropout of the student, attention included (default: its config's); the same in any "
@@ -117,15 +119,16 @@ MAY_CHANGE_ON_RESUME = {
 # ---- models and data
 
 
-def load_models(settings, ranks):
+def load_models(settings, objective, ranks):
     """Returns (teacher or None, its folder or None, student, tokenizer, folder of the tokenizer).
 
-    Both models are fp32 on the CPU; the teacher is frozen.
+    Both models are fp32 on the CPU; the teacher is frozen. They have no head where the objective has nothing for it.
     """
     teacher = teacher_folder = init = None
     if settings.teacher != "none":
         teacher_folder = ranks.rank0_first(lambda: hub.resolve(settings.teacher))
-        teacher = weights.load_model(teacher_folder).eval().requires_grad_(False)
+        kind = SentenceEncoder if objective.vectors_only else LanguageModel
+        teacher = weights.load_model(teacher_folder, not objective.on_logits, kind).requires_grad_(False)
     if settings.student_init not in (None, "teacher", "random"):
         init = ranks.rank0_first(lambda: hub.resolve(settings.student_init))
     folder = teacher_folder or init or settings.data or hub.resolve("demo")
@@ -133,7 +136,7 @@ def load_models(settings, ranks):
     if teacher and init and Tokenizer.load(init).digest != tokenizer.digest:
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
     shape = settings.student_layers, settings.student_config, settings.seed, settings.dropout
-    student = build_student(teacher, init or settings.student_init, *shape)
+    student = build_student(teacher, init or settings.student_init, *shape, settings.student_width)
     check_family(teacher, student, settings)
     for role, model in (("teacher", teacher), ("student" if teacher else "model", student)):
         if model:
@@ -141,41 +144,7 @@ def load_models(settings, ranks):
     return teacher, teacher_folder, student, tokenizer, folder
 
 
-def open_corpus(settings, tokenizer, tokenizer_folder):
-    """Opens --data, or prepares (once) and opens the docs corpus, tokenised with this tokenizer."""
-    if settings.data:
-        corpus = Corpus(settings.data)
-    else:
-        if settings.teacher != "demo":
-            print(
-                f"no --data: training on the docs corpus with the vocabulary of {tokenizer_folder}; for the published "
-                "result take Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 "
-                f"BOOKS_FOLDER --vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
-                flush=True,
-            )
-        from data.cached import docs_corpus
-
-        corpus = Corpus(docs_corpus(tokenizer.digest, tokenizer_folder))
-    corpus.check_tokenizer(tokenizer, tokenizer_folder)
-    return corpus
-
-
-def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
-    if not settings.eval_data:
-        return corpus
-    eval_corpus = Corpus(settings.eval_data)
-    eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
-    return eval_corpus
-
-
-def open_held_out(settings, eval_corpus, tokenizer, teacher, causal, device):
-    """Returns HeldOut on fixed blocks of held-out text, with fixed uniform masks unless `causal`."""
-    val = Sequences(eval_corpus.val, settings.seq_len, tokenizer, EVAL_SEED, causal=causal)
-    n = min(val.per_epoch, max(1, settings.eval_tokens // settings.seq_len))
-    return HeldOut(*val.batch(0, n), teacher, device)
-
-
-def identity_of(settings, total, G, corpus, teacher_folder, student):
+def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
     """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
     named = settings.student_init not in (None, "teacher", "random")
     init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
@@ -185,6 +154,8 @@ def identity_of(settings, total, G, corpus, teacher_folder, student):
         "sequences in an update": G,
         "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch
         "data": corpus.meta["sha256"]["train.bin"],
+        "sentences": corpus.meta.get("sentences"),
+        "pooling": pooling and pooling.mode,
         "teacher": teacher_folder and weights.digests(teacher_folder),
         "student_init": weights.digests(init) if init else settings.student_init,
         "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
@@ -221,26 +192,28 @@ def distil(settings, out, device, ranks):
     keep_freed_memory()
 
     # ---- models and data: update u uses sequences u * G ... (u + 1) * G - 1, split evenly over the ranks
-    teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, ranks)
-    corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
-    eval_corpus = open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder)
+    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
+    objective = Objective(*alphas, settings.temperature, settings.kd_rows, settings.alpha_emb)
+    objective = objective.without_teacher() if settings.teacher == "none" else objective
+    teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, objective, ranks)
+    pooling = read_pooling(teacher_folder) if objective.alpha_emb else None
+    vocabulary = tokenizer, tokenizer_folder
+    corpus = ranks.rank0_first(lambda: open_corpus(settings.data, *vocabulary, settings.teacher == "demo"))
+    eval_corpus = open_corpus(settings.eval_data, *vocabulary) if settings.eval_data else corpus
     T, share, causal = settings.seq_len, settings.batch * settings.accum, student.config.causal
-    G = share * ranks.size
-    sampling = settings.seed, corpus.counts, settings.mask_smoothing, True, settings.mask_share, causal
-    sequences = Sequences(corpus.train, T, tokenizer, *sampling)
+    G, masking = share * ranks.size, (settings.mask_smoothing, settings.mask_share)
+    sequences = training_sequences(corpus, T, G, tokenizer, settings.seed, objective, causal, *masking)
     total = settings.steps or max(1, math.ceil(settings.epochs * sequences.per_epoch / G))
     batches = Prefetcher(lambda update: sequences.batch(update * G + ranks.rank * share, share), device)
-    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
-    objective = Objective(*alphas, settings.temperature, settings.kd_rows)
-    objective = objective if teacher else objective.without_teacher()
     check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G)
+    check_sentences(objective, student, corpus, eval_corpus, pooling, settings.compile)
 
     # ---- optimiser (AdamW without weight decay, as published) and state of an earlier run
     student.to(device)
     if teacher:
         teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
-    identity = identity_of(settings, total, G, corpus, teacher_folder, student)
+    identity = identity_of(settings, total, G, corpus, teacher_folder, student, pooling)
     run = Run(out, dataclasses.asdict(settings), identity, writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     how_to_resume = command("train.py", "--out", out, "--resume", launcher=ranks.launcher)
@@ -253,15 +226,16 @@ def distil(settings, out, device, ranks):
         state.dtype, why = ranks.broadcast(lambda: choose_dtype(settings.dtype, device))
         ranks.print0(f"matrix products in {state.dtype}{why and f': {why}'}")
     # the teacher is evaluated in fp32 here, before Distiller casts it
-    held_out = open_held_out(settings, eval_corpus, tokenizer, teacher, causal, device) if ranks.first else None
-    distiller = Distiller(objective, teacher, student, state.dtype, device, ranks)
+    evaluated = eval_corpus, T, settings.eval_tokens, tokenizer, objective, causal, teacher, pooling, device
+    held_out = open_held_out(*evaluated) if ranks.first else None
+    distiller = Distiller(objective, teacher, student, state.dtype, device, ranks, pooling)
     distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
     wanted = settings.micro_batch, settings.batch
     B = choose_micro_batch(*wanted, share, T, state, distiller, optimizer, batches, settings.compile)
     distiller.distribute()
 
-    progress, stop = Progress(total, G * T, state.update, state.seconds), SignalFlag()
-    report = RunReport(run, progress, distiller, state.dtype, T, sequences.label_share, settings.price_per_hour, ranks)
+    progress, stop = Progress(total, round(G * sequences.mean_length), state.update, state.seconds), SignalFlag()
+    report = RunReport(run, progress, distiller, state.dtype, sequences, settings.price_per_hour, ranks)
     run.open(state.update if settings.resume else None)
     report.begin(corpus, share // B, B, held_out)
 
@@ -298,25 +272,24 @@ def distil(settings, out, device, ranks):
                 group["lr"] = lr
 
             # gradient of the update, summed over micro-batches and ranks; each loss is a share of one mean
-            ids, labels = batches(update)  # (share, T)
-            (masked,) = ranks.sum((labels != IGNORE).sum().item())
-            denominators, seed = Denominators(G * T, int(masked)), dropout_seed(settings.seed, update)
-            terms = distiller.accumulate(ids, labels, B, denominators, seed, after_micro_batch)
+            batch = batches(update)  # ids and labels (share, T), and of sentences the mask of padding
+            denominators = Denominators(*map(int, ranks.sum(*counts(*batch))), G)
+            terms = distiller.accumulate(batch, B, denominators, dropout_seed(settings.seed, update), after_micro_batch)
             if terms is None:
                 break  # the unfinished update does not count: the resumed run repeats it, with the same bits
             norm = distiller.clip(optimizer, settings.clip)
             numbers = torch.cat([*terms, norm[None]]).cpu()  # in one process, all that waits for the device
-            terms, norm = numbers[:-1].view(-1, 5), numbers[-1]  # loss, kl, ce, cos, mse of each micro-batch
+            terms, norm = numbers[:-1].view(-1, 1 + len(TERMS)), numbers[-1]  # loss and terms of each micro-batch
 
             # every rank gets the same losses, a signal to any rank, and rank 0's clock, so that all end together
             end = [stop.signal or 0, ranks.first and progress.elapsed > limit]
-            loss, kl, ce, cos, mse, signals, timed_out = ranks.sum(*terms.sum(0).tolist(), *end)
+            loss, *means, signals, timed_out = ranks.sum(*terms.sum(0).tolist(), *end)
             if not math.isfinite(loss) or not (norm.isfinite() or distiller.scaler.is_enabled()):
                 raise UserError(not_finite(update, terms[:, 0], norm, B, share, ranks, out))
             distiller.step(optimizer)
             progress.update += 1
 
-            report.updated(loss, {"kl": kl, "ce": ce, "cos": cos, "mse": mse}, lr, norm.item())
+            report.updated(loss, dict(zip(TERMS, means, strict=True)), lr, norm.item())
             if progress.update % eval_every == 0 or progress.done:
                 evaluate()
             if progress.due("save", settings.save_every * 60):

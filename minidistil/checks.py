@@ -8,7 +8,10 @@ from minidistil.families import FAMILIES
 
 # settings of train.py or finetune.py that say how a teacher is learnt from
 OF_MASKS = "mask_share", "mask_smoothing", "kd_rows"  # settings of train.py for masked tokens
-OF_TEACHER = "temperature", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_task", "augment", "kd_rows"
+OF_TEACHER = (
+    "temperature", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_emb", "alpha_task", "augment", "kd_rows",
+    "student_width",
+)  # fmt: skip
 
 
 def check_settings(settings):
@@ -18,7 +21,9 @@ def check_settings(settings):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    not_negative = "alpha_ce alpha_mlm alpha_cos alpha_mse mask_smoothing eval_every save_every price_per_hour"
+    not_negative = (
+        "alpha_ce alpha_mlm alpha_cos alpha_mse alpha_emb mask_smoothing eval_every save_every price_per_hour"
+    )
     for name in not_negative.split():
         value = getattr(settings, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
@@ -44,6 +49,10 @@ def check_settings(settings):
         raise UserError("--student-config describes a fresh student: leave out --student-init")
     if settings.student_config and settings.student_layers:
         raise UserError("--student-config already says how many layers: leave out --student-layers")
+    if settings.student_width and settings.student_config:
+        raise UserError("--student-config already says how wide: leave out --student-width")
+    if settings.student_width and settings.student_init not in (None, "teacher", "random"):
+        raise UserError(f"--student-init {settings.student_init} already has its width: leave out --student-width")
     if settings.resume and settings.out is None:
         raise UserError("--resume needs to know which run: name its folder with --out")
     if settings.teacher == "none":
@@ -51,7 +60,9 @@ def check_settings(settings):
             raise UserError("--student-init teacher needs a teacher: name one with --teacher")
         if settings.student_layers:
             raise UserError("--student-layers chooses among a teacher's layers: name one with --teacher")
-    of_teacher = settings.teacher != "none" and (settings.alpha_ce or settings.alpha_cos or settings.alpha_mse)
+    of_teacher = settings.teacher != "none" and (
+        settings.alpha_ce or settings.alpha_cos or settings.alpha_mse or settings.alpha_emb
+    )
     if not (settings.alpha_mlm or of_teacher):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
 
@@ -126,18 +137,30 @@ def check_fit(objective, teacher, student, corpus, eval_corpus, sequences, G):
     for role, config in shapes:
         if config.positions < T:
             raise UserError(f"the {role} has {config.positions} positions: use --seq-len {config.positions} or less")
-    if teacher and objective.alpha_cos and teacher.config.width != student.config.width:
-        raise UserError(
-            f"student and teacher are {student.config.width} and {teacher.config.width} wide: their hidden states "
-            "have no cosine: add --alpha-cos 0"
-        )
     if sequences.per_epoch < G:
         raise UserError(
             f"{corpus.folder} holds {len(corpus.train)} tokens, {sequences.per_epoch} sequences of {T}, "
             f"fewer than one update of {G}: use more text, or a smaller --batch, --accum or --seq-len"
         )
-    if len(eval_corpus.val) < sequences.block + sequences.causal:
+    if corpus.prefix is None and len(eval_corpus.val) < sequences.block + sequences.causal:
         raise UserError(
             f"{eval_corpus.folder} holds out {len(eval_corpus.val)} tokens, not one sequence of {T}: "
             "use more text, a larger --val-share in data/prepare.py, or a smaller --seq-len"
         )
+
+
+def check_sentences(objective, student, corpus, eval_corpus, pooling, compiles):
+    """Raises UserError where sentence vectors cannot be learnt, or a corpus of sentences does not suit the run."""
+    if objective.alpha_emb and student.config.causal:
+        raise UserError(f"--alpha-emb is for sentence encoders, and a {student.config.family} is none: leave it out")
+    for each in (corpus, eval_corpus):
+        if objective.alpha_emb and each.prefix is None:
+            way = "prepare one with data/prepare.py --sentences, and name it with --data"
+            raise UserError(f"--alpha-emb needs a corpus of sentences, and {each.folder} is none: {way}")
+        if pooling and pooling.prompt and pooling.prompt != each.prefix:
+            what = f"the teacher reads {pooling.prompt!r} before each sentence, and {each.folder} has {each.prefix!r}"
+            raise UserError(f"{what}: prepare the text with --prefix {pooling.prompt!r}")
+        if (each.prefix is None) != (corpus.prefix is None):
+            raise UserError(f"of {corpus.folder} and {each.folder} only one is of sentences: evaluate on the same kind")
+    if compiles and corpus.prefix is not None:
+        raise UserError("--compile is for sequences of one length, and sentences have many: leave it out")

@@ -5,11 +5,8 @@
 a causal model it is T consecutive tokens, and the label of each is the next one.
 
 The block and the masks of the g-th sequence of a run are pure functions of (seed, g). Update u uses sequences u * G ...
-(u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state.
-
-Masking (Sanh et al. 2019, after Devlin et al. 2018): exactly round(0.15 T) tokens a sequence (or another share), never
-special ones, drawn without replacement with weight count^-smoothing, which prefers rare words: 80 % become [MASK], 10 %
-random, 10 % stay.
+(u + 1) * G - 1 for any split into micro-batches, and a resumed run needs no saved data state. masking.py chooses the
+masks; sentences.py makes the batches of a corpus of sentences.
 """
 
 import concurrent.futures
@@ -21,12 +18,13 @@ import weakref
 
 import numpy as np
 
-from kernels import IGNORE
+from kernels import IGNORE  # noqa: F401  the label where there is none, for whoever imports Sequences
 from minidistil import files
 from minidistil.errors import UserError
-from minidistil.rng import mix, permuted, uniform
+from minidistil.masking import MASK_SHARE, Masking
+from minidistil.rng import mix, permuted
 
-MASK_SHARE, REPLACED_BY_MASK, REPLACED_BY_RANDOM = 0.15, 0.8, 0.1
+AGAIN = "prepare the corpus again with data/prepare.py"
 
 
 def meta_digest(meta):
@@ -63,12 +61,13 @@ class TokenFile:
 class Corpus:
     """A folder that `data/prepare.py` wrote: `train` and `val` TokenFiles, `counts` (V,) int64, `meta`.
 
+    Of a corpus of sentences, `train_ends` and `val_ends` are TokenFiles of the index behind each sentence, and `prefix`
+    is the text that stands before each; of any other corpus these are None.
     Opening it checks every byte against the hashes in meta.json (a second per 2 GB): a damaged file raises UserError.
     """
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
-        again = "prepare the corpus again with data/prepare.py"
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             valid = self.meta["meta_sha256"] == meta_digest(self.meta)
@@ -77,17 +76,27 @@ class Corpus:
         except (ValueError, KeyError, TypeError, RecursionError):
             valid = False
         if not valid:
-            raise UserError(f"{self.folder / 'meta.json'} is damaged: {again}")
+            raise UserError(f"{self.folder / 'meta.json'} is damaged: {AGAIN}")
         if self.meta["format"] != 1:
-            raise UserError(f"{self.folder} has corpus format {self.meta['format']}, this program reads 1: {again}")
+            raise UserError(f"{self.folder} has corpus format {self.meta['format']}, this program reads 1: {AGAIN}")
         for name, digest in self.meta["sha256"].items():
             if not (self.folder / name).is_file():
-                raise UserError(f"{self.folder / name} is missing: {again}")
+                raise UserError(f"{self.folder / name} is missing: {AGAIN}")
             if files.sha256(self.folder / name) != digest:
-                raise UserError(f"{self.folder / name} is damaged (its SHA-256 differs from meta.json's): {again}")
+                raise UserError(f"{self.folder / name} is damaged (its SHA-256 differs from meta.json's): {AGAIN}")
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         self.train, self.val = (TokenFile(self.folder / name, dtype) for name in ("train.bin", "val.bin"))
         self.counts = np.load(self.folder / "counts.npy")
+        self.prefix = self.train_ends = self.val_ends = None
+        if "sentences" in self.meta:
+            self.prefix = self.meta["sentences"]["prefix"]
+            self.train_ends, self.val_ends = (self._ends(name) for name in ("train", "val"))
+
+    def _ends(self, split):
+        ends, tokens = TokenFile(self.folder / f"{split}.ends.bin", "<i8"), getattr(self, split)
+        if ends[len(ends) - 1 :].tolist() != [len(tokens)]:
+            raise UserError(f"{ends.path} is damaged (it does not end where {tokens.path.name} does): {AGAIN}")
+        return ends
 
     def check_tokenizer(self, tokenizer, owner):
         """Raises UserError where the corpus was tokenised with another vocabulary than `owner`'s."""
@@ -109,16 +118,13 @@ class Sequences:
         self, tokens, T, tokenizer, seed, counts=None, smoothing=0.0, shuffle=False, mask_share=MASK_SHARE, causal=False
     ):
         self.tokens, self.T, self.tokenizer, self.seed, self.shuffle = tokens, T, tokenizer, seed, shuffle
-        self.vocab_size = len(tokenizer.vocab)
         self.causal, self.label_share = causal, 1.0 if causal else mask_share
         self.block = T if causal else T - 2  # [CLS] and [SEP] take two places
         spare = causal + (self.block - 1 if shuffle else 0)  # for the last label, and for the epoch's offset
         self.per_epoch = max(0, (len(tokens) - spare) // self.block)
         if causal:
             return
-        counts = np.ones(self.vocab_size) if counts is None else np.maximum(counts, 1)
-        self.weights = counts.astype(np.float64) ** -smoothing
-        self.weights[tokenizer.special_ids] = 0.0
+        self.masking = Masking(tokenizer, seed, counts, smoothing)
         self.masked_per_sequence = round(mask_share * T)
 
     def batch(self, first, n):
@@ -141,23 +147,7 @@ class Sequences:
         ids[:, 0], ids[:, -1] = self.tokenizer.cls_id, self.tokenizer.sep_id
         for row, s in enumerate(start):
             ids[row, 1:-1] = self.tokens[s : s + self.block]
-        return self._mask(ids, index[:, None])
-
-    def _mask(self, ids, index):
-        position = np.arange(self.T, dtype=np.uint64)[None]
-        # Efraimidis and Spirakis 2006: the k smallest -log(u) / w are a weighted sample without replacement
-        with np.errstate(divide="ignore"):
-            keys = -np.log(uniform(self.seed, 3, index, position)) / self.weights[ids]  # (n, T), inf at special tokens
-        chosen = np.argpartition(keys, self.masked_per_sequence, axis=1)[:, : self.masked_per_sequence]
-        masked = np.zeros(ids.shape, bool)
-        np.put_along_axis(masked, chosen, True, axis=1)
-        masked &= np.isfinite(keys)  # a sequence with hardly any regular tokens has fewer masks
-        labels = np.where(masked, ids, IGNORE)
-        action = uniform(self.seed, 4, index, position)
-        random_ids = (uniform(self.seed, 5, index, position) * self.vocab_size).astype(np.int64)
-        ids = np.where(masked & (action < REPLACED_BY_MASK), self.tokenizer.mask_id, ids)
-        replace = masked & (action >= REPLACED_BY_MASK) & (action < REPLACED_BY_MASK + REPLACED_BY_RANDOM)
-        return np.where(replace, random_ids, ids), labels
+        return self.masking(ids, index, np.full(n, self.masked_per_sequence))
 
 
 class Prefetcher:

@@ -1,4 +1,4 @@
-"""Held-out metrics of teacher and student on fixed sequences, and their agreement."""
+"""Held-out metrics of teacher and student on fixed sequences: of their words, and of their sentence vectors."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
+from minidistil.student import to_teacher
 
 ROWS = 256  # rows of logits at a time, at most: 256 x 30,522 fp32 is 31 MB
 LOGIT_BYTES = 128 << 20  # at most, of one model's fp32 logits at a time, of which five such tensors exist
@@ -16,16 +17,32 @@ def rows_at_a_time(V):
     return max(1, min(ROWS, LOGIT_BYTES // (4 * V)))
 
 
+def hidden_states(model, ids, mask, device, batch):
+    """Yields (slice of the sequences, their last hidden states (batch, T, C) in eval mode), T that of their longest."""
+    training = model.training
+    model.eval()
+    for start in range(0, len(ids), batch):
+        part = slice(start, start + batch)
+        if mask is None:
+            yield part, model(ids[part].to(device))
+        else:
+            T = int(mask[part].sum(1).max())
+            yield part, model(ids[part, :T].to(device), mask[part, :T].to(device))
+    model.train(training)
+
+
 class HeldOut:
     """Fixed held-out sequences, for a masked model uniformly masked; the teacher's hidden states are computed once.
 
-    ids, labels (n, T) int64 from `Sequences.batch`; `teacher` may be None. Arithmetic is fp32. Metrics are over the
-    labelled positions: `mlm_loss` in nats, of a causal model `clm_loss` and `perplexity`, its exponential; `top1` and
-    `agreement` (same first guess as the teacher) are shares; `kl` is KL(teacher || student) at temperature 1, in nats.
+    ids, labels (n, T) int64 from `Sequences.batch`, and mask (n, T) bool from `Sentences.batch`; `teacher` may be None.
+    Arithmetic is fp32. Metrics are over the labelled positions: `mlm_loss` in nats, of a causal model `clm_loss` and
+    `perplexity`, its exponential; `top1` and `agreement` (same first guess as the teacher) are shares; `kl` is
+    KL(teacher || student) at temperature 1, in nats.
     """
 
-    def __init__(self, ids, labels, teacher=None, device="cpu", batch=8):
+    def __init__(self, ids, labels, teacher=None, device="cpu", batch=8, mask=None):
         self.ids, self.device, self.batch = torch.from_numpy(ids), device, batch
+        self.mask = None if mask is None else torch.from_numpy(mask)
         labels = torch.from_numpy(labels)
         self.labelled = labels != IGNORE
         self.targets = labels[self.labelled].to(device)
@@ -36,14 +53,8 @@ class HeldOut:
     @torch.no_grad()
     def _rows(self, model):
         """Returns the hidden states of the M labelled positions after the head's transform: (M, C)."""
-        training = model.training
-        model.eval()
-        rows = []
-        for ids, labelled in zip(self.ids.split(self.batch), self.labelled.split(self.batch), strict=True):
-            hidden = model(ids.to(self.device))
-            rows.append(model.head(hidden[labelled.to(self.device)]))
-        model.train(training)
-        return torch.cat(rows)
+        places = hidden_states(model, self.ids, self.mask, self.device, self.batch)
+        return torch.cat([model.head(hidden[self.labelled[part, : hidden.shape[1]]]) for part, hidden in places])
 
     @torch.no_grad()
     def _metrics(self, model, rows):
@@ -71,3 +82,31 @@ class HeldOut:
     def evaluate(self, student):
         """Returns {"mlm_loss" or "clm_loss" and "perplexity", "top1"}, with a teacher also {"kl", "agreement"}."""
         return self._metrics(student, self._rows(student))
+
+
+class HeldOutVectors:
+    """Fixed held-out sentences, whose vectors by the teacher are computed once; with `words`, a HeldOut of them, too.
+
+    ids (n, T) int64, mask (n, T) bool from `Sentences.batch` without masking. `emb` is the mean squared distance of
+    student's and teacher's vectors, both of length 1: from 0 to 4, and 2 for unrelated ones.
+    """
+
+    def __init__(self, ids, mask, teacher, pooling, words=None, device="cpu", batch=16):
+        self.ids, self.mask, self.pooling = torch.from_numpy(ids), torch.from_numpy(mask), pooling
+        self.words, self.device, self.batch = words, device, batch
+        self.teacher_vectors = self._vectors(teacher)
+        self.teacher_metrics = words and words.teacher_metrics
+
+    @torch.no_grad()
+    def _vectors(self, model):
+        """Returns the vectors (n, C_t) of length 1, through a student's projection where it has one."""
+        vectors = []
+        for part, hidden in hidden_states(model, self.ids, self.mask, self.device, self.batch):
+            pooled = self.pooling(hidden, self.mask[part, : hidden.shape[1]].to(self.device))
+            vectors.append(to_teacher(model, pooled))
+        return F.normalize(torch.cat(vectors), dim=-1)
+
+    def evaluate(self, student):
+        """Returns {"emb"}, and before it the metrics of `words`."""
+        distance = (self._vectors(student) - self.teacher_vectors).square().sum(-1).mean().item()
+        return {**(self.words.evaluate(student) if self.words else {}), "emb": round(distance, 6)}

@@ -8,6 +8,7 @@ import pathlib
 import re
 
 from minidistil.errors import UserError
+from minidistil.pooling import transformer_folder
 from minidistil.tokenizers import unigram_files
 from minidistil.weights import no_config, weight_files
 
@@ -16,6 +17,7 @@ VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt", *unigram_files.MODE
 TOKENIZER = [*VOCABULARIES, "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"]
 SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+SENTENCES = ["modules.json", "*_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
 # the Hub moved its first models from one-word names to these organisations; a cache may hold them under either name
 ORGANISATIONS = {
     "bert-": "google-bert/", "roberta-": "FacebookAI/", "xlm-roberta-": "FacebookAI/", "gpt2": "openai-community/",
@@ -35,9 +37,9 @@ def resolve(name):
         if not folder.is_dir():
             raise UserError(f"the demo model is not in {DEMO}: get the whole repository, or name another model")
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if (place := transformer_folder(folder)) is None:
             raise no_config(folder)
-        return folder
+        return place
     if folder.exists():
         raise UserError(f"{name} is a file: give the folder of a model, such as {folder.parent}")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
@@ -126,7 +128,7 @@ def _download(name, cache):
         # first, because it fails at once without a network or such a model, where the download retries for long
         info = huggingface_hub.HfApi().model_info(hub_name, timeout=TIMEOUT)
         safe = any(re.fullmatch(r"model(-.*)?\.safetensors", file.rfilename) for file in info.siblings or [])
-        patterns = ["config.json", *TOKENIZER, *(SAFE if safe else PICKLED)]
+        patterns = ["config.json", *TOKENIZER, *SENTENCES, *(SAFE if safe else PICKLED)]
         folder = huggingface_hub.snapshot_download(
             hub_name, cache_dir=cache_folder(), allow_patterns=patterns, etag_timeout=TIMEOUT
         )

@@ -2,9 +2,8 @@
 
 import torch
 
-from minidistil.data import IGNORE
 from minidistil.errors import UserError
-from minidistil.losses import Denominators
+from minidistil.losses import Denominators, counts
 
 CPU_TOKENS = 2560  # per micro-batch: 3 % faster than 1,024; twice as many are 1 % faster but take 150 MiB more
 MAX_TOKENS = 2**19  # per micro-batch: no GPU is faster with more, and element counts stay within 32 bits
@@ -63,9 +62,12 @@ def choose_micro_batch(wanted, batch, share, T, state, distiller, optimizer, bat
     device, ranks = distiller.device, distiller.ranks
 
     def attempt(size):
-        ids, labels = (tensor[:size] for tensor in batches(state.update))
-        masked = int((labels != IGNORE).sum())
-        inputs = ids, labels, masked, Denominators(size * T, max(masked, 1)), 0, 0  # seed and first sequence
+        ids, labels, *mask = (tensor[:size] for tensor in batches(state.update))
+        if mask:  # other sentences may be longer: as many tokens as one may have, all of them real
+            ids, labels = (tensor.repeat(1, -(-T // ids.shape[1]))[:, :T] for tensor in (ids, labels))
+            mask = [torch.ones_like(ids, dtype=torch.bool)]
+        batch = ids, labels, *mask
+        inputs = batch, Denominators(size * T, max(counts(*batch)[1], 1), size), 0, 0  # seed and first sequence
         probe_memory(distiller.student, optimizer, distiller.backward, inputs, device)
 
     if wanted not in (None, "auto"):

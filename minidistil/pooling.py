@@ -10,11 +10,12 @@ Legend:  B sentences   T tokens of the longest one   C width
 import dataclasses
 import pathlib
 
+import torch
 import torch.nn as nn
 
 from minidistil import files, weights
 from minidistil.errors import UserError
-from minidistil.model import Encoder
+from minidistil.model import Encoder, initialise
 
 TYPES = "Transformer", "Pooling", "Normalize"  # of the modules, in their order
 MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # mode -> its flag in 1_Pooling
@@ -31,10 +32,11 @@ class Pooling:
     settings: dict = dataclasses.field(default_factory=dict)  # prompts and similarity, which are passed on
 
     def __call__(self, hidden, mask):
-        """hidden (B, T, C), mask (B, T), True at real tokens -> vectors (B, C) in fp32, of any length."""
+        """hidden (B, T, C), mask (B, T), True at real tokens -> vectors (B, C) of any length, fp32 or fp64."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
         if self.mode == "cls":
-            return hidden[:, 0].float()
-        return (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            return hidden[:, 0].to(dtype)
+        return (hidden.to(dtype) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     @property
     def prompt(self):
@@ -47,10 +49,11 @@ class SentenceEncoder(nn.Module):
 
     hub_name, head = "Model", None
 
-    def __init__(self, config):
+    def __init__(self, config, seed=None):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
+        initialise(self, config.init_range, seed)
 
     def forward(self, ids, mask=None, types=None, key=None):
         return self.encoder(ids, mask, types, key=key)
@@ -63,6 +66,14 @@ def modules_folder(folder):
         if (place / "modules.json").is_file() and _modules(place)[0].get("path") in path:
             return place
     return None
+
+
+def transformer_folder(folder):
+    """Returns where in a folder the model with its config.json is: there, or in its 0_Transformer; None if nowhere."""
+    paths = [""]
+    if (folder / "modules.json").is_file():
+        paths.append(str(_modules(folder)[0].get("path")))
+    return next((folder / path for path in paths if (folder / path / "config.json").is_file()), None)
 
 
 def read_pooling(folder):
@@ -81,10 +92,13 @@ def read_pooling(folder):
     length, settings = (_optional(place, name) for name in ("sentence_bert_config", "config_sentence_transformers"))
     if not length:  # of an older folder, beside the model
         length = _optional(pathlib.Path(folder), "sentence_bert_config")
+    longest = length.get("max_seq_length") or _optional(pathlib.Path(folder), "tokenizer_config").get(
+        "model_max_length"
+    )
     return Pooling(
         _mode(path, weights.read_json(path)),
         len(types) == len(TYPES),
-        length.get("max_seq_length"),
+        longest if isinstance(longest, int) and 0 < longest < weights.SIZE_LIMIT else None,  # 1e30 stands for any
         {key: settings[key] for key in SETTINGS if key in settings},
     )
 

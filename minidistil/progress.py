@@ -124,6 +124,7 @@ def training_flops_per_token(objective, teacher, student, T, label_share=MASK_SH
     `teacher` (or None) and `student` are Configs. Only rows that the objective scores count for the projection.
     """
     rows = 1.0 if objective.on_logits and objective.kd_rows == "all" else label_share
+    rows = 0.0 if objective.vectors_only else rows
     flops = 3 * flops_per_token(student, T, rows)
     if teacher is not None and objective.needs_teacher:
         flops += flops_per_token(teacher, T, rows if objective.on_logits else 0.0)

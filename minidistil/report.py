@@ -7,7 +7,7 @@ from minidistil import files, weights
 from minidistil.device import peak_mib, versions
 from minidistil.folder import CHECKPOINT, command
 from minidistil.memory import peak_rss_mib
-from minidistil.model import num_params
+from minidistil.pooling import write_pooling
 from minidistil.progress import duration, estimate_cost, peak_tflops, training_flops_per_token
 from minidistil.run import draw_curve
 
@@ -15,17 +15,18 @@ from minidistil.run import draw_curve
 class RunReport:
     """Prints and logs the progress of a run, and writes its result."""
 
-    def __init__(self, run, progress, distiller, dtype, T, label_share, price_per_hour, ranks):
+    def __init__(self, run, progress, distiller, dtype, sequences, price_per_hour, ranks):
         self.run, self.progress, self.dtype, self.price, self.ranks = run, progress, dtype, price_per_hour, ranks
         self.device, self.student, self.teacher = distiller.device, distiller.student, distiller.teacher
-        self.objective, self.T, self.peak = distiller.objective, T, peak_tflops(self.device, dtype)
+        self.pooling, self.T = distiller.pooling, round(sequences.mean_length)
+        self.objective, self.peak = distiller.objective, peak_tflops(self.device, dtype)
         shapes = self.teacher and self.teacher.config, self.student.config
-        self.flops = training_flops_per_token(self.objective, *shapes, T, label_share)  # per token
+        self.flops = training_flops_per_token(self.objective, *shapes, self.T, sequences.label_share)  # per token
 
     def begin(self, corpus, A, B, held_out):
         """Prints what will run: A micro-batches of B sequences in an update of each rank."""
-        ranks, size = self.ranks, f"{num_params(self.student.config):,} parameters"
-        teacher = self.teacher and f"teacher {num_params(self.teacher.config):,} parameters, student {size}"
+        ranks, size = self.ranks, f"{parameters(self.student):,} parameters"
+        teacher = self.teacher and f"teacher {parameters(self.teacher):,} parameters, student {size}"
         ranks.print0(teacher or f"model {size}, no teacher")
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
         ranks.print0(f"{len(corpus.train):,} tokens of text; {self.dtype} on {self.device}")
@@ -79,8 +80,8 @@ class RunReport:
             "tokens_per_second": tokens_per_second,
             "peak_rss_mib": peak_rss_mib(),
             "peak_gpu_mib": round(peak_mib(self.device), 1) if self.device.type == "cuda" else 0.0,
-            "teacher": {"parameters": num_params(teacher.config), **teacher_metrics} if teacher else None,
-            "student": {"parameters": num_params(student.config), **run.evaluation["held_out"]},
+            "teacher": {"parameters": parameters(teacher), **(teacher_metrics or {})} if teacher else None,
+            "student": {"parameters": parameters(student), **run.evaluation["held_out"]},
         }
         student.cpu().eval()
         ids = tokenizer.hub_ids
@@ -89,6 +90,8 @@ class RunReport:
         weights.save_model(run.out, student, **ids)
         tokenizer.max_length = student.config.positions
         tokenizer.save(run.out, student.config.family)
+        if self.pooling:
+            write_pooling(run.out, self.pooling, student.config)
         ending = {"planned_steps": progress.total, "ended_by": ended_by, "evaluated_after": run.evaluation["step"]}
         files.write_json(run.out / "run.json", {
             "settings": run.settings, "dtype": self.dtype, "identity": run.identity, "versions": versions(),
@@ -108,6 +111,11 @@ class RunReport:
                 f"{run.out} holds the {'student' if teacher else 'model'} of this moment\nresume with: {resume}"
             )
         return summary
+
+
+def parameters(model):
+    """Returns how many parameters a model has, tied ones counted once, without a projection, which is not saved."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("projection."))
 
 
 def format_metrics(metrics, digits=4):
@@ -132,22 +140,25 @@ def conclusion(summary):
     student, teacher, out = summary["student"], summary["teacher"], summary["out"]
     causal = "perplexity" in student
     words = "tokens that come next" if causal else "masked words"
-    what = f"the model predicts {student['top1']:.1%} of the {words}\nof held-out text"
+    what = "the model "
     if teacher:
-        size = student["parameters"] / teacher["parameters"]
-        what = (
-            f"the student has {size:.0%} of its teacher's parameters and\npredicts {student['top1']:.1%} of the "
-            f"{words} of held-out text, the teacher {teacher['top1']:.1%}"
-        )
+        what = f"the student has {student['parameters'] / teacher['parameters']:.0%} of its teacher's parameters and\n"
+    if "top1" in student:
+        what += f"predicts {student['top1']:.1%} of the {words} of held-out text"
+        what += f", the teacher {teacher['top1']:.1%}" if "top1" in (teacher or {}) else ""
+    if "emb" in student:
+        what += ";\n" if "top1" in student else ""
+        what += f"its vectors of held-out sentences have cosine {1 - student['emb'] / 2:.3f} with the teacher's"
     if causal:
         what += f";\nits perplexity is {student['perplexity']:.4g}"
         what += f", the teacher's {teacher['perplexity']:.4g}" if teacher else ""
-    finetune = command("finetune.py", "--task", "sst2", "--model", out, "--data", "GLUE")
-    return (
+    tries = [command("sample.py", "--model", out)] if "top1" in student else []
+    tries += [] if causal else [command("finetune.py", "--task", "sst2", "--model", out, "--data", "GLUE")]
+    return "\n  ".join([
         f"finished after {duration(summary['seconds'])}: {what}\n"
-        f"{out} holds the model, run.json, metrics.jsonl and curve.svg; try it:\n"
-        f"  {command('sample.py', '--model', out)}" + ("" if causal else f"\n  {finetune}")
-    )
+        f"{out} holds the model, run.json, metrics.jsonl and curve.svg; try it:",
+        *tries,
+    ])  # fmt: skip
 
 
 def already_finished(summary):

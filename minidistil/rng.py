@@ -1,7 +1,8 @@
 """Random numbers as pure functions of (seed, index): no state, the same on every machine.
 
-The second key is the stream: 1, 2 order of the blocks; 3 to 5 masks (data.py); 6 dropout (train.py, finetune.py); 7, 8
-order of a task's batches (batches.py); 9 subset of its examples (tasks.py); 10, 11 augmentation (distil.py).
+The second key is the stream: 1, 2 order of the blocks (data.py); 3 to 5 masks (masking.py); 6 dropout (train.py,
+finetune.py); 7, 8 order of a task's batches (batches.py); 9 subset of its examples (tasks.py); 10, 11 augmentation
+(distil.py); 12, 13 order of the sentences (sentences.py).
 """
 
 import numpy as np

@@ -20,10 +20,12 @@ from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HELD_OUT = [  # metrics of masked and of causal models, without and with a teacher
-    {*loss, "top1", *with_teacher}
+HELD_OUT = [  # metrics of masked and of causal models, without and with a teacher, and of sentence vectors
+    {*of_words, *of_vectors}
     for loss in (["mlm_loss"], ["clm_loss", "perplexity"])
-    for with_teacher in ([], ["kl", "agreement"])
+    for of_words in ([*loss, "top1"], [*loss, "top1", "kl", "agreement"], [])
+    for of_vectors in ([], ["emb"])
+    if of_words or of_vectors
 ]
 PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # settings of train.py that may be paths
 
@@ -102,7 +104,8 @@ class Run:
         """Restores student and optimiser; returns the State. Raises UserError for another run."""
         saved, tensors = load_checkpoint(self.out)
         wanted = self.identity if dtype == "auto" else {**self.identity, "dtype": dtype}
-        before = {"mask_share": MASK_SHARE, **saved["identity"], "dtype": saved["dtype"]}  # once there was no other
+        once = {"mask_share": MASK_SHARE, "alpha_emb": 0.0}  # of runs before these were settings
+        before = {**once, **saved["identity"], "dtype": saved["dtype"]}
         require_same(before, wanted, self.out)
         restore(tensors, student, optimizer, saved["adam_steps"])
         return State(**{field.name: saved[field.name] for field in dataclasses.fields(State)})
@@ -157,7 +160,7 @@ def read_metrics(path):
             record = json.loads(line)
             if "held_out" in record and record["held_out"].keys() not in HELD_OUT:
                 raise ValueError
-            drawn = [record[name] for name in ("step", "loss", "kl", "ce") if name in record or name == "step"]
+            drawn = [record[name] for name in ("step", "loss", "kl", "ce", "emb") if name in record or name == "step"]
             sum([*drawn, *record.get("held_out", {}).values()])  # TypeError where one is no number
             records.append(record)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -171,7 +174,7 @@ def draw_curve(path, history, teacher_metrics):
     """Draws the training loss and the held-out metrics of a run; the former as a running mean over 2 % of it."""
     updates = [m for m in history if "loss" in m]
     held_out = [m for m in history if "held_out" in m]
-    names = [name for name in ("loss", "kl", "ce") if updates and name in updates[-1]]
+    names = [name for name in ("loss", "kl", "ce", "emb") if updates and name in updates[-1]]
     training = {name: [(m["step"], m[name]) for m in updates if name in m] for name in names}
     window = max(1, len(updates) // 50)
     unit = f"nats, mean of {window} updates" if window > 1 else "nats"
@@ -180,15 +183,16 @@ def draw_curve(path, history, teacher_metrics):
 
     def evaluated(title, unit, metric, form=plot.NUMBER):
         student = {"student" if teacher_metrics else "model": [(m["step"], m["held_out"][metric]) for m in held_out]}
-        teacher = teacher_metrics and ("teacher", teacher_metrics[metric])
+        teacher = (teacher_metrics or {}).get(metric) and ("teacher", teacher_metrics[metric])
         return plot.lines(title, unit, student, teacher, form=form)
 
-    plot.draw(
-        path,
-        plot.lines("training loss", unit, training, window=window),
-        evaluated(f"held-out {'masked' if loss == 'mlm_loss' else 'causal'}-LM loss", "nats", loss),
-        evaluated("held-out accuracy", "top-1", "top1", plot.percent),
-    )
+    panels, found = [plot.lines("training loss", unit, training, window=window)], held_out and held_out[0]["held_out"]
+    if not held_out or "top1" in found:
+        panels.append(evaluated(f"held-out {'masked' if loss == 'mlm_loss' else 'causal'}-LM loss", "nats", loss))
+        panels.append(evaluated("held-out accuracy", "top-1", "top1", plot.percent))
+    if held_out and "emb" in found:
+        panels.append(evaluated("held-out sentence vectors", "squared distance to the teacher's", "emb"))
+    plot.draw(path, *panels)
 
 
 # ---- interruption

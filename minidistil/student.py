@@ -1,5 +1,13 @@
-"""Student initialisation: from teacher layers, from a folder, or with random weights."""
+"""Student initialisation: from teacher layers, from a folder, or with random weights.
 
+A narrower student starts from the teacher's directions that matter most: its word vectors are U S V^T, and C_s columns
+of V with the largest singular values keep most of them. The same columns are the start of a projection, learnt beside
+the student and not part of it, through which the student's hidden states are compared with the teacher's.
+
+Legend:  C_t, C_s width of teacher and student   V (C_t, C_s) those columns, orthonormal
+"""
+
+import dataclasses
 import re
 
 import torch
@@ -23,15 +31,16 @@ def student_layers(teacher_layers, k=None):
 def student_from_teacher(teacher, layers):
     """Returns a model of `Config.student`'s shape in training mode: copies of these teacher layers and of the rest.
 
-    BERT adds token-type row 0 to every position of a single segment; in a DistilBERT it is added to the position table,
-    so a student with all layers computes what its teacher does. Raises UserError for a layer that does not exist.
+    It is of the teacher's class. BERT adds token-type row 0 to every position of a single segment; in a DistilBERT it
+    is added to the position table, so a student with all layers computes what its teacher does. Raises UserError for a
+    layer that does not exist.
     """
     L = teacher.config.layers
     if not layers or not all(0 <= layer < L for layer in layers):
         raise UserError(f"student layers {layers}: choose from the teacher's layers 0 to {L - 1}")
     source = teacher.state_dict()
     with torch.device("meta"):
-        student = LanguageModel(teacher.config.student(len(layers)))
+        student = type(teacher)(teacher.config.student(len(layers)))
     state = {}
     for name in student.state_dict():
         theirs = re.sub(r"(?<=blocks\.)\d+", lambda match: str(layers[int(match[0])]), name)
@@ -40,6 +49,52 @@ def student_from_teacher(teacher, layers):
         state["encoder.embeddings.positions.weight"] += source["encoder.embeddings.types.weight"][0]
     student.load_state_dict(state, assign=True)
     return student
+
+
+def narrower(config, width):
+    """Returns this Config `width` wide: its heads keep their width, its MLP its ratio. UserError unless heads fit."""
+    D = config.width // config.heads
+    if width < D or width % D or width >= config.width:
+        raise UserError(f"--student-width {width}: give a multiple of {D}, a head's width, below {config.width}")
+    shape = dict(width=width, heads=width // D, mlp_width=max(1, config.mlp_width * width // config.width))
+    return dataclasses.replace(config, **shape)
+
+
+def leading_directions(teacher, width):
+    """Returns V (C_t, width) fp32: the right singular vectors of the teacher's word vectors, the largest first."""
+    words = teacher.encoder.embeddings.words.weight.detach().double()
+    _, vectors = torch.linalg.eigh(words.T @ words)  # in the order of growing eigenvalues
+    return vectors.flip(1)[:, :width].float().contiguous()
+
+
+@torch.no_grad()
+def start_from_directions(student, teacher):
+    """Gives a narrower student the teacher's word and position vectors in its leading directions, and the head's bias.
+
+    Its layers stay random.
+    """
+    V, theirs = leading_directions(teacher, student.config.width), teacher.encoder.embeddings
+    words, positions = theirs.words.weight, theirs.positions.weight
+    if theirs.types is not None and student.encoder.embeddings.types is None:
+        positions = positions + theirs.types.weight[0]
+    student.encoder.embeddings.words.weight.copy_(words @ V)
+    student.encoder.embeddings.positions.weight.copy_(positions @ V)
+    if teacher.head is not None and not teacher.config.causal:
+        student.head.bias.copy_(teacher.head.bias)
+
+
+def projection_to(teacher, student):
+    """Returns the projection, a bias-free Linear from the student's width to the teacher's that starts as V^T."""
+    projection = torch.nn.Linear(student.config.width, teacher.config.width, bias=False, device="meta")
+    V = leading_directions(teacher, student.config.width)
+    projection.load_state_dict({"weight": V}, assign=True)
+    return projection.requires_grad_()
+
+
+def to_teacher(model, x):
+    """Returns x (..., C_s), hidden states or vectors of a model, in its teacher's width."""
+    projection = getattr(model, "projection", None)
+    return x if projection is None else projection(x)
 
 
 def parse_layers(text, teacher_layers):
@@ -56,28 +111,35 @@ def parse_layers(text, teacher_layers):
     return student_layers(teacher_layers, k)
 
 
-def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout=None):
-    """Returns the student, in fp32 on the CPU, in training mode.
+def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout=None, width=None):
+    """Returns the student, in fp32 on the CPU, in training mode; it is of the teacher's class.
 
-    `teacher` is a LanguageModel or None; `source` of the weights is "teacher", "random", the folder of a model, or
-    None: the teacher if there is one and no `shape`. `layers` is the text of --student-layers, `shape` the path of a
-    config.json, `dropout` None for the config's. Raises UserError where these contradict each other or the teacher.
+    `teacher` is a LanguageModel, SentenceEncoder or None; `source` of the weights is "teacher", "random", the folder of
+    a model, or None: the teacher if there is one and no `shape`. `layers` is the text of --student-layers, `width` None
+    for the teacher's, `shape` the path of a config.json, `dropout` None for the config's. Raises UserError where these
+    contradict each other or the teacher.
     """
     source = source or ("teacher" if teacher and not shape else "random")
-    if source == "teacher":
+    kind = type(teacher) if teacher else LanguageModel
+    if source not in ("teacher", "random"):
+        if layers:
+            raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
+        student = weights.load_model(source, fresh_head=True, kind=kind)
+    elif source == "teacher" and not width:
         student = student_from_teacher(teacher, parse_layers(layers, teacher.config.layers))
-    elif source == "random":
+    else:
         if shape:
             config = weights.read_config(shape)
         elif teacher:
             config = teacher.config.student(len(parse_layers(layers, teacher.config.layers)))
+            config = narrower(config, width) if width else config
         else:
             raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
-        student = LanguageModel(config, seed=seed)
-    else:
-        if layers:
-            raise UserError(f"--student-init {source} already has its layers: leave out --student-layers")
-        student = weights.load_model(source, fresh_head=True)
+        student = kind(config, seed=seed)
+        if source == "teacher":
+            start_from_directions(student, teacher)
+    if teacher and student.config.width != teacher.config.width:
+        student.projection = projection_to(teacher, student)
     if dropout is not None:
         set_dropout(student, dropout)
     return student.train()

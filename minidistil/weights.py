@@ -223,8 +223,9 @@ def _names(config, parameters):
 def load_model(folder, fresh_head=False, kind=LanguageModel):
     """Returns the model of a Hugging Face folder in fp32 on the CPU, in eval mode: a LanguageModel or SentenceEncoder.
 
-    `fresh_head` adds a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder. Raises
-    UserError unless every tensor of the file is used or ignored with a reason, and every parameter has a tensor.
+    `fresh_head` adds a head to a file without one: the identity, then GELU, LayerNorm and the tied decoder; a model
+    with such a head has the attribute `fresh_head` True. Raises UserError unless every tensor of the file is used or
+    ignored with a reason, and every parameter has a tensor.
     """
     config = read_config(folder)
     with torch.device("meta"):  # allocates and draws nothing: every tensor is replaced below
@@ -233,9 +234,10 @@ def load_model(folder, fresh_head=False, kind=LanguageModel):
     fresh, of_head = {}, [name for ours in names if ours.startswith("head.") for name in names[ours]]
     if of_head and not any(name in source for name in of_head):
         if not fresh_head:
-            way = f"give it a head with `--teacher none --student-init {folder}`"
+            way = f"give it a head with `--teacher none --student-init {folder}`, or learn its sentence vectors alone"
             raise UserError(f"{folder} has no masked-LM head: {way}")
         fresh = _fresh_head(config)
+    model.fresh_head = bool(fresh)
     return fill(folder, model, source, names, fresh).eval()
 
 

@@ -35,7 +35,7 @@ def gradients(tiny, batch, accum, ranks, device=CPU, attention=True, T=31, dtype
         distiller = Distiller(Objective(), teacher, student, dtype, device, group)
         share = slice(rank * batch * accum, (rank + 1) * batch * accum)
         assert len(ids[share]) * ranks == G
-        distiller.accumulate(ids[share], labels[share], batch, counts, SEED, lambda done, A: True)
+        distiller.accumulate((ids[share], labels[share]), batch, counts, SEED, lambda done, A: True)
         found.append({name: parameter.grad.cpu() for name, parameter in student.named_parameters()})
     return {name: sum(each[name] for each in found) / ranks for name in found[0]}
 

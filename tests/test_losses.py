@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
-from minidistil.losses import Denominators, Objective, distillation_loss
+from minidistil.losses import Denominators, Objective, counts, distillation_loss
 from minidistil.model import Config, LanguageModel
+from minidistil.pooling import Pooling
+from minidistil.student import narrower, projection_to
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.gpu if DEVICE == "cuda" else []
@@ -28,7 +30,8 @@ def test_published_formula():
     mse = F.mse_loss(s, t, reduction="sum") / len(s)
     expected = 5 * kl + 2 * ce + cos + 0.01 * mse
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)
-    torch.testing.assert_close(parts.double(), torch.stack([kl, ce, cos, mse]).detach(), rtol=1e-5, atol=1e-7)
+    terms = torch.stack([kl, ce, cos, mse, mse.new_zeros(())]).detach()
+    torch.testing.assert_close(parts.double(), terms, rtol=1e-5, atol=1e-7)
     parameters = [p for n, p in student.named_parameters()]
     got, want = torch.autograd.grad(loss, parameters, retain_graph=True), torch.autograd.grad(expected, parameters)
     for g, w in zip(got, want, strict=True):
@@ -126,3 +129,75 @@ def test_twenty_updates_with_kernels_are_twenty_without(monkeypatch):
     went = math.sqrt(sum((p - s).square().sum().item() for p, s in zip(runs["off"][1], start, strict=True)))
     apart = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(runs["off"][1], runs["on"][1], strict=True)))
     assert 0 < apart < 1e-3 * went
+
+
+def padded_models(width=16, mode="mean"):
+    """Two models in fp64, six sentences of 3 to 10 tokens, and the student's projection where it is narrower."""
+    student, teacher, ids, labels, _, _ = two_models()
+    if width != 16:
+        config = narrower(teacher.config.student(1), width)
+        student = LanguageModel(config, seed=2).double()
+        student.projection = projection_to(teacher, student).double()
+    mask = torch.arange(10) < torch.tensor([3, 10, 7, 5, 9, 4])[:, None]
+    labels = torch.where(mask, labels, IGNORE)
+    return student, teacher, ids, labels, mask, Pooling(mode)
+
+
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+@pytest.mark.parametrize("width", [16, 8])
+def test_every_term_on_sentences(mode, width):
+    """All five terms of padded sentences, and their gradient: as the formulas say of real tokens, one by one."""
+    objective = Objective(alpha_mse=0.01, alpha_emb=3.0)
+    student, teacher, ids, labels, mask, pooling = padded_models(width, mode)
+    counted = Denominators(*counts(ids, labels, mask), len(ids))
+    assert counted == Denominators(38, int((labels != IGNORE).sum()), 6)
+    h_s, h_t = student(ids, mask), teacher(ids, mask)
+    loss, parts = distillation_loss(objective, counted, labels, student, h_s, teacher, h_t, mask=mask, pooling=pooling)
+    kl = ce = cos = mse = emb = 0.0
+    for x, y, real in zip(ids, labels, mask.sum(1).tolist(), strict=True):
+        a, b = student(x[None, :real])[0], teacher(x[None, :real])[0]  # without any padding
+        s, t = student.logits(a), teacher.logits(b)
+        kl = kl + 4 * F.kl_div(F.log_softmax(s / 2, -1), F.softmax(t / 2, -1), reduction="sum") / 38
+        ce = ce + F.cross_entropy(s, y[:real], ignore_index=IGNORE, reduction="sum") / counted.masked
+        mse = mse + (s - t).square().sum() / 38
+        wide = a if width == 16 else a @ student.projection.weight.T
+        cos = cos + (1 - F.cosine_similarity(wide, b)).sum() / 38
+        v_s, v_t = (z[0] if mode == "cls" else z.mean(0) for z in (wide, b))
+        emb = emb + (v_s / v_s.norm() - v_t / v_t.norm()).square().sum() / 6
+    expected = 5 * kl + 2 * ce + cos + 0.01 * mse + 3 * emb
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0, check_dtype=False)
+    terms = torch.stack([kl, ce, cos, mse, emb]).detach()
+    torch.testing.assert_close(parts.double(), terms, rtol=1e-5, atol=1e-7)
+    parameters = list(student.parameters())
+    got, want = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6 * w.abs().max().item() + 1e-9)
+
+
+def test_a_split_of_sentences_does_not_matter():
+    objective = Objective(alpha_emb=3.0)
+    student, teacher, ids, labels, mask, pooling = padded_models(8)
+    counted = Denominators(*counts(ids, labels, mask), len(ids))
+
+    def loss(part):
+        x, y, m = ids[part], labels[part], mask[part]
+        models = student, student(x, m), teacher, teacher(x, m)
+        return distillation_loss(objective, counted, y, *models, mask=m, pooling=pooling)[0]
+
+    whole, pieces = loss(slice(0, 6)), [loss(slice(i, i + 2)) for i in (0, 2, 4)]
+    torch.testing.assert_close(sum(pieces), whole, rtol=1e-6, atol=0)
+    got, want = (torch.autograd.grad(x, list(student.parameters())) for x in (sum(pieces), whole))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-7)
+
+
+def test_vectors_alone_need_no_head():
+    objective = Objective(0.0, 0.0, 1.0, alpha_emb=3.0)
+    student, teacher, ids, labels, mask, pooling = padded_models()
+    student.head = teacher.head = None
+    counted = Denominators(*counts(ids, labels, mask), len(ids))
+    models = student, student(ids, mask), teacher, teacher(ids, mask)
+    loss, parts = distillation_loss(objective, counted, labels, *models, mask=mask, pooling=pooling)
+    assert objective.terms == ["cos", "emb"] and parts[[0, 1, 3]].tolist() == [0, 0, 0]
+    torch.testing.assert_close(loss.float(), parts[2] + 3 * parts[4])
+    loss.backward()
