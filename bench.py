@@ -10,9 +10,9 @@
     python bench.py demo          the demo against the same student without a teacher, three seeds
     python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'
-    python bench.py retention --teacher DIR --student DIR --data GLUE    GLUE scores of teacher and students
+    python bench.py retention --teacher DIR --data GLUE --layers 3    what students keep, distilled by several recipes
     python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
-    python bench.py all           all cases except retention, which needs two models
+    python bench.py all           all cases except retention, which needs a teacher
     python bench.py readme        measures nothing: prints the README's tables from the JSON files
     python bench.py pictures      measures nothing: draws every picture again from the JSON files
 

@@ -1,71 +1,245 @@
 """`bench.py retention` and `bench.py ablation`: what they run, and what they make of it."""
 
+import importlib.util
+import json
+import os
 import pathlib
 import shutil
+import signal
+import time
 import types
 
 import pytest
 from pictures import svg_texts
 
 from benches import distil, retention
+from benches.retention import jobs, recipes, show, text
+from minidistil import weights
+from minidistil.downstream import glue as tasks
 from minidistil.errors import UserError
 
 
 def settings(**given):
-    names = dict(teacher=None, student=None, data=None, task="sst2,rte", rounds=3, finetune=None, taught=None,
-                 train=None)  # fmt: skip
-    return types.SimpleNamespace(**names | {"tiny": False} | given)
+    return types.SimpleNamespace(**{"tiny": False, "train": None, "rounds": 3} | given)
+
+
+def last_rows(rows):
+    """What a report keeps of rows that come again."""
+    return list({id(row): row for row in rows}.values())
 
 
 # ---- retention
 
+FEW = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --seq-len 32"
 
-def test_retention_runs_finetune_on_each_model(tiny, glue, tmp_path, monkeypatch):
+
+def retained(tiny, glue, **given):
+    """Runs `bench.py retention --tiny`; returns its rows, {name: row}."""
+    names = dict(teacher=str(tiny / "teacher"), data=str(glue), task="sst2", rounds=2, finetune=FEW, tiny=True)
+    rows = last_rows(retention.bench(retention.Settings(**names | given)))
+    return {row["provider"]: row for row in rows}
+
+
+@pytest.fixture
+def scripts(tiny, monkeypatch, tmp_path):
+    """Instead of scripts, a student that is its teacher, whose updates take 0.25 s, and scores by seed; the calls."""
+    calls = []
+
+    def script(log, threads, name, *words):
+        words = list(map(str, words))
+        calls.append([name, *words])
+        out = pathlib.Path(words[words.index("--out") + 1])
+        if name == "finetune.py":
+            seed, seeds = (int(words[words.index(flag) + 1]) for flag in ("--seed", "--seeds"))
+            runs = [dict(lr=0.1, seed=i, epochs=[{"score": 50.0 + i}]) for i in range(seed, seed + seeds)]
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "scores.json").write_text(json.dumps({"runs": {"sst2": runs}}))
+            return {"tasks": {"sst2": {}}}
+        if name != "data/prepare.py":
+            shutil.copytree(tiny / "teacher", out, dirs_exist_ok=True)
+            steps = int(words[words.index("--steps") + 1])
+            return {"steps": steps, "seconds": 0.25 * steps}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "script", script)
+    return calls
+
+
+def flag(words, name):
+    return words[words.index(name) + 1]
+
+
+def test_retention_has_a_row_for_each_recipe_and_baseline(tiny, glue, scripts):
+    rows = retained(tiny, glue, layers="2", minutes=1.0, taught="--augment 4")
+    names = ["teacher", recipes.UNTRAINED, *recipes.RECIPES, "vectors, taught"]
+    assert list(rows) == names and not any("error" in row for row in rows.values())
+    for name in recipes.RECIPES:  # the time that was asked for, by what an update took in the probe
+        assert rows[name]["steps"] == 240 and rows[name]["seconds"] == 60 and rows[name]["seeds"] == 2
+    trained = [words for words in scripts if words[0] in ("train.py", "benches/retention/peer.py")]
+    assert sorted(int(flag(words, "--steps")) for words in trained) == [2] * 6 + [240] * 12
+    assert all(flag(words, "--student-layers") == "2" for words in trained)
+    tuned = {pathlib.Path(flag(words, "--out")).name: words for words in scripts if words[0] == "finetune.py"}
+    assert len(tuned) == 2 + 2 * 6 + 2  # the models without seeds run all seeds in one process
+    assert flag(tuned["teacher"], "--seeds") == "2" and flag(tuned["vectors-1"], "--seeds") == "1"
+    assert flag(tuned["vectors-1"], "--seed") == "1" and flag(tuned["vectors-1"], "--model").endswith("/vectors-1")
+    assert flag(tuned["vectors-taught-1"], "--teacher").endswith("finetuned/teacher")
+    assert rows["teacher"]["tasks"] == rows["vectors"]["tasks"]
+    assert rows["vectors"]["scores"] == {"sst2": 50.5} and rows["vectors"]["retained"] == 100
+    # these students are their teacher, the untrained layers are not
+    assert rows["vectors"]["zero_shot"] == [rows["teacher"]["zero_shot"][0]] * 3
+    assert rows["vectors"]["retained_zero_shot"] == 100 != rows[recipes.UNTRAINED]["retained_zero_shot"]
+    lines = retention.table(list(rows.values())).splitlines()
+    assert lines[0] == "| | zero-shot stsb | kept | sst2 | mean | kept | minutes |" and "| 1.0 |" in lines[4]
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(rows) + len(show.PUBLISHED)
+    retention.draw("kept.svg", list(rows.values()))
+    drawn = set(svg_texts(pathlib.Path("kept.svg")))
+    assert set(names) - drawn == {"vectors + cosine", "vectors + cosine + masked words"} and "zero-shot STS-B" in drawn
+
+
+def test_retention_repeats_no_finished_job(tiny, glue, scripts):
+    first = retained(tiny, glue, layers="2", minutes=1.0, recipes="vectors", taught="")
+    done = len(scripts)
+    assert retained(tiny, glue, layers="2", minutes=1.0, recipes="vectors", taught="") == first
+    assert len(scripts) == done
+    retained(tiny, glue, layers="2", minutes=1.0, recipes="vectors", taught="", rounds=3)
+    new = [words for words in scripts[done:] if words[0] == "train.py"]
+    assert [flag(words, "--seed") for words in new] == ["2"]
+
+
+def test_retention_without_tasks_scores_vectors_alone(tiny, glue, scripts):
+    rows = retained(tiny, glue, layers="2", task="", recipes="undistilled,vectors")
+    assert {words[0] for words in scripts} == {"data/prepare.py", "train.py"}
+    table = retention.table(list(rows.values())).splitlines()
+    assert table[0] == "| | zero-shot stsb | kept | minutes |" and len(table) == 2 + 4
+
+
+def test_retention_goes_on_without_a_recipe_that_fails(tiny, glue, scripts, monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES, "undistilled", "--steps-of-hand")
+    script = jobs.script
+
+    def failing(log, threads, *words):
+        if "--steps-of-hand" in words:
+            raise UserError("unrecognized arguments: --steps-of-hand")
+        return script(log, threads, *words)
+
+    monkeypatch.setattr(jobs, "script", failing)
+    rows = retained(tiny, glue, layers="2", minutes=1.0, recipes="undistilled,vectors")
+    assert rows["undistilled"]["error"].endswith("unrecognized arguments: --steps-of-hand")
+    assert rows["vectors"]["scores"] == {"sst2": 50.5} and "undistilled" not in retention.table(list(rows.values()))
+
+
+def test_an_exception_ends_the_processes(tmp_path):
+    (tmp_path / "long.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        with jobs.pool(1) as submit:
+            first, second = (submit(jobs.script, tmp_path / "log", 1, tmp_path / "long.py") for _ in range(2))
+            while "begun" not in ((tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    assert time.monotonic() - began < 30 and isinstance(first.exception(), UserError) and second.cancelled()
+
+
+def test_a_recipe_without_a_head_has_no_kl():
+    assert "--alpha-ce 0" not in recipes.flags("masked words", True)
+    assert recipes.flags("masked words", False).endswith("--alpha-ce 0")
+    assert recipes.flags("vectors", False) == recipes.flags("vectors", True)
+
+
+def test_retention_distils_scores_and_fine_tunes(tiny, glue, tmp_path, monkeypatch):
+    """The scripts themselves, with one recipe and one seed; an interrupted run goes on."""
+    monkeypatch.chdir(tmp_path)
+    small = "--seq-len 32 --batch 8 --device cpu"
+    given = dict(layers="2", minutes=0.005, recipes="vectors", rounds=1, train=small, taught="--augment 1")
+    rows = retained(tiny, glue, **given)
+    assert list(rows) == ["teacher", recipes.UNTRAINED, "vectors", "vectors, taught"]
+    assert not any("error" in row for row in rows.values())
+    vectors, folder = rows["vectors"], tmp_path / "runs" / "retention" / "teacher-2-tiny"
+    probe = json.loads((folder / "probes" / "vectors.json").read_text())["result"]
+    assert vectors["steps"] == max(1, int(60 * 0.005 / (probe["seconds"] / probe["steps"])))
+    assert vectors["parameters"] < rows["teacher"]["parameters"] and vectors["zero_shot"][0] != 0
+    assert set(vectors["scores"]) == {"sst2"} and vectors["settings"].endswith(f"{small}; {FEW}")
+    said = (folder / "finetuned" / "vectors-taught-0.log").read_text()
+    assert "1 augmented copies of each" in said
+    assert f"the teacher's dev score is {rows['teacher']['scores']['sst2']:.2f}" in said
+    # a run that ended before its result was noted
+    (folder / "students" / "vectors-0.json").unlink()
+    assert retained(tiny, glue, **given)["vectors"] == vectors
+    assert "--resume" in (folder / "students" / "vectors-0.log").read_text()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sentence_transformers"), reason="needs sentence-transformers")
+def test_their_own_recipe_trains_a_student_that_ours_reads(tiny, glue, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = retained(tiny, glue, layers="2", minutes=0.01, recipes=recipes.PEER, rounds=1, task="")
+    student = rows[recipes.PEER]
+    assert "error" not in student and student["steps"] > 2 and student["seconds"] > 0
+    config = weights.read_config(tmp_path / "runs" / "retention" / "teacher-2-tiny" / "students" / f"{recipes.PEER}-0")
+    assert config.layers == 2 and student["zero_shot"] != rows[recipes.UNTRAINED]["zero_shot"]
+
+
+def test_finished_students_are_compared(tiny, glue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny / "teacher", tmp_path / "half")
-    few = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --dtype fp32 --seq-len 32"
-    given = settings(teacher=str(tiny / "teacher"), student="half", data=str(glue), rounds=2, finetune=few)
-    results = list(retention.bench(given))
-    assert [r["provider"] for r in results] == ["teacher", "half"]
+    rows = retained(tiny, glue, student="half", task="sst2,rte", taught="--augment 2")
+    assert list(rows) == ["teacher", "half", "half, taught"]
     # the same weights, budget and seeds: the same scores
-    assert results[0]["scores"] == results[1]["scores"] and set(results[0]["scores"]) == {"sst2", "rte"}
-    assert results[1]["retained"] == 100.0 and results[0]["seeds"] == 2
-    table = retention.table(results).splitlines()
-    assert table[0] == "| | sst2 | rte | mean | kept |" and len({line.count("|") for line in table}) == 1
-    retention.draw(tmp_path / "kept.svg", results)
-    assert {"teacher", "half", "SST-2", "RTE", "mean"} <= set(svg_texts(tmp_path / "kept.svg"))
-
-
-def test_the_first_student_is_taught_again_by_the_fine_tuned_teacher(tiny, glue, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny / "teacher", tmp_path / "half")
-    few = "--examples 16 --epochs 1 --batch 8 --lr 1e-3 --device cpu --dtype fp32 --seq-len 32"
-    given = settings(teacher=str(tiny / "teacher"), student="half", data=str(glue), rounds=1, finetune=few, task="sst2")
-    results = list(retention.bench(settings(**{**vars(given), "taught": "--augment 2"})))
-    assert [r["provider"] for r in results] == ["teacher", "half", "half-taught"]
-    assert [r["settings"] for r in results] == [few, few, f"{few} --augment 2"]
-    said = (tmp_path / "runs" / "retention" / "half-taught.log").read_text()
-    assert "16 items of" in said and "2 augmented copies of each" in said and "update     6/6" in said
-    assert f"the teacher's dev score is {results[0]['scores']['sst2']:.2f}" in said
+    teacher, half = rows["teacher"], rows["half"]
+    assert teacher["scores"] == half["scores"] and set(half["scores"]) == {"sst2", "rte"}
+    assert half["retained"] == half["retained_zero_shot"] == 100.0 and teacher["seeds"] == 2
+    assert [row["settings"] for row in rows.values()] == [FEW, FEW, f"{FEW}; --augment 2"]
+    table = retention.table(list(rows.values())).splitlines()
+    assert table[0] == "| | zero-shot stsb | kept | sst2 | rte | mean | kept |"
+    assert len({line.count("|") for line in table}) == 1
+    retention.draw(tmp_path / "kept.svg", list(rows.values()))
+    assert {"teacher", "half", "zero-shot STS-B", "SST-2", "RTE", "mean"} <= set(svg_texts(tmp_path / "kept.svg"))
 
 
 def test_retention_says_why_a_run_failed(tiny, glue, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = settings(teacher=str(tiny / "teacher"), student="nowhere", data=str(glue), finetune="--examples 8 --lr x")
-    teacher, student = retention.bench(given)
-    assert "--lr x: give one learning rate" in teacher["error"] and "nowhere is not a folder" in student["error"]
-    assert "scores" not in teacher and "scores" not in student
+    rows = retained(tiny, glue, student="nowhere", finetune="--examples 8 --lr x", rounds=1)
+    assert "--lr x: give one learning rate" in rows["teacher"]["error"]
+    assert "nowhere" in rows["nowhere"]["error"] and "scores" not in rows["teacher"]
 
 
-@pytest.mark.parametrize("missing", ["teacher", "student", "data"])
-def test_retention_needs_models_and_data(missing):
-    with pytest.raises(UserError, match="give --teacher, --student"):
-        list(retention.bench(settings(**dict(teacher="a", student="b", data="c") | {missing: None})))
+def test_retention_needs_minutes():
+    with pytest.raises(UserError, match="--minutes is 0: it must be greater than 0"):
+        list(retention.bench(retention.Settings(teacher="a", data="c", layers="2", minutes=0)))
+
+
+@pytest.mark.parametrize("given", [dict(teacher=None), dict(data=None), dict(student=None)])
+def test_retention_needs_models_and_data(given):
+    with pytest.raises(UserError, match="give --teacher and --data, and --layers"):
+        list(retention.bench(retention.Settings(**dict(teacher="a", student="b", data="c") | given)))
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(UserError, match="--recipes alchemy is not known: choose from undistilled, "):
+        list(retention.bench(retention.Settings(teacher="a", data="c", layers="2", recipes="vectors,alchemy")))
+
+
+def test_qnli_without_a_training_set_is_halved(glue, tmp_path):
+    data = tmp_path / "glue"
+    shutil.copytree(glue, data)
+    (data / "QNLI").mkdir()
+    lines = [f"{i}\tquestion {i // 2}?\tsentence {i}\t{'entailment' if i % 2 else 'not_entailment'}" for i in range(80)]
+    (data / "QNLI" / "dev.tsv").write_text("\n".join(["index\tquestion\tsentence\tlabel", *lines]) + "\n")
+    folder = text.with_qnli(data, tmp_path / "data")
+    train, dev = tasks.load("qnli", folder)
+    questions = [{example.first for example in side} for side in (train, dev["dev"])]
+    assert len(train) + len(dev["dev"]) == 80 and min(map(len, questions)) > 8 and not set.intersection(*questions)
+    assert tasks.load("sst2", folder) == tasks.load("sst2", data)
+    assert text.with_qnli(data, tmp_path / "data") == folder  # once more, as on resumption
+    paths = text.write_texts(folder, tmp_path / "text")
+    assert [pathlib.Path(path).name for path in paths] == ["sst2.txt", "qnli.txt"]
+    assert not questions[1] & set(pathlib.Path(paths[1]).read_text().splitlines())  # only the training half
+    assert text.with_qnli(folder, tmp_path / "other") == folder  # a whole one stays
 
 
 def test_published_scores_keep_what_the_paper_says():
     """The paper's 97 %: 77.0 of 79.5, the means of nine tasks."""
-    bert, distilbert = ({t: s for t, s in row.items() if t != "imdb"} for row in retention.PUBLISHED.values())
+    bert, distilbert = ({t: s for t, s in row.items() if t != "imdb"} for row in show.PUBLISHED.values())
     means = [round(sum(row.values()) / len(row), 1) for row in (bert, distilbert)]
     assert means == [79.5, 77.0]
     row = {"provider": "teacher", "scores": bert, "tasks": {}}
@@ -73,11 +247,6 @@ def test_published_scores_keep_what_the_paper_says():
 
 
 # ---- ablation
-
-
-def last_rows(rows):
-    """What a report keeps of rows that come again with each seed."""
-    return list({id(row): row for row in rows}.values())
 
 
 def fake_script(calls):

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from minidistil import weights
+from minidistil.downstream import glue, metrics
 from minidistil.downstream.batches import encode_pair, predict
 from minidistil.pooling import SentenceEncoder, read_pooling
 from minidistil.tokenizer import Tokenizer
@@ -32,3 +33,15 @@ def embed(folder, texts, device="cpu", dtype="fp32", prefix=""):
     items = [encode_pair(tokenizer, prefix + text, None, T) for text in texts]
     vectors = predict(Vectors(model, pooling), items, tokenizer.pad_id, torch.device(device), dtype)
     return np.stack(vectors)
+
+
+def zero_shot(folder, data, prefix=""):
+    """Returns how well a model's vectors tell similar sentences, untrained for it: percent, on STS-B's dev set.
+
+    It is the Spearman correlation of their cosine with the scores. `data` is the GLUE folder or that of STS-B.
+    """
+    examples = glue.load("stsb", data)[1]["dev"]
+    both = embed(folder, [text for pair in examples for text in pair[:2]], prefix=prefix)  # (2 N, C)
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    cosines = (both[::2] * both[1::2]).sum(1)
+    return 100 * metrics.spearman(cosines, [example.label for example in examples])

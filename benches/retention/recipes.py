@@ -1,0 +1,35 @@
+"""The ways to make a student that are compared: a name and settings of train.py."""
+
+import torch
+
+from minidistil import weights
+from minidistil.model import LanguageModel
+
+UNTRAINED = "layers alone, untrained"
+PEER = "sentence-transformers"
+RECIPES = {
+    "undistilled": "--alpha-emb 0 --alpha-cos 0 --alpha-ce 0 --alpha-mlm 1",
+    "masked words": "--alpha-emb 0 --alpha-cos 1 --alpha-ce 5 --alpha-mlm 2",  # as published (Sanh et al. 2019)
+    "vectors": "--alpha-emb 1 --alpha-cos 0 --alpha-ce 0 --alpha-mlm 0",
+    "vectors + cosine": "--alpha-emb 1 --alpha-cos 1 --alpha-ce 0 --alpha-mlm 0",
+    "vectors + cosine + masked words": "--alpha-emb 1 --alpha-cos 1 --alpha-ce 0.5 --alpha-mlm 0.2",
+    PEER: "benches/retention/peer.py",  # a script, with the settings of the library's own example
+}
+SHARED = "--batch 64 --accum 1 --seq-len 128 --lr 2e-4 --dropout 0 --eval-tokens 8192"
+NO_HEAD = "--alpha-ce 0"  # of a teacher without a masked-LM head, which gives no word a probability
+
+
+def has_head(folder):
+    """Whether a model's files hold a masked-LM head."""
+    with torch.device("meta"):
+        model = LanguageModel(weights.read_config(folder))
+    source, names = weights.named_weights(folder, model)
+    return any(name in source for ours in names if ours.startswith("head.") for name in names[ours])
+
+
+def flags(recipe, with_head):
+    """Returns a recipe's settings of train.py as text; without a head the KL term is left out of those that have it."""
+    if recipe == PEER:
+        return RECIPES[PEER]
+    lacks = not with_head and NO_HEAD not in RECIPES[recipe]
+    return " ".join([SHARED, RECIPES[recipe], *([NO_HEAD] if lacks else [])])

@@ -1,0 +1,50 @@
+"""Unlabelled text for the students, and a training set of QNLI where only its dev set is at hand."""
+
+import gzip
+import hashlib
+import pathlib
+
+from minidistil import files
+from minidistil.downstream import glue
+from minidistil.errors import UserError
+
+SOURCES = "imdb", "sst2", "mrpc", "qnli"  # whose training texts are read; STS-B's are not: the zero-shot score is its
+
+
+def with_qnli(data, folder):
+    """Returns the GLUE folder `data`, or where its QNLI has no training set, `folder` with one and links to the rest.
+
+    The sets are halves of the dev set, by the hash of the question: all pairs of a question are on the same side.
+    """
+    data = pathlib.Path(data).resolve()
+    names = [path.name for path in (data / "QNLI").glob("*")]
+    dev = next((name for name in ("dev.tsv", "dev.tsv.gz") if name in names), None)
+    if dev is None or {"train.tsv", "train.tsv.gz"} & set(names):
+        return data
+    with (gzip.open if dev.endswith(".gz") else open)(data / "QNLI" / dev, "rb") as file:
+        header, *lines = file.read().splitlines(keepends=True)
+    column, sides = header.decode().casefold().split("\t").index("question"), ([], [])
+    for line in lines:
+        sides[hashlib.sha256(line.split(b"\t")[column]).digest()[0] % 2].append(line)
+    for name, side in zip(("train.tsv", "dev.tsv"), sides, strict=True):
+        with files.replacing(folder / "QNLI" / name) as temporary:
+            temporary.write_bytes(b"".join([header, *side]))
+    for path in data.iterdir():
+        if path.is_dir() and path.name != "QNLI" and not (folder / path.name).is_symlink():
+            (folder / path.name).symlink_to(path)
+    return folder.resolve()
+
+
+def write_texts(data, folder):
+    """Writes the texts of the training sets in `data`, each once and on a line; returns the paths as text."""
+    paths = []
+    for name in SOURCES:
+        if (data / glue.TASKS[name].folder).is_dir():
+            train, _ = glue.load(name, data)
+            texts = dict.fromkeys(text.replace("\n", " ") for example in train for text in example[:2] if text)
+            paths.append(str(folder / f"{name}.txt"))
+            files.write_text(paths[-1], "\n".join(texts) + "\n")
+    if not paths:
+        wanted = ", ".join(glue.TASKS[name].folder for name in SOURCES)
+        raise UserError(f"{data} holds no text to distil on: it needs one of {wanted}")
+    return paths
