@@ -1,9 +1,12 @@
 """Documents -> token ids: the part of prepare.py that runs in the workers."""
 
 import hashlib
+import itertools
 import re
 
 import numpy as np
+
+from data.sentence_split import sentences
 
 HASHES = 1 << 63  # document hashes are below this
 PIECE = 1 << 16  # characters of a document to split at once: the list of words takes 15 times the memory of the text
@@ -16,24 +19,31 @@ def token_dtype(vocab_size):
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def encoder(tokenizer):
+def encoder(tokenizer, prefix=None):
     """Returns the function from a Batch to (hashes, tokens, bytes: (n,) each; ids of all documents, as bytes; cuts).
 
-    Documents without tokens, such as blank lines, are skipped.
+    Documents without tokens, such as blank lines, are skipped. With a `prefix`, which may be "", each sentence is a
+    document; the prefix stands before its text, but counts neither for its hash nor for its bytes.
     """
     dtype = token_dtype(len(tokenizer.vocab))
     # a cut could part an added token, or a token from the white space after it
     spaced = any(_SPACE.search(token.content) or token.rstrip for token in tokenizer.added)
 
+    def ids_of(text):
+        document = tokenizer.encode_documents([text] if spaced else pieces(text))
+        if len(text) > PIECE and not spaced:  # [SEP] after each piece: only the last one stays
+            document = np.append(document[document != tokenizer.sep_id], document[-1:])
+        return document
+
+    nothing = ids_of(prefix or "")
+
     def encode(batch):
         hashes, sizes, ids = [], [], []
         texts, cuts = batch.documents()
-        for text in texts:
-            document = tokenizer.encode_documents([text] if spaced else pieces(text))
-            if len(document) == 0:
+        for text in texts if prefix is None else itertools.chain.from_iterable(map(sentences, texts)):
+            document = ids_of((prefix or "") + text)
+            if np.array_equal(document, nothing):
                 continue
-            if len(text) > PIECE and not spaced:  # [SEP] after each piece: only the last one stays
-                document = np.append(document[document != tokenizer.sep_id], document[-1])
             ids.append(document)
             data = text.encode("utf-8", "replace")  # JSON and Python strings can contain half a surrogate pair
             hashes.append(document_hash(data))

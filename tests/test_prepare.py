@@ -830,6 +830,135 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, vocab):
     assert os.listdir(tmp_path) == ["text.txt"]
 
 
+# --- sentences ---
+
+
+def naive_sentences(documents, vocab, prefix):
+    """Returns (ids, ends) of both sides in plain Python, from lists of sentences."""
+    tokenizer = Tokenizer.load(vocab)
+    sides = ([], []), ([], [])
+    for text in itertools.chain.from_iterable(documents):
+        number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) % 2**63
+        ids, ends = sides[number < SHARE * 2**63]
+        ids += [*tokenizer.encode(prefix + text), tokenizer.sep_id]
+        ends.append(len(ids))
+    return sides
+
+
+def some_sentences(count, seed=0):
+    """Returns distinct sentences, none of which ends like an initial ("on a.")."""
+    return [text for text in some_documents(count, seed) if not text.endswith(" a.")]
+
+
+@pytest.mark.parametrize("prefix", ["", "query: "])
+def test_any_number_of_workers_writes_the_same_sentences(tmp_path, vocab, prefix):
+    """Over several batches, as a naive writer does; a sentence longer than a batch and blank ones among them."""
+    draw, texts = random.Random(8), some_sentences(5000)
+    documents = [draw.choices(texts, k=3) for _ in range(15_000)]  # many a sentence stands in several
+    documents[5] = [" ".join(draw.choices(WORDS, k=300_000)) + " on."]
+    lines = ["<br />\u200b<br /> ".join([" ".join(parts[:2]), *parts[2:]]) for parts in documents]
+    source = write_lines(tmp_path / "text.txt", ["\u200b", *lines])
+    assert source.stat().st_size > 4 * sources.BATCH_BYTES
+    for workers in (1, 2):
+        prepare([source], vocab, tmp_path / str(workers), SHARE, workers=workers, prefix=prefix)
+    names = (*CONTENTS, "train.ends.bin", "val.ends.bin")
+    assert set(names) <= set(os.listdir(tmp_path / "1"))
+    for name in names:
+        assert files.sha256(tmp_path / "1" / name) == files.sha256(tmp_path / "2" / name)
+    train, val, meta = read(tmp_path / "2")
+    assert meta["sentences"] == {"prefix": prefix}
+    assert set(meta["sha256"]) == {"train.bin", "val.bin", "counts.npy", "train.ends.bin", "val.ends.bin"}
+    assert sum(meta["bytes"].values()) == sum(len(text) for parts in documents for text in parts)
+    for side, found, (ids, ends) in zip(
+        ("train", "val"), (train, val), naive_sentences(documents, vocab, prefix), strict=True
+    ):
+        assert found.tolist() == ids and meta["documents"][side] == len(ends) > 1000
+        assert np.fromfile(tmp_path / "2" / f"{side}.ends.bin", "<i8").tolist() == ends
+
+
+def test_a_packed_corpus_is_what_it_was(tmp_path, monkeypatch):
+    """Before there were corpora of sentences: the bytes, and the keys of meta.json with their order."""
+    monkeypatch.chdir(tmp_path)
+    meta = prepare([write_lines(pathlib.Path("text.txt"), some_documents(2000))], ROOT / "data/demo", "out", SHARE, 1)
+    assert meta["sha256"] == {
+        "train.bin": "31a771fea305175c93115f2d17dda82646c268edf2e682d89ea71a255b269bff",
+        "val.bin": "8cf393f49423057c8ccbd88e7b8933ee3dac51da8d1ecfdb764adf36ae189ad3",
+        "counts.npy": "c3a91fb9a059399e0722123afae7826e40e2753a54b846ca13bac4efb971c1d1",
+    }
+    keys = "format dtype vocab_size tokenizer documents tokens bytes sha256 sources files created_by meta_sha256"
+    assert (
+        list(meta)
+        == list(json.loads((tmp_path / "out" / "meta.json").read_text()))
+        == [key.replace("created_by", "created by") for key in keys.split()]
+    )
+    assert not list((tmp_path / "out").glob("*.ends.bin"))
+
+
+def test_few_sentences_hold_out_the_smallest_hashes(tmp_path, vocab):
+    """Of one document: a sentence is what is held out, whatever stands before it."""
+    parts = some_sentences(60, seed=4)
+    source = write_lines(tmp_path / "text.txt", [" ".join(parts)])
+    tokenizer = Tokenizer.load(vocab)
+    by_hash = sorted(parts, key=lambda text: document_hash(text.encode()))
+    for number, prefix in enumerate(("", "query: ")):
+        prepare([source], vocab, tmp_path / str(number), 1e-6, workers=1, prefix=prefix)
+        train, val, meta = read(tmp_path / str(number))
+        held_out = meta["documents"]["val"]
+        expected = {tuple(tokenizer.encode(prefix + text)) for text in by_hash[:held_out]}
+        assert split_documents(val, tokenizer) == expected
+        assert held_out >= 1 and len(val) >= 0.1 * (len(train) + len(val)) > len(val) - max(map(len, expected)) - 1
+        ends = np.fromfile(tmp_path / str(number) / "val.ends.bin", "<i8")
+        assert np.array_equal(ends, np.flatnonzero(val == tokenizer.sep_id) + 1)
+    write_lines(tmp_path / "one.txt", ["One sentence."])
+    with pytest.raises(UserError, match="one document"):
+        prepare([tmp_path / "one.txt"], vocab, tmp_path / "one", workers=1, prefix="query: ")
+    write_lines(tmp_path / "none.txt", ["\u200b", "\u200b <br>"])
+    with pytest.raises(UserError, match="no text"):
+        prepare([tmp_path / "none.txt"], vocab, tmp_path / "none", workers=1, prefix="query: ")
+
+
+def test_sentences_on_the_command_line(tmp_path, vocab, documents):
+    source = write_lines(tmp_path / "text.txt", documents)
+    asked = [source, "--vocab", vocab, "--workers", 1, "--out"]
+    done = run(*asked, tmp_path / "none", "--prefix", "query: ")
+    assert done.returncode == 1 and not (tmp_path / "none").exists()
+    assert done.stderr == "prepare.py: error: --prefix stands before each sentence: add --sentences, or leave it out\n"
+    for number, (more, prefix) in enumerate(((["--prefix", "query: "], "query: "), ([], ""))):
+        done = run(*asked, tmp_path / str(number), "--sentences", *more)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert read(tmp_path / str(number))[2]["sentences"] == {"prefix": prefix}
+
+
+def test_a_causal_vocabulary_has_no_sentences(tmp_path, documents):
+    source = write_lines(tmp_path / "text.txt", documents)
+    (tmp_path / "gpt2").mkdir()
+    byte_letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256))]
+    byte_letters += map(chr, range(256, 256 + 256 - len(byte_letters)))
+    ids = {token: i for i, token in enumerate([*byte_letters, "<|endoftext|>"])}
+    (tmp_path / "gpt2" / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "gpt2" / "merges.txt").write_text("#version: 0.2\n")
+    prepare([source], tmp_path / "gpt2", tmp_path / "packed", SHARE, workers=1)
+    done = run(source, "--vocab", tmp_path / "gpt2", "--sentences", "--out", tmp_path / "out")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert "--sentences needs a vocabulary with [CLS], and" in done.stderr
+
+
+def test_sentences_of_a_real_table(tmp_path, assets):
+    """SST-2's rows: each is a sentence, or a few."""
+    path, vocab = assets / "glue" / "SST-2" / "train.tsv", assets / "vocab" / "bert-base-uncased.txt"
+    if not path.exists():
+        pytest.skip("SST-2 is absent")
+    done = run(path, "--field", "sentence", "--sentences", "--vocab", vocab, "--workers", 1, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    train, val, meta = read(tmp_path / "out")
+    with open(path, encoding="utf-8") as file:
+        rows = [line.split("\t")[0].strip() for line in file][1:]
+    tokenizer = Tokenizer.load(vocab)
+    ids = split_documents(train, tokenizer) | split_documents(val, tokenizer)
+    whole = sum(tuple(tokenizer.encode(row)) in ids for row in rows[:5000])
+    assert whole > 0.99 * 5000 and len(rows) <= sum(meta["documents"].values()) < 1.01 * len(rows)
+
+
 # --- interruptions ---
 
 
@@ -864,11 +993,13 @@ def slow_source(tmp_path_factory):
     return path
 
 
+@pytest.mark.parametrize("sentences", [False, True])
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["INT", "TERM", "KILL"]
 )
-def test_an_interrupted_run_leaves_nothing_to_trust(tmp_path, vocab, documents, slow_source, number, code):
-    process = start(slow_source, "--vocab", vocab, "--out", tmp_path / "out", "--workers", 2)
+def test_an_interrupted_run_leaves_nothing_to_trust(tmp_path, vocab, documents, slow_source, number, code, sentences):
+    asked = [slow_source, "--vocab", vocab, "--out", tmp_path / "out", "--workers", 2, *["--sentences"] * sentences]
+    process = start(*asked)
     try:
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size for path in tmp_path.glob(".out.*.tmp/train.bin")):
@@ -890,7 +1021,8 @@ def test_an_interrupted_run_leaves_nothing_to_trust(tmp_path, vocab, documents, 
     assert not (tmp_path / "out").exists()
     if number != signal.SIGKILL:
         assert os.listdir(tmp_path) == []
-    prepare([write_lines(tmp_path / "text.txt", documents)], vocab, tmp_path / "out", workers=1)
+    again = {"prefix": ""} if sentences else {}
+    prepare([write_lines(tmp_path / "text.txt", documents)], vocab, tmp_path / "out", workers=1, **again)
     read(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]  # what the killed run left is gone
 
@@ -941,8 +1073,9 @@ def test_errors_of_workers_arrive_in_order():
         list(ordered_map(2, functools.partial, (os._exit,), [3, 3, 3]))
 
 
+@pytest.mark.parametrize("sentences", [False, True])
 @pytest.mark.parametrize("line_length", [1_000, 80_000_000], ids=["lines", "one line"])
-def test_memory_does_not_grow_with_the_text(tmp_path, line_length):
+def test_memory_does_not_grow_with_the_text(tmp_path, line_length, sentences):
     """80 MB of text, or a line of 80 MB, is read in a little more memory than a few documents take."""
     words = ["internationalization", "nationalizations", "antidisestablishmentarianism"]
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
@@ -950,7 +1083,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path, line_length):
     with open(tmp_path / "text.txt", "w") as file:
         for i in range(80_000_000 // line_length):
             file.write(words[i % 2] + " " + line)
-    result = run(tmp_path / "text.txt", "--vocab", tmp_path / "vocab.txt", "--out", tmp_path / "out", "--workers", 2)
+    asked = [tmp_path / "text.txt", "--vocab", tmp_path / "vocab.txt", "--out", tmp_path / "out", "--workers", 2]
+    result = run(*asked, *["--sentences"] * sentences)
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
     assert summary["peak_rss_mib"] < (100 if line_length == 1_000 else 160), summary
