@@ -27,7 +27,7 @@ import torch
 from minidistil import hub, weights
 from minidistil.checks import check_family, check_fit, check_needs_teacher, check_sentences, check_settings, score_words
 from minidistil.cli import option, parse_args, run_script
-from minidistil.data import Prefetcher
+from minidistil.data import Corpus, Prefetcher
 from minidistil.device import choose_device
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
@@ -44,7 +44,7 @@ from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
 from minidistil.run import Run, SignalFlag, State, inherited
 from minidistil.student import build_student, drops
-from minidistil.text import open_corpus, open_held_out, training_sequences
+from minidistil.text import open_held_out, training_sequences
 from minidistil.tokenizer import Tokenizer
 
 
@@ -144,6 +144,33 @@ def load_models(settings, objective, ranks):
     return teacher, teacher_folder, student, tokenizer, folder
 
 
+def open_corpus(settings, tokenizer, tokenizer_folder):
+    """Opens --data, or prepares (once) and opens the docs corpus, tokenised with this tokenizer."""
+    if settings.data:
+        corpus = Corpus(settings.data)
+    else:
+        if settings.teacher != "demo":
+            print(
+                f"no --data: training on the docs corpus with the vocabulary of {tokenizer_folder}; for the published "
+                "result take Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 "
+                f"BOOKS_FOLDER --vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
+                flush=True,
+            )
+        from data.cached import docs_corpus
+
+        corpus = Corpus(docs_corpus(tokenizer.digest, tokenizer_folder))
+    corpus.check_tokenizer(tokenizer, tokenizer_folder)
+    return corpus
+
+
+def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
+    if not settings.eval_data:
+        return corpus
+    eval_corpus = Corpus(settings.eval_data)
+    eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
+    return eval_corpus
+
+
 def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
     """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
     named = settings.student_init not in (None, "teacher", "random")
@@ -197,9 +224,8 @@ def distil(settings, out, device, ranks):
     objective = objective.without_teacher() if settings.teacher == "none" else objective
     teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, objective, ranks)
     pooling = read_pooling(teacher_folder) if objective.alpha_emb else None
-    vocabulary = tokenizer, tokenizer_folder
-    corpus = ranks.rank0_first(lambda: open_corpus(settings.data, *vocabulary, settings.teacher == "demo"))
-    eval_corpus = open_corpus(settings.eval_data, *vocabulary) if settings.eval_data else corpus
+    corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
+    eval_corpus = open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder)
     T, share, causal = settings.seq_len, settings.batch * settings.accum, student.config.causal
     G, masking = share * ranks.size, (settings.mask_smoothing, settings.mask_share)
     sequences = training_sequences(corpus, T, G, tokenizer, settings.seed, objective, causal, *masking)

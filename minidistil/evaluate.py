@@ -53,8 +53,9 @@ class HeldOut:
     @torch.no_grad()
     def _rows(self, model):
         """Returns the hidden states of the M labelled positions after the head's transform: (M, C)."""
-        places = hidden_states(model, self.ids, self.mask, self.device, self.batch)
-        return torch.cat([model.head(hidden[self.labelled[part, : hidden.shape[1]]]) for part, hidden in places])
+        places, labelled = hidden_states(model, self.ids, self.mask, self.device, self.batch), self.labelled
+        rows = (hidden[labelled[part, : hidden.shape[1]].to(self.device)] for part, hidden in places)
+        return torch.cat([model.head(each) for each in rows])
 
     @torch.no_grad()
     def _metrics(self, model, rows):

@@ -1,31 +1,13 @@
-"""The text of a run of train.py: its corpus, the sequences of an update, and what is held out.
+"""The text of a run of train.py: the sequences of an update, and what is held out.
 
 A packed corpus gives full sequences (data.py), one of sentences a sentence a row (sentences.py).
 """
 
-from minidistil.data import MASK_SHARE, Corpus, Sequences
+from minidistil.data import MASK_SHARE, Sequences
 from minidistil.evaluate import HeldOut, HeldOutVectors
 from minidistil.sentences import Sentences
 
 EVAL_SEED = 20191002  # of the held-out masks, the same in every run
-
-
-def open_corpus(folder, tokenizer, tokenizer_folder, is_demo=False):
-    """Opens the corpus in `folder`; if None, prepares (once) and opens the docs corpus, tokenised with `tokenizer`."""
-    if folder is None:
-        if not is_demo:
-            print(
-                f"no --data: training on the docs corpus with the vocabulary of {tokenizer_folder}; for the published "
-                "result take Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 "
-                f"BOOKS_FOLDER --vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
-                flush=True,
-            )
-        from data.cached import docs_corpus
-
-        folder = docs_corpus(tokenizer.digest, tokenizer_folder)
-    corpus = Corpus(folder)
-    corpus.check_tokenizer(tokenizer, tokenizer_folder)
-    return corpus
 
 
 def training_sequences(corpus, T, G, tokenizer, seed, objective, causal, smoothing, mask_share):

@@ -22,7 +22,6 @@ from minidistil.model import Config, LanguageModel
 from minidistil.progress import training_flops_per_token
 from minidistil.safetensors import read_safetensors
 from minidistil.student import student_from_teacher
-from minidistil.text import open_corpus
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
@@ -282,10 +281,11 @@ def test_flags_of_a_causal_model_are_its_own(tiny, causal):
 def test_a_run_without_data_says_whose_vocabulary_it_has(tiny, monkeypatch, capsys):
     """data/gpt2.json alone is trained with the demo's words, not with byte-level BPE."""
     monkeypatch.setattr("data.cached.docs_corpus", lambda *_: tiny / "corpus")
-    open_corpus(None, Tokenizer.load(tiny / "teacher"), tiny / "teacher")
-    said = capsys.readouterr().out
-    assert f"training on the docs corpus with the vocabulary of {tiny / 'teacher'}; for" in said
-    assert f"BOOKS_FOLDER --vocab {tiny / 'teacher'} --out" in said
+    for teacher in ("none", str(tiny / "teacher")):
+        train.open_corpus(train.Settings(teacher=teacher), Tokenizer.load(tiny / "teacher"), tiny / "teacher")
+        said = capsys.readouterr().out
+        assert f"training on the docs corpus with the vocabulary of {tiny / 'teacher'}; for" in said
+        assert f"BOOKS_FOLDER --vocab {tiny / 'teacher'} --out" in said
 
 
 @pytest.mark.parametrize("flags", [dict(model=None), dict(model="bilstm", words=None)], ids=["model", "words"])

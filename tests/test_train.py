@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
 from data import docstrings
-from minidistil import distiller, files, progress, run, text, weights
+from minidistil import distiller, files, progress, run, weights
 from minidistil.data import IGNORE, Corpus, Sequences
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT
@@ -606,19 +606,19 @@ def test_the_docs_corpus_goes_where_the_environment_says(tiny, tmp_path, monkeyp
     found = docstrings.python_files()[:60]
     monkeypatch.setattr(docstrings, "python_files", lambda: found)
     folder = tiny / "teacher"
-    tokenizer = Tokenizer.load(folder)
+    tokenizer, none = Tokenizer.load(folder), settings(tiny, tmp_path / "out", data=None, teacher="none")
     monkeypatch.delenv("MINIDISTIL_CACHE", raising=False)
     assert files.cache_folder() == ROOT / "data" / "cache"
     (tmp_path / "file").write_text("")  # nobody, root included, can make a folder in it
     monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot be written to .*: set MINIDISTIL_CACHE to a folder that you may"):
-        text.open_corpus(None, tokenizer, folder)
+        train.open_corpus(none, tokenizer, folder)
     monkeypatch.setenv("MINIDISTIL_CACHE", str(tmp_path / "cache"))
-    corpus = text.open_corpus(None, tokenizer, folder)
+    corpus = train.open_corpus(none, tokenizer, folder)
     assert corpus.folder.parent == tmp_path / "cache"
     before = corpus.meta["meta_sha256"]
     monkeypatch.setattr(docstrings, "python_files", lambda: [])
-    assert text.open_corpus(None, tokenizer, folder).meta["meta_sha256"] == before  # prepared once
+    assert train.open_corpus(none, tokenizer, folder).meta["meta_sha256"] == before  # prepared once
 
 
 @pytest.mark.parametrize("changes, terms", [

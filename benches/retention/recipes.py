@@ -29,8 +29,7 @@ def has_head(folder):
 
 
 def flags(recipe, with_head):
-    """Returns a recipe's settings of train.py as text; without a head the KL term is left out of those that have it."""
+    """Returns a recipe's settings of train.py as text, without the KL where the teacher has no head for it."""
     if recipe == PEER:
         return RECIPES[PEER]
-    lacks = not with_head and NO_HEAD not in RECIPES[recipe]
-    return " ".join([SHARED, RECIPES[recipe], *([NO_HEAD] if lacks else [])])
+    return " ".join([SHARED, RECIPES[recipe], *([] if with_head else [NO_HEAD])])  # the last of equal flags counts

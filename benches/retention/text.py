@@ -10,7 +10,7 @@ from minidistil.downstream import glue
 from minidistil.errors import UserError
 
 SOURCES = "imdb", "sst2", "mrpc", "qnli"  # whose training texts are read; STS-B's are not: the zero-shot score is its
-LIMIT = 2 << 20  # bytes of each: IMDb's reviews would be nine tenths of all, and a student of theirs keeps less (LOG.md)
+LIMIT = 2 << 20  # bytes of each: IMDb's reviews would be nine tenths, and a student of theirs keeps less (LOG.md)
 
 
 def with_qnli(data, folder):
