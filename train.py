@@ -257,7 +257,7 @@ def distil(settings, out, device, ranks):
     distiller = Distiller(objective, teacher, student, state.dtype, device, ranks, pooling)
     distiller.scaler.load_state_dict(state.scale or distiller.scaler.state_dict())
     wanted = settings.micro_batch, settings.batch
-    B = choose_micro_batch(*wanted, share, T, state, distiller, optimizer, batches, settings.compile)
+    B = choose_micro_batch(*wanted, share, sequences, state, distiller, optimizer, batches, settings.compile)
     distiller.distribute()
 
     progress, stop = Progress(total, round(G * sequences.mean_length), state.update, state.seconds), SignalFlag()

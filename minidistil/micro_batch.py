@@ -51,7 +51,7 @@ def probe_memory(student, optimizer, forward_backward, micro_batch, device):
             torch.cuda.reset_peak_memory_stats(device)  # training reports its own peak
 
 
-def choose_micro_batch(wanted, batch, share, T, state, distiller, optimizer, batches, compile=False):
+def choose_micro_batch(wanted, batch, share, sequences, state, distiller, optimizer, batches, compile=False):
     """Returns B, the sequences in a micro-batch: a divisor of `share`, a rank's sequences in an update.
 
     A number in `wanted` is used as it is. Otherwise, on a GPU, B is the largest that fits, because a small micro-batch
@@ -59,7 +59,7 @@ def choose_micro_batch(wanted, batch, share, T, state, distiller, optimizer, bat
     result of a search goes into `state`: a resumed run starts its search there and finds the same, unless its GPU is
     smaller. With `compile` the models are compiled for this B.
     """
-    device, ranks = distiller.device, distiller.ranks
+    device, ranks, T = distiller.device, distiller.ranks, sequences.T
 
     def attempt(size):
         ids, labels, *mask = (tensor[:size] for tensor in batches(state.update))
@@ -75,7 +75,7 @@ def choose_micro_batch(wanted, batch, share, T, state, distiller, optimizer, bat
     elif can_search(device):
         B = state.searched = ranks.min(largest_that_fits(share, state.searched or MAX_TOKENS // T, attempt))
     else:
-        B = next(divisors(share, CPU_TOKENS // T)) if wanted else batch
+        B = next(divisors(share, int(CPU_TOKENS / sequences.mean_length))) if wanted else batch
     if compile:
         distiller.compile()
         ranks.print0("compiling: this takes a minute")

@@ -177,20 +177,26 @@ def draw_curve(path, history, teacher_metrics):
     names = [name for name in ("loss", "kl", "ce", "emb") if updates and name in updates[-1]]
     training = {name: [(m["step"], m[name]) for m in updates if name in m] for name in names}
     window = max(1, len(updates) // 50)
-    unit = f"nats, mean of {window} updates" if window > 1 else "nats"
+    found = held_out[0]["held_out"] if held_out else {"top1": None}
+    unit = "squared distance" if names == ["loss", "emb"] else "nats"
+    unit += f", mean of {window} updates" if window > 1 else ""
 
     loss = next((name for name in ("mlm_loss", "clm_loss") if held_out and name in held_out[0]["held_out"]), "mlm_loss")
 
     def evaluated(title, unit, metric, form=plot.NUMBER):
-        student = {"student" if teacher_metrics else "model": [(m["step"], m["held_out"][metric]) for m in held_out]}
+        student = {
+            "student" if teacher_metrics or "emb" in found else "model": [
+                (m["step"], m["held_out"][metric]) for m in held_out
+            ]
+        }
         teacher = (teacher_metrics or {}).get(metric) and ("teacher", teacher_metrics[metric])
         return plot.lines(title, unit, student, teacher, form=form)
 
-    panels, found = [plot.lines("training loss", unit, training, window=window)], held_out and held_out[0]["held_out"]
-    if not held_out or "top1" in found:
+    panels = [plot.lines("training loss", unit, training, window=window)]
+    if "top1" in found:
         panels.append(evaluated(f"held-out {'masked' if loss == 'mlm_loss' else 'causal'}-LM loss", "nats", loss))
         panels.append(evaluated("held-out accuracy", "top-1", "top1", plot.percent))
-    if held_out and "emb" in found:
+    if "emb" in found:
         panels.append(evaluated("held-out sentence vectors", "squared distance to the teacher's", "emb"))
     plot.draw(path, *panels)
 

@@ -10,6 +10,7 @@ import torch
 from same_layers import assert_same_layers
 from test_distributed import torchrun
 
+import finetune
 import train
 from data.prepare import prepare
 from minidistil import weights
@@ -242,3 +243,15 @@ def test_the_lengths_of_sentences_make_the_speed(world, tmp_path):
     lengths = np.minimum(np.diff(corpus.train_ends[:], prepend=0) + 1, 24)
     assert summary["tokens"] == pytest.approx(6 * 8 * lengths.mean(), rel=0.02)
     assert math.isfinite(summary["tokens_per_second"])
+
+
+def test_a_student_is_trained_further_and_fine_tuned(world, glue, tmp_path):
+    """--student-init takes a finished student; finetune.py takes an encoder without a head."""
+    first = train.train(settings(world, tmp_path / "first", steps=20))
+    again = train.train(settings(world, tmp_path / "again", student_init=str(tmp_path / "first"), steps=20))
+    history = read_metrics(tmp_path / "again" / "metrics.jsonl")
+    assert history[0]["held_out"]["emb"] == first["student"]["emb"] > again["student"]["emb"]
+    flags = f"--task sst2 --model {tmp_path / 'again'} --data {glue} --out {tmp_path / 'tuned'} --device cpu --lr 1e-3"
+    tuned = finetune.finetune(finetune.Settings(**finetune.parse_args(finetune.Settings, flags.split(), "")))
+    assert set(tuned["tasks"]) == {"sst2"}
+    assert weights.read_config(tmp_path / "tuned" / "sst2") == weights.read_config(tmp_path / "again")
