@@ -67,7 +67,7 @@ class Sentences:
             ids[row, 1 : length - 1] = self.tokens[start : start + length - 2]
             ids[row, length - 1] = self.tokenizer.sep_id
         if self.masking is None:
-            return ids, np.full((n, T), IGNORE), mask
+            return ids, np.full((n, T), IGNORE, np.int64), mask
         wanted = np.maximum(np.rint(self.label_share * places[:, 1]), 1).astype(np.int64)
         return *self.masking(ids, index, wanted), mask
 
