@@ -10,6 +10,7 @@ Its rows:
     undistilled                        trained on the masked words of the text, without the teacher
     masked words                       the published recipe: KL to the teacher, masked words, cosine of hidden states;
                                        without the KL where the teacher has no masked-LM head
+    masked words (30 %)                the same with twice as many masked words
     vectors                            squared distance of sentence vectors to the teacher's, alone
     vectors + cosine                   and the cosine of hidden states
     vectors + cosine + masked words    and a small share of the published recipe's other terms

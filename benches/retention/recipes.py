@@ -10,7 +10,7 @@ PEER = "sentence-transformers"
 RECIPES = {
     "undistilled": "--alpha-emb 0 --alpha-cos 0 --alpha-ce 0 --alpha-mlm 1",
     "masked words": "--alpha-emb 0 --alpha-cos 1 --alpha-ce 5 --alpha-mlm 2",  # as published (Sanh et al. 2019)
-    "masked words, 30 %": "--alpha-emb 0 --alpha-cos 1 --alpha-ce 5 --alpha-mlm 2 --mask-share 0.3",
+    "masked words (30 %)": "--alpha-emb 0 --alpha-cos 1 --alpha-ce 5 --alpha-mlm 2 --mask-share 0.3",
     "vectors": "--alpha-emb 1 --alpha-cos 0 --alpha-ce 0 --alpha-mlm 0",
     "vectors + cosine": "--alpha-emb 1 --alpha-cos 1 --alpha-ce 0 --alpha-mlm 0",
     "vectors + cosine + masked words": "--alpha-emb 1 --alpha-cos 1 --alpha-ce 0.5 --alpha-mlm 0.2",
