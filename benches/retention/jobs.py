@@ -127,7 +127,10 @@ def train(plan, recipe, steps, seed, out):
     def work():
         resume = ["--resume"] if (out / CHECKPOINT).is_file() else []
         summary = script(log, plan.threads, *words, *resume)
-        return {name: summary[name] for name in ("steps", "seconds")}
+        seconds = summary["seconds"]
+        if speed := summary.get("tokens_per_second"):  # without the evaluations, of which a short run has as many
+            seconds = round(summary["tokens"] / speed, 1)
+        return {"steps": summary["steps"], "seconds": seconds}
 
     return once(out.with_name(f"{out.name}.json"), [*map(str, words), *weights.digests(plan.teacher)], work)
 
