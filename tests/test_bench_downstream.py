@@ -9,14 +9,19 @@ import signal
 import time
 import types
 
+import numpy as np
 import pytest
+import torch
 from pictures import svg_texts
 
 from benches import distil, retention
-from benches.retention import jobs, recipes, show, text
+from benches.retention import jobs, peer, recipes, show, text
 from minidistil import weights
 from minidistil.downstream import glue as tasks
+from minidistil.downstream.vectors import embed
 from minidistil.errors import UserError
+from minidistil.pooling import Pooling, SentenceEncoder, write_pooling
+from minidistil.tokenizer import Tokenizer
 
 
 def settings(**given):
@@ -181,6 +186,27 @@ def test_their_own_recipe_trains_a_student_that_ours_reads(tiny, glue, tmp_path,
     assert "error" not in student and student["steps"] > 2 and student["seconds"] > 0
     config = weights.read_config(tmp_path / "runs" / "retention" / "teacher-2-tiny" / "students" / f"{recipes.PEER}-0")
     assert config.layers == 2 and student["zero_shot"] != rows[recipes.UNTRAINED]["zero_shot"]
+
+
+def test_their_recipe_learns_in_half_precision(tiny, tmp_path, monkeypatch):
+    """Mixed precision casts the weights anew in each update: with the first ones for ever, vectors drift away."""
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(peer, "LR", 1e-2)
+    teacher = SentenceEncoder(weights.read_config(tiny / "teacher"), seed=3)
+    with torch.no_grad():  # layers that do something
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    weights.save_model(tmp_path / "teacher", teacher)
+    Tokenizer.load(tiny / "teacher").save(tmp_path / "teacher", "bert")
+    write_pooling(tmp_path / "teacher", Pooling("mean", True, 32), teacher.config)
+    texts = (tiny / "text.txt").read_text().splitlines()[:100]
+    wanted, distances = embed(tmp_path / "teacher", texts), []
+    for steps in (1, 60):
+        out = tmp_path / str(steps)
+        given = dict(text=[str(tiny / "text.txt")], teacher=str(tmp_path / "teacher"), student_layers="2", steps=steps)
+        peer.distil(peer.Settings(**given, dtype="bf16", out=str(out)))
+        distances.append(np.square(embed(out, texts) - wanted).sum(1).mean())
+    assert distances[1] < 0.5 * distances[0]
 
 
 def test_finished_students_are_compared(tiny, glue, tmp_path, monkeypatch):

@@ -79,12 +79,12 @@ def distil(settings):
     autocast, _ = precision(settings.dtype, device)
     with autocast():
         vectors = teacher.encode(texts, batch_size=ENCODE_BATCH, show_progress_bar=False)
-        examples = [InputExample(texts=[text], label=vector) for text, vector in zip(texts, vectors, strict=True)]
-        student.old_fit(
-            [(torch.utils.data.DataLoader(examples, batch_size=BATCH, shuffle=True), MSELoss(student))],
-            epochs=1, warmup_steps=round(WARMUP * settings.steps), optimizer_params={"lr": LR}, weight_decay=0.0,
-            show_progress_bar=False,
-        )  # fmt: skip
+    examples = [InputExample(texts=[text], label=vector) for text, vector in zip(texts, vectors, strict=True)]
+    student.old_fit(  # outside of autocast, which would keep its first copies of the weights for the whole training
+        [(torch.utils.data.DataLoader(examples, batch_size=BATCH, shuffle=True), MSELoss(student))],
+        epochs=1, warmup_steps=round(WARMUP * settings.steps), optimizer_params={"lr": LR}, weight_decay=0.0,
+        use_amp=settings.dtype != "fp32", show_progress_bar=False,
+    )  # fmt: skip
     seconds = time.monotonic() - began
     student.save(settings.out)
     return {"out": settings.out, "steps": settings.steps, "seconds": round(seconds, 1)}
