@@ -805,11 +805,14 @@ def test_a_folder_that_is_no_model_says_what_to_give(tmp_path):
     """Old names, TensorFlow's release, sentence-transformers' folder, a vocabulary alone, a file."""
     inner = tmp_path / "sentences" / "0_Transformer"
     save_model(inner, random_model(BERT))
-    (inner.with_name("1_Pooling")).mkdir()
-    (inner.with_name("1_Pooling") / "config.json").write_text('{"pooling_mode_cls_token": false}')
-    (inner.with_name("modules.json")).write_text("[]")
     refused(lambda: resolve(str(inner.parent)), "sentences has no config.json", f"give {inner}")
     assert resolve(str(inner)) == inner
+    inner.with_name("modules.json").write_text("[]")
+    refused(lambda: resolve(str(inner.parent)), "modules.json does not list modules")
+    inner.with_name("modules.json").write_text(
+        '[{"path": "0_Transformer", "type": "sentence_transformers.Transformer"}]'
+    )
+    assert resolve(str(inner.parent)) == inner
     refused(lambda: resolve(str(inner / "model.safetensors")), "is a file", f"such as {inner}")
     old = tmp_path / "old"
     shutil.copytree(inner, old)

@@ -129,7 +129,7 @@ def train(plan, recipe, steps, seed, out):
         summary = script(log, plan.threads, *words, *resume)
         seconds = summary["seconds"]
         if speed := summary.get("tokens_per_second"):  # without the evaluations, of which a short run has as many
-            seconds = round(summary["tokens"] / speed, 1)
+            seconds = summary["tokens"] / speed
         return {"steps": summary["steps"], "seconds": seconds}
 
     return once(out.with_name(f"{out.name}.json"), [*map(str, words), *weights.digests(plan.teacher)], work)
