@@ -34,23 +34,16 @@ def narrower(config, width):
 
 def leading_directions(model, width):
     """Returns V (C_t, width) fp32: the right singular vectors of a model's word vectors, the largest first."""
-    return _directions(model)[1][:, :width].float().contiguous()
-
-
-def _directions(model):
-    """Returns the squared singular values (C_t,) of a model's word vectors and all right singular vectors, in fp64."""
     words = model.encoder.embeddings.words.weight.detach().double()
-    values, vectors = torch.linalg.eigh(words.T @ words)  # in the order of growing eigenvalues
-    return values.flip(0), vectors.flip(1)
+    return torch.linalg.eigh(words.T @ words)[1].flip(1)[:, :width].float().contiguous()  # eigh sorts upwards
 
 
 @torch.no_grad()
 def narrowed(model, width):
     """Returns a model of the same class, `width` wide, that computes what `model` does in its leading directions."""
     narrow = type(model)(narrower(model.config, width))
-    V, (values, _) = leading_directions(model, width), _directions(model)
-    kept = math.sqrt(values[:width].sum() / values.sum() * model.config.width / width)
-    wide, small = model.encoder.embeddings, narrow.encoder.embeddings
+    wide, small, V = model.encoder.embeddings, narrow.encoder.embeddings, leading_directions(model, width)
+    kept = (wide.words.weight @ V).norm() / wide.words.weight.norm() * math.sqrt(model.config.width / width)
     for name in ("words", "positions", "types"):
         if getattr(small, name) is not None:
             getattr(small, name).weight.copy_(getattr(wide, name).weight @ V)

@@ -18,7 +18,7 @@ from minidistil.data import Corpus
 from minidistil.downstream.vectors import embed
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
-from minidistil.narrow import leading_directions
+from minidistil.narrow import leading_directions, narrowed
 from minidistil.pooling import Pooling, SentenceEncoder, read_pooling, write_pooling
 from minidistil.run import load_checkpoint, read_metrics
 from minidistil.safetensors import read_safetensors
@@ -176,6 +176,29 @@ def test_a_narrower_student_starts_from_the_leading_directions(world):
     random = build_student(teacher, "random", width=16)
     assert random.config == student.config
     assert not torch.equal(random.encoder.embeddings.words.weight, student.encoder.embeddings.words.weight)
+
+
+def test_the_layers_of_a_narrower_student_are_the_teachers(world):
+    """Within the leading directions: the heads and units of the teacher that write most compute what they do there."""
+    teacher = weights.load_model(world / "teacher", kind=SentenceEncoder)
+    narrow, V = narrowed(teacher, 16), leading_directions(teacher, 16)
+    z = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    for wide, small in zip(teacher.encoder.blocks, narrow.encoder.blocks, strict=True):
+        H, D, C = 4, 8, 32
+        values, out = wide.attention.qkv.weight[-C:].view(H, D, C), wide.attention.out.weight.view(C, H, D)
+        strength = [(out[:, h] @ values[h]).norm().item() for h in range(H)]
+        heads = sorted(sorted(range(H), key=strength.__getitem__)[-2:])
+        want = wide.attention.qkv(z @ V.T).view(5, 3, H, D)[:, :, heads].flatten(1)
+        torch.testing.assert_close(small.attention.qkv(z), want, atol=1e-5, rtol=1e-4)
+        y, places = torch.randn(5, 2, D), torch.zeros(5, H, D)
+        places[:, heads] = y
+        want = wide.attention.out(places.flatten(1)) @ V
+        torch.testing.assert_close(small.attention.out(y.flatten(1)), want, atol=1e-5, rtol=1e-4)
+        size = wide.mlp.up.weight.norm(dim=1) * wide.mlp.down.weight.norm(dim=0)
+        units = sorted(range(64), key=size.tolist().__getitem__)[-32:]
+        kept = torch.nn.functional.one_hot(torch.tensor(units), 64).sum(0)
+        want = wide.mlp.down(torch.nn.functional.gelu(wide.mlp.up(z @ V.T)) * kept) @ V
+        torch.testing.assert_close(small.mlp(z), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
