@@ -16,10 +16,12 @@ the first seed selects one, as BERT's authors did (Devlin et al. 2018, appendix 
 Legend:  B examples in a batch   T tokens of the longest one   K labels
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
+import signal
 import statistics
 import time
 
@@ -27,34 +29,42 @@ import numpy as np
 import torch
 
 from minidistil import files, hub, weights
-from minidistil.checks import check_needs_teacher, check_seeds, check_vocabulary
+from minidistil.checks import check_needs_teacher, check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, versions
-from minidistil.downstream import distil
-from minidistil.downstream.batches import batches, padded, predict
+from minidistil.distributed import Distributed
+from minidistil.downstream import distil, scores, table
+from minidistil.downstream.batches import batches, padded, predict_shared
+from minidistil.downstream.checks import check_settings
 from minidistil.downstream.glue import GLUE, TASKS
-from minidistil.downstream.grid import learning_rates, next_run, read_scores, summarise
+from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import check_model, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, claimed, command, inheritable
 from minidistil.memory import keep_freed_memory, peak_rss_mib
-from minidistil.precision import choose_dtype, precision
+from minidistil.precision import precision
 from minidistil.progress import Progress, lr_at
 from minidistil.rng import mix
-from minidistil.run import SignalFlag, require_same
+from minidistil.run import SignalFlag
 from minidistil.tokenizer import Tokenizer
+
+TASK_HELP = f"{', '.join(TASKS)}, squad; several with commas; all: the nine of GLUE; or a table of your own examples"
 
 
 @dataclasses.dataclass
 class Settings:
     # model and data
-    task: str = option(None, f"{', '.join(TASKS)}, squad; several with commas; all: the nine of GLUE", required=True)
+    task: str = option(None, TASK_HELP, required=True)
     model: str = option(None, "model to fine-tune: folder, name on the Hugging Face Hub, or bilstm", required=True)
-    data: str = option(None, "GLUE folder, folder of the task, or (imdb, squad) a single file", required=True)
+    data: str = option(None, "GLUE folder, folder of the task, or (imdb, squad) a single file")
     out: str = option(None, "output folder (default: runs/finetune-TASK, a new one each time)")
     words: str = option(None, "model that gives a bilstm its word vectors and vocabulary (default: the teacher)")
+    # examples of your own: --task FILE, a .tsv, .csv or .jsonl
+    columns: str = option(None, "columns of the text, or two texts, and of the label, with commas (default: by name)")
+    dev: str = option(None, "file of held-out examples (default: a share of --task FILE)")
+    held_out: float = option(None, f"this share, by the hash of the text (default: {table.HELD_OUT})")
     # length
     epochs: float = option(3.0, "passes over the training set")
     batch: int = option(32, "examples in an update")
@@ -83,36 +93,15 @@ class Settings:
 
 # Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
 # contents of the files that they name, which are compared.
-PATHS = ("data", "model", "words", "teacher")
+PATHS = ("data", "dev", "model", "words", "teacher")
 MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every".split()}
 
 
-def check(settings):
-    """Raises UserError for values that cannot work, before anything is read or written."""
-    for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature"):
-        value = getattr(settings, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every"):
-        if not (getattr(settings, name) >= 0 and math.isfinite(getattr(settings, name))):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must not be negative")
-    if not 0 <= settings.warmup <= 1:
-        raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
-    if settings.seq_len is not None and settings.seq_len < 8:
-        raise UserError(f"--seq-len is {settings.seq_len}: an example needs at least 8 tokens")
-    check_seeds(settings.seed, settings.seeds)
-    if settings.teacher and not settings.alpha_task + settings.alpha_ce + settings.alpha_mse:
-        raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
-    if settings.words and settings.model != "bilstm":
-        raise UserError("--words is for --model bilstm: leave it out")
-    if settings.resume and settings.out is None:
-        raise UserError("--resume needs to know which run: name its folder with --out")
-    if None in (settings.task, settings.model, settings.data):
-        raise UserError(f"{settings.out} holds no settings to resume with: repeat --task, --model and --data")
+def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop, ranks):
+    """Trains `model` in place with one learning rate and seed; returns the run's record, or None once interrupted.
 
-
-def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
-    """Trains `model` in place with one learning rate and seed; returns the run's record, or None once interrupted."""
+    Each rank has its share of an update's examples; the gradient is that of their mean, and `stop` that of any rank.
+    """
     items, targets = task.train
     lengths = np.array([len(ids) for ids, _ in items])
     per_epoch = -(-len(items) // settings.batch)
@@ -121,27 +110,30 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
     )
     optimizer, (autocast, scaler) = adamw(model), precision(dtype, device)
     total = max(1, math.ceil(settings.epochs * per_epoch))
-    progress = Progress(total, 0, *trial.resume(model, optimizer, scaler))
-    order = None
+    progress = Progress(total, 0, *trial.resume(model, optimizer, scaler, ranks))
+    run_model, order = ranks.wrap(model, device), None
     while not progress.done:
         epoch, position = divmod(progress.update, per_epoch)
         if position == 0 or order is None:
             order = batches(lengths, settings.batch, trial.seed, epoch)
-        chosen = order[position]
-        torch.manual_seed(int(mix(trial.seed, 6, progress.update)[0] >> np.uint64(1)))  # of the dropout
+        chosen = order[position][ranks.rank :: ranks.size]
+        share = len(chosen) / len(order[position])
+        chosen = chosen if share else order[position][:1]  # for nothing, since the ranks call each other in `backward`
+        torch.manual_seed(int(mix(trial.seed, 6, progress.update)[0] >> np.uint64(1)) + ranks.rank)  # of the dropout
         for group in optimizer.param_groups:
             group["lr"] = lr_at(progress.update, total, trial.lr, settings.warmup)
         inputs = padded(items, chosen, pad_id, device)
         with autocast():
-            logits = model(*inputs)
+            logits = run_model(*inputs)
         teacher_targets = [distil.pad_logits([each[i] for i in chosen], logits.shape, device) for each in task.teacher]
-        loss = objective.loss(logits, targets[chosen].to(device), *teacher_targets)
-        scaler.scale(loss).backward()
+        loss = share * objective.loss(logits, targets[chosen].to(device), *teacher_targets)
+        scaler.scale(loss * ranks.size).backward()  # of which the ranks' gradients are averaged
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        if not loss.isfinite() or not (norm.isfinite() or scaler.is_enabled()):
+        loss, signals = ranks.sum(loss.item(), stop.signal or 0)
+        if not math.isfinite(loss) or not (norm.isfinite() or scaler.is_enabled()):
             raise UserError(
-                f"{trial.key}, update {progress.update + 1}: the loss is {loss.item()}, the gradient's norm "
+                f"{trial.key}, update {progress.update + 1}: the loss is {loss}, the gradient's norm "
                 f"{norm.item()} (examples {', '.join(map(str, chosen[:8]))} ...): lower --lr, or look at these examples"
             )
         scaler.step(optimizer)
@@ -150,15 +142,15 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop):
         progress.update += 1
         if progress.line_due():
             where = f"update {progress.update:>5}/{total}"
-            print(f"{trial.key}: {where}  loss {loss.item():.4f}  {progress.left} left", flush=True)
+            ranks.print0(f"{trial.key}: {where}  loss {loss:.4f}  {progress.left} left")
         if progress.update % per_epoch == 0 or progress.done:
-            metrics = task.evaluate([predict(model, split, pad_id, device, dtype) for split in task.dev])
+            metrics = task.evaluate([predict_shared(model, split, pad_id, device, dtype, ranks) for split in task.dev])
             trial.epochs.append(metrics)
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-            print(f"{trial.key}: dev after {progress.update / per_epoch:.3g} epochs: {shown}", flush=True)
-        if stop.signal is not None or progress.due("save", settings.save_every * 60):
+            ranks.print0(f"{trial.key}: dev after {progress.update / per_epoch:.3g} epochs: {shown}")
+        if ranks.first and (signals or progress.due("save", settings.save_every * 60)):
             trial.save(model, optimizer, scaler, progress)
-        if stop.signal is not None:
+        if signals:
             return None
     return {"epochs": trial.epochs, "updates": progress.update, "seconds": round(progress.seconds, 1)}
 
@@ -177,99 +169,101 @@ def source_folder(settings, names):
     return hub.resolve(str(source))
 
 
-def open_state(settings, out, identity, device):
-    """Returns the contents of scores.json: a new state, or with --resume that of the same run in `out`."""
-    if not settings.resume:
-        dtype, why = choose_dtype(settings.dtype, device)
-        print(f"matrix products in {dtype}{why and f': {why}'}", flush=True)
-        state = {"identity": identity, "dtype": dtype, "data": {}, "teachers": {}, "runs": {}}
-        return {"settings": inheritable(dataclasses.asdict(settings), PATHS), **state}
-    state = read_scores(out / "scores.json")
-    wanted = identity if settings.dtype == "auto" else {**identity, "dtype": settings.dtype}
-    require_same({**state["identity"], "dtype": state["dtype"]}, wanted, out)
-    return state
-
-
-def require_same_for(task, state, what, contents, out):
-    """Raises UserError where a task was begun with other contents of `what`, "data" or "teachers"; notes them else."""
-    if state.setdefault(what, {}).setdefault(task, contents) != contents:
-        flag = "--" + what.removesuffix("s")
-        raise UserError(f"{out} was begun with other {what} for {task}: give the same {flag}, or a new --out")
-
-
 def finetune(settings):
     """Fine-tunes on each task as `settings` describe; returns the summary that the last line prints.
 
     Raises UserError, and SystemExit(128 + signal) after an interrupted run is saved.
     """
-    check(settings)
+    check_settings(settings)
     names = task_names(settings.task, settings.data)
-    stem = f"finetune-{settings.task.replace(',', '-')}"
-    with claimed(settings.out, stem, settings.resume, "scores.json") as out:
-        return finetune_tasks(settings, names, out)
+    ranks = Distributed()
+    device = choose_device(ranks.device(settings.device))
+    ranks.join(device)
+    with contextlib.ExitStack() as stack:
+        folder = claimed(settings.out, f"finetune-{'-'.join(names)}", settings.resume, "scores.json")
+        out = ranks.broadcast(lambda: stack.enter_context(folder))
+        how_to_resume = command("finetune.py", "--out", out, "--resume", launcher=ranks.launcher)
+        stack.enter_context(ranks.report_lost_rank(f"resume from the last checkpoint with: {how_to_resume}"))
+        return finetune_tasks(settings, names, out, device, ranks, how_to_resume)
 
 
-def finetune_tasks(settings, names, out):
+def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
     """Fine-tunes on the tasks `names` in the folder `out`; see `finetune`."""
-    device, as_bilstm = choose_device(settings.device), settings.model == "bilstm"
+    as_bilstm, is_own = settings.model == "bilstm", table.is_table(settings.task)
     keep_freed_memory()
-    folder = source_folder(settings, names)
+    folder = ranks.rank0_first(lambda: source_folder(settings, names))
     config = weights.read_config(folder)
     tokenizer = Tokenizer.load(folder)
-    check_vocabulary("model", config, tokenizer)
+    check_vocabulary("model", config, tokenizer, ranks.print0)
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
     teachers = settings.teacher.split(",") if settings.teacher else []
+    own = table.read_table(settings.task, settings.columns, settings.dev, settings.held_out) if is_own else None
+    if own:
+        ranks.print0(table.describe(own[0]))
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "model": "bilstm" if as_bilstm else "encoder",
         "weights": weights.digests(folder),
     }
-    state = open_state(settings, out, identity, device)
+    if settings.resume:
+        state = scores.resume(out, identity, settings.dtype)
+    else:
+        inherited = inheritable(dataclasses.asdict(settings), (*PATHS, "task") if own else PATHS)
+        state = ranks.broadcast(lambda: scores.begin(inherited, identity, settings.dtype, device))
     for name in names:  # before hours go into the first
-        task, folders = outline(name), distil.find_teachers(teachers, outline(name))
+        task, folders = outline(name, own), distil.find_teachers(teachers, outline(name, own))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
             check_model(folder, config, tokenizer, task, as_bilstm)
             for teacher in folders:
                 distil.check_teacher(teacher, task, tokenizer)
-        require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
+        scores.require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
     began = time.monotonic()
     with SignalFlag() as stop:
         for name in names:
-            task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples)
+            task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples, own)
             if not as_bilstm:
                 check_positions(folder, config, task)
-            require_same_for(name, state, "data", digest(task.train), out)
+            scores.require_same_for(name, state, "data", digest(task.train), out)
             runs = state["runs"].setdefault(name, [])
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again
-            print(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}", flush=True)
+            ranks.print0(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}")
             if settings.augment:
                 task.train = distil.with_copies(task, settings.augment, tokenizer)
             if teachers:
-                given = teachers, task, tokenizer, settings.temperature, device, state["dtype"]
+                given = teachers, task, tokenizer, settings.temperature, device, state["dtype"], ranks
                 task.teacher = distil.teacher_logits(*given)
-            files.write_json(out / "scores.json", state)
+            if ranks.first:
+                files.write_json(out / "scores.json", state)
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})
                 model = build_model(folder, task, trial.seed, as_bilstm).to(device)
-                record = fine_tune(settings, trial, model, task, tokenizer.pad_id, device, state["dtype"], stop)
+                given = model, task, tokenizer.pad_id, device, state["dtype"], stop, ranks
+                record = fine_tune(settings, trial, *given)
                 if record is None:
-                    how_to_resume = command("finetune.py", "--out", out, "--resume")
-                    print(f"saved within {trial.key}; resume with: {how_to_resume}", flush=True)
-                    raise SystemExit(128 + stop.signal)
-                if all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs):
-                    export(out / name, model.cpu().eval(), task, tokenizer, config)
+                    ranks.print0(f"saved within {trial.key}; resume with: {how_to_resume}")
+                    raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+                best = all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs)
                 runs.append({"lr": trial.lr, "seed": trial.seed, **record})
-                files.write_json(out / "scores.json", state)
-                (out / CHECKPOINT).unlink(missing_ok=True)
+                if ranks.first:
+                    if best:
+                        export(out / name, model.cpu().eval(), task, tokenizer, config)
+                    files.write_json(out / "scores.json", state)
+                    (out / CHECKPOINT).unlink(missing_ok=True)
 
+    ranks.leave()
+    return summary_of(state, names, out, began, bool(own)) if ranks.first else None
+
+
+def summary_of(state, names, out, began, own):
+    """Returns the summary of a finished run, which its first process prints and writes into scores.json."""
     summaries = {name: summarise(state["runs"][name]) for name in names}
     for name, s in summaries.items():
         print(f"{name:>6} {s['score']:6.2f}  [{s['lowest']:.2f}, {s['highest']:.2f}]  lr {s['lr']:g}")
     if (before := state.get("summary", {})).get("tasks") == summaries:
         print(f"{out} is finished: all runs are done, and nothing is changed")
         return {**before, "out": str(out)}  # it may have been moved
-    in_glue = [summaries[name]["score"] for name in names if name in GLUE]
+    in_glue = [summaries[name]["score"] for name in names if name in GLUE and not own]
     macro = round(statistics.mean(in_glue), 2) if in_glue else None
     summary = {"out": str(out), "tasks": summaries, "macro": macro}
     summary |= {"seconds": round(time.monotonic() - began, 1), "peak_rss_mib": peak_rss_mib()}
@@ -283,8 +277,9 @@ def main(argv):
     check_needs_teacher(values.keys() & {"teacher", "resume"}, values)
     if values.keys() >= {"out", "resume"} and (state := pathlib.Path(values["out"]) / "scores.json").is_file():
         values = json.loads(state.read_text(encoding="utf-8")).get("settings", {}) | values
-    print(json.dumps(finetune(Settings(**values)), separators=(",", ":")))
+    if summary := finetune(Settings(**values)):  # on rank 0 only
+        print(json.dumps(summary, separators=(",", ":")))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, in_ranks=True)

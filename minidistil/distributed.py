@@ -82,14 +82,14 @@ class Distributed:
             dist.all_reduce(numbers)
         return numbers.tolist()
 
-    def min(self, number):
-        """Returns the minimum of an integer over all ranks."""
+    def gather(self, value):
+        """Returns the values of all ranks, a list on every rank; they are pickled."""
         if self.size == 1:
-            return number
-        numbers = [None] * self.size
+            return [value]
+        values = [None] * self.size
         with self.waiting():
-            dist.all_gather_object(numbers, number)
-        return min(numbers)
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast(self, make):
         """Returns on every rank what `make()` returns on rank 0."""

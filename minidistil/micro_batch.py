@@ -73,7 +73,7 @@ def choose_micro_batch(wanted, batch, share, sequences, state, distiller, optimi
     if wanted not in (None, "auto"):
         B = int(wanted)
     elif can_search(device):
-        B = state.searched = ranks.min(largest_that_fits(share, state.searched or MAX_TOKENS // T, attempt))
+        B = state.searched = min(ranks.gather(largest_that_fits(share, state.searched or MAX_TOKENS // T, attempt)))
     else:
         B = next(divisors(share, int(CPU_TOKENS / sequences.mean_length))) if wanted else batch
     if compile:

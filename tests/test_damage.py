@@ -13,7 +13,8 @@ from test_weights import mutations
 
 from minidistil import weights
 from minidistil.downstream import glue, squad
-from minidistil.downstream.grid import next_run, read_scores, summarise
+from minidistil.downstream.grid import next_run, summarise
+from minidistil.downstream.scores import read_scores
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.run import read_metrics

@@ -35,11 +35,17 @@ def flags(tiny, out, **settings):
 
 
 def torchrun(tiny, out, start=subprocess.run, ranks=2, **settings):
+    """Starts train.py on two ranks."""
+    return launch("train.py", flags(tiny, out, **settings), start, ranks)
+
+
+def launch(script, words, start=subprocess.run, ranks=2):
+    """Starts a script on `ranks` ranks, by `start` of subprocess."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(port), str(ROOT / "train.py"), *flags(tiny, out, **settings)]
+    command += ["--master-port", str(port), str(ROOT / script), *words]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return start(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
@@ -67,13 +73,13 @@ def test_the_first_of_each_machine_comes_before_its_others(rank, local, turns_be
     assert events.index("made") == turns_before and events.count("barrier") == 3
 
 
-def test_ranks_agree_on_the_smallest(monkeypatch):
-    """GPUs may have room for different micro-batches; an update must be cut alike on all."""
-    assert Distributed().min(7) == 7
+def test_every_rank_knows_the_values_of_all(monkeypatch):
+    """GPUs may have room for different micro-batches, and an update must be cut alike on all."""
+    assert Distributed().gather(7) == [7]
     launched(monkeypatch, 1, 3)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda room, mine: room.__setitem__(
         slice(None), [9, mine, 8]))  # fmt: skip
-    assert Distributed().min(7) == 7 and Distributed().min(12) == 8
+    assert Distributed().gather(7) == [9, 7, 8]
 
 
 # ---- half a launch

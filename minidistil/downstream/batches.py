@@ -53,6 +53,14 @@ def padded(items, chosen, pad_id, device):
     return tuple(torch.from_numpy(a).to(device) for a in (ids, mask, types))
 
 
+def predict_shared(model, items, pad_id, device, dtype, ranks):
+    """Returns what `predict` does on every rank, each of which computes its share of the items."""
+    results = [None] * len(items)
+    for rank, own in enumerate(ranks.gather(predict(model, items[ranks.rank :: ranks.size], pad_id, device, dtype))):
+        results[rank :: ranks.size] = own
+    return results
+
+
 @torch.no_grad()
 def predict(model, items, pad_id, device, dtype="fp32", tokens=None):
     """Returns a model's logits for each item, fp32 numpy arrays: (K,) of a classifier, (2, T) of a reader.

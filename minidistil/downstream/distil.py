@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from kernels.distill_kl import distill_kl
 from minidistil.checks import check_vocabulary
 from minidistil.data import IGNORE
-from minidistil.downstream.batches import predict
+from minidistil.downstream.batches import predict_shared
 from minidistil.downstream.heads import MASKED_LOGIT, Classifier, load_finetuned, read_finetuned
 from minidistil.downstream.tasks import check_model, check_positions
 from minidistil.errors import UserError
@@ -66,10 +66,12 @@ def find_teachers(folders, task):
 
 def label_order(folder, labels, task):
     """Returns the index of each of a task's labels in a classifier, however spelt; UserError where it has others."""
-    found, wanted = ([re.sub(r"[^a-z0-9]+", "_", label.casefold()) for label in side] for side in (labels, task.labels))
+    found, wanted = labels, task.labels
+    if sorted(found) != sorted(wanted):
+        found, wanted = ([re.sub(r"[\W_]+", "_", label.casefold()) for label in side] for side in (labels, wanted))
     if len(wanted) == 1 and len(found) <= 1:
         return [0]  # a regression's one number, by whatever name
-    if sorted(found) != sorted(wanted):
+    if sorted(found) != sorted(wanted) or len(set(found)) < len(found):
         sides = f"labels found: {', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}"
         way = "give a teacher that was, or name its labels, in its own order, in id2label of its config.json"
         raise UserError(f"{folder} was not fine-tuned for {task.name}, or does not say so ({sides}): {way}")
@@ -116,7 +118,7 @@ def ensemble(logits, tau):
     return soft, mean
 
 
-def teacher_logits(folders, task, tokenizer, tau, device, dtype="fp32"):
+def teacher_logits(folders, task, tokenizer, tau, device, dtype, ranks):
     """Returns the `ensemble` of the teachers' logits on each training item; prints their dev scores.
 
     dtype, by name, is the precision of matrix products.
@@ -124,9 +126,11 @@ def teacher_logits(folders, task, tokenizer, tau, device, dtype="fp32"):
     logits = []
     for teacher in load_teachers(folders, task):
         cast_products(teacher.to(device), dtype)
-        logits.append(predict(teacher, task.train[0], tokenizer.pad_id, device, dtype))
-        dev_logits = [predict(teacher, split, tokenizer.pad_id, device, dtype) for split in task.dev]
-        print(f"{task.name}: the teacher's dev score is {task.evaluate(dev_logits)['score']:.2f}", flush=True)
+        how = tokenizer.pad_id, device, dtype, ranks
+        found = predict_shared(teacher, task.train[0], *how)
+        logits.append([(z - task.shift) / task.scale for z in found] if task.regression else found)
+        dev_logits = [predict_shared(teacher, split, *how) for split in task.dev]
+        ranks.print0(f"{task.name}: the teacher's dev score is {task.evaluate(dev_logits)['score']:.2f}")
     return ensemble(logits, tau)
 
 

@@ -119,7 +119,7 @@ def _read_reviews(task, folder):
         paths = sorted((folder / side).glob("*.txt"))
         if not paths:
             raise UserError(f"no reviews in {folder / side}: give an {task.folder} folder with train and test")
-        examples += [Example("\n".join(line for _, line in _lines(path)), None, label) for path in paths]
+        examples += [Example("\n".join(line for _, line in lines(path)), None, label) for path in paths]
     return _without_breaks(examples)
 
 
@@ -140,7 +140,7 @@ def _find(task, folder, name):
     return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
 
 
-def _lines(path):
+def lines(path):
     """Yields (number, text) of each line of a file, without its end, nor blank lines and NUL bytes at the end."""
     number, blank = 0, []
     try:
@@ -155,22 +155,22 @@ def _lines(path):
     except (EOFError, gzip.BadGzipFile, zlib.error):
         raise UserError(f"{path} is cut short or no .gz: copy or download it again") from None
     except UnicodeDecodeError:
-        raise _fault(path, number, "not UTF-8") from None
+        raise UserError(f"{path}, line {number}: not UTF-8: save it as UTF-8, or copy or download it again") from None
     if not number:
         raise UserError(f"{path} is empty: copy or download it again")
 
 
 def _read(task, path):
     """Returns the Examples in a tab-separated file."""
-    lines = _lines(path)
-    header = task.header or next(lines)[1].casefold().split("\t")
+    numbered = lines(path)
+    header = task.header or next(numbered)[1].casefold().split("\t")
     for name in (*task.texts, task.label):
         if name not in header:
             raise UserError(f"{path} has no column {name!r}: give the official file of {task.folder}")
     texts, label = [header.index(name) for name in task.texts], header.index(task.label)
     codes = task.codes or {name: i for i, name in enumerate(task.labels)}
     examples, broken = [], 0
-    for number, line in lines:
+    for number, line in numbered:
         cells = line.split("\t")
         if len(cells) != len(header):
             if task.name != "qqp":

@@ -4,7 +4,6 @@ The first seed runs every learning rate; the other seeds run the one with the be
 it (Devlin et al. 2018, appendix A.3). A run is {"lr", "seed", "epochs": [metrics after each]}.
 """
 
-import json
 import math
 import statistics
 
@@ -25,25 +24,6 @@ def learning_rates(text, width):
     if not rates or not all(rate > 0 and math.isfinite(rate) for rate in rates):
         raise UserError(f"--lr {text}: give one learning rate, or several such as 2e-5,3e-5,5e-5")
     return rates
-
-
-def read_scores(path):
-    """Returns the contents of a scores.json, whose runs are checked; raises UserError where it is damaged."""
-    try:
-        state = json.loads(path.read_bytes())
-        runs = [run for task in state["runs"].values() for run in task]
-        whole = [type(state[name]) for name in ("identity", "data", "teachers")] == [dict] * 3 and "dtype" in state
-        whole &= all(math.isfinite(run["lr"]) and type(run["seed"]) is int for run in runs)
-        for task in state["runs"].values():
-            epochs = [metrics for run in task for metrics in run["epochs"]]
-            whole &= all(run["epochs"] for run in task) and all("score" in metrics for metrics in epochs)
-            whole &= all(metrics.keys() == epochs[0].keys() for metrics in epochs)
-            whole &= all(type(value) is float for metrics in epochs for value in metrics.values())
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged: copy it again, or begin again with another --out")
-    return state
 
 
 def next_run(runs, rates, first_seed, seeds):

@@ -1,4 +1,4 @@
-"""The metrics of GLUE in fp64: each a share from 0 to 1, or a correlation from -1 to 1.
+"""The metrics of GLUE, and of one's own labels, in fp64: each a share from 0 to 1, or a correlation from -1 to 1.
 
 Predictions and labels are (N,) arrays, N at least 1: class ids, or scores for the correlations. An undefined
 metric is 0, so that a constant prediction does not make a mean over tasks NaN.
@@ -27,6 +27,13 @@ def f1(predictions, labels):
     return float(2 * ((predictions == 1) & (labels == 1)).sum() / max(positives, 1))
 
 
+def macro_f1(predictions, labels):
+    """The mean over all classes that are predicted or right of the harmonic mean of precision and recall."""
+    predictions, labels = _arrays(predictions, labels)
+    classes = np.union1d(predictions, labels)
+    return float(np.mean([f1(predictions == c, labels == c) for c in classes]))
+
+
 def pearson(predictions, labels):
     """Pearson's correlation; 0 where either array is constant."""
     x, y = _arrays(predictions, labels)
@@ -52,4 +59,4 @@ def _ranks(x):
     return np.where(np.isnan(x), x, (np.cumsum(count) - (count - 1) / 2)[place])
 
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+METRICS = {each.__name__: each for each in (accuracy, f1, macro_f1, pearson, spearman)} | {"matthews": matthews}

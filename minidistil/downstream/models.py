@@ -32,7 +32,14 @@ def adamw(model):
 
 
 def export(folder, model, task, tokenizer, config):
-    """Writes a fine-tuned model and its vocabulary in transformers' format; a BiLSTM in our own."""
+    """Writes a fine-tuned model and its vocabulary in transformers' format; a BiLSTM in our own.
+
+    The last layer of a regression is changed in place, so that the model gives scores, and not what it learnt of them.
+    """
+    if task.regression:
+        *_, weight, bias = (parameter.data for parameter in model.parameters())
+        weight.mul_(task.scale)
+        bias.mul_(task.scale).add_(task.shift)
     if isinstance(model, bilstm.BiLSTM):
         bilstm.save(folder, model, task.labels)
         tokenizer.save(folder, "distilbert")

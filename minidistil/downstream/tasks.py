@@ -1,6 +1,6 @@
 """The tasks of fine-tuning: encoded items, targets, and the official score of a model's logits.
 
-`SentenceTask` is a task of GLUE or IMDb; `SpanTask` is SQuAD v1.1. Both have
+`SentenceTask` is a task of GLUE, IMDb or a table of one's own; `SpanTask` is SQuAD v1.1. Both have
 
     name, labels            name of the task and of its labels; a regression has one
     train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
@@ -16,7 +16,7 @@ import typing
 import numpy as np
 import torch
 
-from minidistil.downstream import glue, metrics, squad
+from minidistil.downstream import glue, metrics, squad, table
 from minidistil.downstream.batches import encode_pair
 from minidistil.downstream.heads import Classifier, SpanReader
 from minidistil.errors import UserError
@@ -34,11 +34,11 @@ class Outline(typing.NamedTuple):
     pair: bool  # of texts, the second of which has token type 1
 
 
-def outline(name):
-    """Returns the Outline of the task of this name."""
-    if name == "squad":
+def outline(name, own=None):
+    """Returns the Outline of the task of this name, or of one's own labels, as `table.read_table` returns them."""
+    if name == "squad" and not own:
         return Outline(name, SpanTask.kind, SpanTask.labels, pair=True)
-    task = glue.TASKS[name]
+    task = own[0] if own else glue.TASKS[name]
     return Outline(name, SentenceTask.kind, task.labels or ("score",), task.pair)
 
 
@@ -84,22 +84,28 @@ def compact(item):
 
 
 class SentenceTask:
-    """A GLUE task or IMDb, by its name in `glue.TASKS`; `limit`: number of training examples."""
+    """A glue.Task with its training Examples and {split: Examples}; `limit`: number of training examples.
+
+    A model learns the scores of one's own regression as (score - shift) / scale, of mean 0 and variance 1, which any
+    learning rate reaches; STS-B's are learnt as they are, as published.
+    """
 
     kind, teacher = Classifier, ()
 
-    def __init__(self, name, data, tokenizer, T, limit=None):
-        self.name, self.task = name, glue.TASKS[name]
+    def __init__(self, task, train, examples, tokenizer, T, limit=None):
+        self.name, self.task, self.examples = task.name, task, examples
         self.labels = self.task.labels or ("score",)
         self.regression = not self.task.labels
-        train, self.examples = glue.load(name, data)
         train = subsample(train, limit)
+        scores = np.array([e.label for e in train], np.float64)
+        own = self.regression and task is not glue.TASKS["stsb"]
+        self.shift, self.scale = (float(scores.mean()), float(scores.std()) or 1.0) if own else (0.0, 1.0)
 
         def items(examples):
             return [compact(encode_pair(tokenizer, e.first, e.second, T)) for e in examples]
 
         dtype = torch.float32 if self.regression else torch.int64
-        self.train = items(train), torch.tensor([e.label for e in train], dtype=dtype)
+        self.train = items(train), torch.from_numpy((scores - self.shift) / self.scale).to(dtype)
         self.dev = [items(examples) for examples in self.examples.values()]
 
     def evaluate(self, logits):
@@ -139,14 +145,20 @@ class SpanTask:
         return {"score": scores["f1"], **scores}
 
 
-def open_task(name, data, tokenizer, seq_len=None, limit=None):
-    """Returns the SentenceTask or SpanTask of this name, read from `data` and encoded."""
+def open_task(name, data, tokenizer, seq_len=None, limit=None, own=None):
+    """Returns the SentenceTask or SpanTask of this name, encoded: read from `data`, or `own`, a table read before."""
     T = seq_len or SEQ_LEN.get(name, 128)
-    return SpanTask(data, tokenizer, T, limit) if name == "squad" else SentenceTask(name, data, tokenizer, T, limit)
+    if name == "squad" and not own:
+        return SpanTask(data, tokenizer, T, limit)
+    return SentenceTask(*(own or (glue.TASKS[name], *glue.load(name, data))), tokenizer, T, limit)
 
 
 def task_names(text, data):
-    """Returns the task names of --task; for `all`, those in the GLUE folder."""
+    """Returns the task names of --task; for `all`, those in the GLUE folder; of a table, the file's name."""
+    if table.is_table(text):
+        return [table.name_of(text)]
+    if data is None:
+        raise UserError("--data is missing: give the GLUE folder, or the folder or file of the task")
     if text == "all":
         here = [name for name in glue.GLUE if (pathlib.Path(data) / glue.TASKS[name].folder).is_dir()]
         if not here:
@@ -157,7 +169,7 @@ def task_names(text, data):
     names = text.split(",")
     for name in names:
         if name not in (*glue.TASKS, "squad"):
-            raise UserError(f"--task {name} is not known: choose from {', '.join(glue.TASKS)}, squad, all")
+            raise UserError(f"--task {name} is not known: choose from {', '.join(glue.TASKS)}, squad, all, or a file")
     return names
 
 

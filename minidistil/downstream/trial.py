@@ -21,9 +21,9 @@ class Trial:
     def key(self):
         return f"{self.task} lr {self.lr:g} seed {self.seed}"
 
-    def resume(self, model, optimizer, scaler):
+    def resume(self, model, optimizer, scaler, ranks):
         """Restores this run from its checkpoint; returns (update, seconds), zeros without one."""
-        if not (self.out / CHECKPOINT).is_file():
+        if not ranks.broadcast((self.out / CHECKPOINT).is_file):  # which rank 0 removes after a run
             return 0, 0.0
         saved, tensors = load_checkpoint(self.out)
         if (saved["key"], saved["identity"]) != (self.key, self.identity):
@@ -31,7 +31,7 @@ class Trial:
         restore(tensors, model, optimizer, saved["adam_steps"])
         scaler.load_state_dict(saved["scale"])
         self.epochs = saved["epochs"]
-        print(f"{self.key}: resumes after update {saved['update']}", flush=True)
+        ranks.print0(f"{self.key}: resumes after update {saved['update']}")
         return saved["update"], saved["seconds"]
 
     def save(self, model, optimizer, scaler, progress):
