@@ -1,7 +1,8 @@
-"""Fine-tunes a model on GLUE, IMDb or SQuAD and reports the official score.
+"""Fine-tunes a model on GLUE, IMDb, SQuAD or examples of your own, and reports the score.
 
     python finetune.py --task sst2 --model runs/demo --data GLUE                 one task; GLUE: the official folder
     python finetune.py --task all --model bert-base-uncased --data GLUE --seeds 5    all nine, and the macro score
+    python finetune.py --task reviews.csv --model runs/demo                          examples of your own
     python finetune.py --task squad --model runs/demo --data SQUAD --teacher runs/finetune-squad    second distillation
     python finetune.py --task sst2 --model bilstm --words bert-base-uncased --data GLUE    a baseline without attention
 

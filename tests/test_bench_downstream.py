@@ -273,6 +273,20 @@ def test_qnli_without_a_training_set_is_halved(glue, tmp_path):
     assert text.with_qnli(folder, tmp_path / "other") == folder  # a whole one stays
 
 
+def test_texts_have_equal_shares(glue, tmp_path, monkeypatch):
+    """A short source is repeated, a long one cut; each text is written whole."""
+    train, _ = tasks.load("sst2", glue)
+    texts = list(dict.fromkeys(example.first for example in train))
+    whole = sum(len(t) + 1 for t in texts)
+    for limit in (whole // 3, 3 * whole // 2):
+        monkeypatch.setattr(text, "LIMIT", limit)
+        (path,) = text.write_texts(glue, tmp_path)
+        content = pathlib.Path(path).read_text()
+        assert limit - 100 < len(content) <= limit
+        lines = content.splitlines()
+        assert lines == (texts * 2)[: len(lines)]
+
+
 def test_published_scores_keep_what_the_paper_says():
     """The paper's 97 %: 77.0 of 79.5, the means of nine tasks."""
     bert, distilbert = ({t: s for t, s in row.items() if t != "imdb"} for row in show.PUBLISHED.values())

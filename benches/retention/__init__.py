@@ -167,7 +167,7 @@ def described(plan, name, seeds):
     if "steps" in seeds[0]:
         more = "" if name == PEER else plan.settings.train or ""
         row["settings"] = f"{flags(name, plan.with_head)} {more}".strip()
-        row |= {"steps": seeds[0]["steps"], "seconds": round(max(seed["seconds"] for seed in seeds), 1)}
+        row |= {"steps": seeds[0]["steps"], "seconds": round(seeds[0]["seconds"], 1)}
     if seeds[0]["zero_shot"] is not None:
         found = [seed["zero_shot"] for seed in seeds]
         row["zero_shot"] = [round(statistics.median(found), 2), min(found), max(found)]

@@ -142,10 +142,14 @@ def probe(plan, recipe):
 
 
 def student(plan, recipe, steps, seed):
-    """Trains a student and scores its vectors; returns {"folder", "steps", "seconds", "zero_shot"}."""
+    """Trains a student and scores its vectors; returns {"folder", "steps", "seconds", "zero_shot"}.
+
+    The seconds are those of its updates at the probe's speed: what else the computer did later does not count.
+    """
     out = plan.folder / "students" / slug(recipe, seed)
-    done = train(plan, recipe, steps, seed, out)
-    return {"folder": out, **done, "zero_shot": zero_shot(plan, slug(recipe, seed), out)}
+    train(plan, recipe, steps, seed, out)
+    seconds = steps * probe(plan, recipe)
+    return {"folder": out, "steps": steps, "seconds": seconds, "zero_shot": zero_shot(plan, slug(recipe, seed), out)}
 
 
 def untrained(plan, name):
