@@ -180,7 +180,7 @@ def unmasked(s_ptr, t_ptr, labels_ptr, kl_ptr, ce_ptr, stride, V, TAU: tl.conste
     finish(s_ptr, labels_ptr, kl_ptr, ce_ptr, row, m_s, Z_s, Z_t, Z_1, c, TAU)
 
 
-# ---- 4. Statistics per thread
+# ---- 4. Sums per thread
 # A maximum over a block involves all 128 threads: shuffles, a barrier, shared memory, a barrier, and no load is in
 # flight meanwhile. Here a block is (G, E), and a thread, which loads E logits at once, keeps the statistics of its own.
 # The rule that brought old sums to new maxima combines the G statistics once, after the loop.
@@ -440,7 +440,7 @@ def projected(h_s, h_t, W_s, W_t, labels, g_kl, g_ce, TAU, rows):
 
 RUNGS = {
     "1 two passes": two_passes, "2 one pass": one_pass, "3 no mask in the loop": unmasked,
-    "4 statistics per thread": per_thread, "5 base 2, a square": base_2, "6 right for every row": every_row,
+    "4 sums per thread": per_thread, "5 base 2, a square": base_2, "6 right for every row": every_row,
     "7 backward": backward, "8 both in one, projected": both,
 }  # fmt: skip
 

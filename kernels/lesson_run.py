@@ -186,7 +186,7 @@ def compiled(kernel, BLOCK, WARPS):
 
 
 def in_compiler(*words):
-    """Returns the figures that a process without the interpreter finds, one of each rung, or of `check FILE`."""
+    """Returns {rung: figures} from a process without the interpreter, or {FILE: figures} of `check FILE`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, sys.argv[0], "--compile", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -241,8 +241,9 @@ def main(words, rungs, definition, projected, launch):
     """
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # of the interpreter, where a check has -inf and NaN
     if words[:1] == ["--compile"]:
-        found = [of_file(words[2], rungs, *launch)] if words[1] == "check" else [(rungs[x], *launch) for x in words[1:]]
-        print(json.dumps([compiled(*each) for each in found]))
+        mine = {words[2]: of_file(words[2], rungs, *launch)} if words[1:2] == ["check"] else {}
+        found = mine or {rung: (rungs[rung], *launch) for rung in words[1:] or rungs}
+        print(json.dumps({rung: compiled(*each) for rung, each in found.items()}))
         return 0
 
     def checks(kernel, *launch):
@@ -254,12 +255,13 @@ def main(words, rungs, definition, projected, launch):
             sys.exit("name the file of your kernel: python kernels/lesson.py check mine.py")
         mine = of_file(words[1], rungs, *launch)
         print(f"{words[1]}: {mine[0].__name__}")
-        return 0 if show(*mine, *in_compiler("check", words[1]), checks(*mine)) else 1
+        return 0 if show(*mine, *in_compiler("check", words[1]).values(), checks(*mine)) else 1
     if unknown := [word for word in words if word not in "12345678"]:
         sys.exit(f"{unknown[0]} is not a rung: choose from 1 to 8, or check FILE")
     print("0 the definition: eager PyTorch, 148 bytes a pair of bf16 logits where 4 would do")
     wanted = {rung: kernel for rung, kernel in rungs.items() if not words or rung[0] in words}
-    for (rung, kernel), figures in zip(wanted.items(), in_compiler(*wanted), strict=True):
+    figures = in_compiler(*wanted)
+    for rung, kernel in wanted.items():
         print(rung, flush=True)
-        show(kernel, *launch, figures, checks(kernel, *launch))
+        show(kernel, *launch, figures[rung], checks(kernel, *launch))
     return 0

@@ -1,10 +1,13 @@
-"""The Python blocks of the lessons run as they stand."""
+"""The Python blocks of the lessons run as they stand, and their figures are those of results/."""
 
+import json
 import pathlib
 
 import pages
 import pytest
 import torch
+
+from benches import lesson
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -24,3 +27,10 @@ def test_a_wrong_formula_is_noticed(tmp_path):
         pages.run(page)
     line = error.traceback[-1].lineno + 1
     assert page.read_text().splitlines()[line - 1].startswith("assert torch.allclose(da,")
+
+
+def test_the_ladder_of_the_page_was_measured():
+    rows = json.loads((ROOT / "results" / "lesson.json").read_text())["results"]
+    page = (ROOT / "kernels" / "README.md").read_text()
+    assert lesson.table(rows) in page and len(rows) == 8
+    assert all(f"../results/{name}.svg" in page for name in ("lesson", "lesson-row", "lesson-chunk"))
