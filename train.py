@@ -42,8 +42,8 @@ from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
-from minidistil.run import Run, SignalFlag, State, inherited
-from minidistil.student import build_student, drops
+from minidistil.run import Run, SignalFlag, State, identity_of, inherited
+from minidistil.student import build_student
 from minidistil.text import open_held_out, training_sequences
 from minidistil.tokenizer import Tokenizer
 
@@ -108,14 +108,6 @@ DEMO = dict(
     mask_smoothing=0.0, kd_rows="masked", eval_every=200,
 )  # fmt: skip
 
-# Settings that may differ when a run resumes, because they do not affect the arithmetic of an update. (epochs counts
-# as steps; batch, accum and the number of ranks count as their product; the checkpoint holds the chosen dtype.)
-MAY_CHANGE_ON_RESUME = {
-    "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "eval_every",
-    "eval_data", "eval_tokens", "save_every", "time_limit",
-}  # fmt: skip
-
-
 # ---- models and data
 
 
@@ -169,24 +161,6 @@ def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
     eval_corpus = Corpus(settings.eval_data)
     eval_corpus.check_tokenizer(tokenizer, tokenizer_folder)
     return eval_corpus
-
-
-def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
-    """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
-    named = settings.student_init not in (None, "teacher", "random")
-    init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
-    return {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
-        "steps": total,
-        "sequences in an update": G,
-        "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch
-        "data": corpus.meta["sha256"]["train.bin"],
-        "sentences": corpus.meta.get("sentences"),
-        "pooling": pooling and pooling.mode,
-        "teacher": teacher_folder and weights.digests(teacher_folder),
-        "student_init": weights.digests(init) if init else settings.student_init,
-        "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
-    }
 
 
 def dropout_seed(seed, update):
