@@ -31,6 +31,7 @@ from minidistil.data import Corpus, Prefetcher
 from minidistil.device import choose_device
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
+from minidistil.energy import Meter
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, check_room, claimed, command
 from minidistil.losses import TERMS, Denominators, Objective, counts
@@ -90,6 +91,8 @@ class Settings:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     compile: bool = option(False, "compile both models first: takes a minute, for long runs")
     price_per_hour: float = option(None, "of one device: adds costs to progress lines, metrics.jsonl and run.json")
+    watts: float = option(None, "power of one device, to estimate the energy of a run where it cannot be measured")
+    grams_per_kwh: float = option(None, "CO2 of a kWh of your electricity: adds the CO2 of the run's energy")
     seed: int = option(0, "seed of data order, masks, dropout and random weights")
     # evaluation and checkpoints
     resume: bool = option(False, "continue from the checkpoint in --out, to the bits of an uninterrupted run")
@@ -109,6 +112,12 @@ DEMO = dict(
 )  # fmt: skip
 
 # ---- models and data
+
+
+def objective_of(settings):
+    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
+    objective = Objective(*alphas, settings.temperature, settings.kd_rows, settings.alpha_emb)
+    return objective.without_teacher() if settings.teacher == "none" else objective
 
 
 def load_models(settings, objective, ranks):
@@ -193,9 +202,7 @@ def distil(settings, out, device, ranks):
     keep_freed_memory()
 
     # ---- models and data: update u uses sequences u * G ... (u + 1) * G - 1, split evenly over the ranks
-    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
-    objective = Objective(*alphas, settings.temperature, settings.kd_rows, settings.alpha_emb)
-    objective = objective.without_teacher() if settings.teacher == "none" else objective
+    objective = objective_of(settings)
     teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, objective, ranks)
     pooling = read_pooling(teacher_folder) if objective.alpha_emb else None
     corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
@@ -235,7 +242,8 @@ def distil(settings, out, device, ranks):
     distiller.distribute()
 
     progress, stop = Progress(total, round(G * sequences.mean_length), state.update, state.seconds), SignalFlag()
-    report = RunReport(run, progress, distiller, state.dtype, sequences, settings.price_per_hour, ranks)
+    meter = Meter(device, settings.watts, state.energy if ranks.first else (), ranks.print0)
+    report = RunReport(run, progress, distiller, state, sequences, ranks)
     run.open(state.update if settings.resume else None)
     report.begin(corpus, share // B, B, held_out)
 
@@ -252,8 +260,7 @@ def distil(settings, out, device, ranks):
         progress.reset("save")
 
     def after_micro_batch(done, A):  # returns whether to continue: a signal ends a single-process run at once
-        if done < A and progress.due("line", max(10.0, progress.line_every)):  # an update may take minutes
-            ranks.print0(f"  update {progress.update + 1}/{total}: micro-batch {done}/{A}")
+        report.micro_batch_done(done, A)
         return stop.signal is None or ranks.size > 1
 
     if not settings.resume:
@@ -263,7 +270,7 @@ def distil(settings, out, device, ranks):
     eval_every = settings.eval_every or max(1, total // 10)
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     progress.restart(progress.seconds)
-    with stop, run.metrics, ranks.report_lost_rank(f"resume from the last checkpoint with: {how_to_resume}"):
+    with stop, run.metrics, meter, ranks.report_lost_rank(f"resume from the last checkpoint with: {how_to_resume}"):
         signals = timed_out = False
         while not (progress.done or signals or timed_out):
             update = progress.update
@@ -282,19 +289,21 @@ def distil(settings, out, device, ranks):
             terms, norm = numbers[:-1].view(-1, 1 + len(TERMS)), numbers[-1]  # loss and terms of each micro-batch
 
             # every rank gets the same losses, a signal to any rank, and rank 0's clock, so that all end together
-            end = [stop.signal or 0, ranks.first and progress.elapsed > limit]
-            loss, *means, signals, timed_out = ranks.sum(*terms.sum(0).tolist(), *end)
+            end = stop.signal or 0, ranks.first and progress.elapsed > limit
+            sums = ranks.sum(*meter.energy, *end, *terms.sum(0).tolist())
+            *state.energy, signals, timed_out, loss = sums[: -len(TERMS)]
             if not math.isfinite(loss) or not (norm.isfinite() or distiller.scaler.is_enabled()):
                 raise UserError(not_finite(update, terms[:, 0], norm, B, share, ranks, out))
             distiller.step(optimizer)
             progress.update += 1
 
-            report.updated(loss, dict(zip(TERMS, means, strict=True)), lr, norm.item())
+            report.updated(loss, dict(zip(TERMS, sums[-len(TERMS) :], strict=True)), lr, norm.item())
             if progress.update % eval_every == 0 or progress.done:
                 evaluate()
             if progress.due("save", settings.save_every * 60):
                 save()
 
+        state.energy = ranks.sum(*meter.read())
         interrupted = stop.signal or signals
         if progress.update > progress.first or interrupted:
             save()

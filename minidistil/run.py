@@ -15,6 +15,7 @@ import torch
 
 from minidistil import files, hub, plot, weights
 from minidistil.data import MASK_SHARE
+from minidistil.energy import Energy
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
@@ -34,8 +35,8 @@ PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # se
 # (epochs counts as steps; batch, accum and the number of ranks count as their product; the checkpoint holds the chosen
 # dtype.)
 MAY_CHANGE_ON_RESUME = {
-    "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "eval_every",
-    "eval_data", "eval_tokens", "save_every", "time_limit",
+    "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "watts", "grams_per_kwh",
+    "eval_every", "eval_data", "eval_tokens", "save_every", "time_limit",
 }  # fmt: skip
 
 
@@ -121,6 +122,7 @@ class State:
     dtype: str = None  # precision of matrix products, chosen once
     scale: dict = dataclasses.field(default_factory=dict)  # state of the loss scaler, fp16 only
     searched: int = None  # result of the micro-batch search
+    energy: tuple = Energy()  # of all ranks
 
 
 class Run:
@@ -141,6 +143,7 @@ class Run:
         before = {**once, **saved["identity"], "dtype": saved["dtype"]}
         require_same(before, wanted, self.out)
         restore(tensors, student, optimizer, saved["adam_steps"])
+        saved.setdefault("energy", Energy(seconds=saved["seconds"]))  # of a run before it was measured: unknown
         return State(**{field.name: saved[field.name] for field in dataclasses.fields(State)})
 
     @staticmethod
