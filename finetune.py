@@ -5,8 +5,8 @@
     python finetune.py --task squad --model runs/demo --data SQUAD --teacher runs/finetune-squad    second distillation
     python finetune.py --task sst2 --model bilstm --words bert-base-uncased --data GLUE    a baseline without attention
 
-The best run's model of each task is in --out/TASK, which transformers loads; --out/scores.json holds all runs. The last
-line of stdout is one JSON object:
+The best run's model of each task and its card are in --out/TASK, which transformers loads; --out/scores.json holds all
+runs. The last line of stdout is one JSON object:
 
     {"out", "tasks": {TASK: {"score": median, "lowest", "highest", "lr", "seeds", metrics}}, "macro", "seconds", ...}
 
@@ -32,11 +32,13 @@ from minidistil.cli import option, parse_args, run_script
 from minidistil.device import choose_device, versions
 from minidistil.downstream import distil
 from minidistil.downstream.batches import batches, padded, predict
+from minidistil.downstream.card import write_results
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, read_scores, summarise
 from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import check_model, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
+from minidistil.energy import Meter
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, claimed, command, inheritable
 from minidistil.memory import keep_freed_memory, peak_rss_mib
@@ -75,6 +77,8 @@ class Settings:
     # hardware
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    watts: float = option(None, "power of the device, to estimate the energy where it cannot be measured")
+    grams_per_kwh: float = option(None, "CO2 of a kWh of your electricity: adds the CO2 of the energy")
     seed: int = option(0, "seed of the first run; the next runs count up from it")
     # checkpoints
     resume: bool = option(False, "continue in --out: finished runs are kept, the interrupted one continues")
@@ -84,18 +88,19 @@ class Settings:
 # Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
 # contents of the files that they name, which are compared.
 PATHS = ("data", "model", "words", "teacher")
-MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every".split()}
+MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every watts grams_per_kwh".split()}
 
 
 def check(settings):
     """Raises UserError for values that cannot work, before anything is read or written."""
-    for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature"):
+    for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature", "watts"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every"):
-        if not (getattr(settings, name) >= 0 and math.isfinite(getattr(settings, name))):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must not be negative")
+    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every", "grams_per_kwh"):
+        value = getattr(settings, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
     if not 0 <= settings.warmup <= 1:
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.seq_len is not None and settings.seq_len < 8:
@@ -233,7 +238,7 @@ def finetune_tasks(settings, names, out):
                 distil.check_teacher(teacher, task, tokenizer)
         require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
     began = time.monotonic()
-    with SignalFlag() as stop:
+    with SignalFlag() as stop, Meter(device, settings.watts, state.get("joules", ())) as meter:
         for name in names:
             task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples)
             if not as_bilstm:
@@ -248,19 +253,20 @@ def finetune_tasks(settings, names, out):
             if teachers:
                 given = teachers, task, tokenizer, settings.temperature, device, state["dtype"]
                 task.teacher = distil.teacher_logits(*given)
-            files.write_json(out / "scores.json", state)
+            files.write_json(out / "scores.json", state | meter.record(settings.grams_per_kwh))
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})
                 model = build_model(folder, task, trial.seed, as_bilstm).to(device)
                 record = fine_tune(settings, trial, model, task, tokenizer.pad_id, device, state["dtype"], stop)
                 if record is None:
+                    write_results(out, state, meter.record(settings.grams_per_kwh))
                     how_to_resume = command("finetune.py", "--out", out, "--resume")
                     print(f"saved within {trial.key}; resume with: {how_to_resume}", flush=True)
                     raise SystemExit(128 + stop.signal)
                 if all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs):
                     export(out / name, model.cpu().eval(), task, tokenizer, config)
                 runs.append({"lr": trial.lr, "seed": trial.seed, **record})
-                files.write_json(out / "scores.json", state)
+                files.write_json(out / "scores.json", state | meter.record(settings.grams_per_kwh))
                 (out / CHECKPOINT).unlink(missing_ok=True)
 
     summaries = {name: summarise(state["runs"][name]) for name in names}
@@ -274,7 +280,7 @@ def finetune_tasks(settings, names, out):
     summary = {"out": str(out), "tasks": summaries, "macro": macro}
     summary |= {"seconds": round(time.monotonic() - began, 1), "peak_rss_mib": peak_rss_mib()}
     state |= {"versions": versions(), "summary": summary}
-    files.write_json(out / "scores.json", state)
+    write_results(out, state, meter.record(settings.grams_per_kwh))
     return summary
 
 

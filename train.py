@@ -5,8 +5,9 @@
     python train.py --teacher none --student-config FILE --data DIR    training without a teacher
     torchrun --nproc-per-node 8 train.py ...                     any of these in several processes
 
-Every run leaves in --out a folder that transformers loads, run.json, metrics.jsonl, curve.svg and a checkpoint. The
-last line of stdout is one JSON object, with "clm_loss" and "perplexity" in place of "mlm_loss" for a GPT-2:
+Every run leaves in --out a folder that transformers loads, its model card README.md, run.json, metrics.jsonl, curve.svg
+and a checkpoint. The last line of stdout is one JSON object, with "clm_loss" and "perplexity" in place of "mlm_loss"
+for a GPT-2:
 
     {"out", "steps", "tokens", "seconds", "tokens_per_second", "peak_rss_mib", "peak_gpu_mib",
      "teacher": {"parameters", "mlm_loss", "top1"}, "student": {"parameters", "mlm_loss", "top1", "kl", "agreement"}}

@@ -4,6 +4,7 @@ import re
 import shutil
 
 from minidistil import files, weights
+from minidistil.card import card, write_card
 from minidistil.device import peak_mib, versions
 from minidistil.energy import Energy, amount, describe
 from minidistil.folder import CHECKPOINT, command
@@ -109,6 +110,7 @@ class RunReport:
             "data": corpus.meta, "before": before, "summary": summary, **ending, "accounting": cost, "energy": energy,
         })  # fmt: skip
         draw_curve(run.out / "curve.svg", run.history, teacher_metrics)
+        write_card(run.out, card(run.out))
         if energy:
             self.ranks.print0(f"energy: {describe(energy)}")
         if ended_by == "completion":
@@ -170,7 +172,7 @@ def conclusion(summary):
     tries += [] if causal else [command("finetune.py", "--task", "sst2", "--model", out, "--data", "GLUE")]
     return "\n  ".join([
         f"finished after {duration(summary['seconds'])}: {what}\n"
-        f"{out} holds the model, run.json, metrics.jsonl and curve.svg; try it:",
+        f"{out} holds the model, its card (README.md), run.json, metrics.jsonl and curve.svg; try it:",
         *tries,
     ])  # fmt: skip
 

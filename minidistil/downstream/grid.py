@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 
+from minidistil.energy import Energy
 from minidistil.errors import UserError
 
 # Grids of peak learning rates: BERT's own, and for narrower models one after Turc et al. 2019, arXiv 1908.08962
@@ -39,6 +40,9 @@ def read_scores(path):
             whole &= all(run["epochs"] for run in task) and all("score" in metrics for metrics in epochs)
             whole &= all(metrics.keys() == epochs[0].keys() for metrics in epochs)
             whole &= all(type(value) is float for metrics in epochs for value in metrics.values())
+        seconds = sum((run.get("seconds", 0.0) for run in runs), 0.0)  # of runs whose energy was not counted yet
+        joules = state.setdefault("joules", Energy(seconds=seconds))
+        whole &= len(joules) == len(Energy()) and all(type(x) is float and math.isfinite(x) for x in joules)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         whole = False
     if not whole:
