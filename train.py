@@ -304,16 +304,16 @@ def distil(settings, out, device, ranks):
             if progress.due("save", settings.save_every * 60):
                 save()
 
-        state.energy = ranks.sum(*meter.read())
+        state.energy = ranks.sum(*meter.read())  # of the checkpoint, which knows nothing of what follows it
         interrupted = stop.signal or signals
         if progress.update > progress.first or interrupted:
             save()
         if ranks.first and not interrupted and "held_out" not in run.history[-1]:  # timed out between evaluations
             evaluate()
         ended_by = "signal" if interrupted else "completion" if progress.done else "time limit"
-        teacher_metrics = held_out.teacher_metrics if ranks.first else None
+        state.energy = ranks.sum(*meter.read())
         ranks.leave()  # before rank 0 writes its results: no rank keeps a connection that others have closed
-        summary = report.finish(corpus, tokenizer, teacher_metrics, ended_by, how_to_resume) if ranks.first else None
+        summary = report.finish(tokenizer, ended_by, how_to_resume) if ranks.first else None
     if interrupted:
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
     return summary

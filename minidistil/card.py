@@ -148,7 +148,7 @@ def _length(run):
     took = f"It was trained for {summary['steps']:,} updates, {summary['tokens']:,} tokens, in {summary['seconds']:,} s"
     if run["ended_by"] == "completion":
         return f"{took}."
-    return f"{took}; {run['planned_steps']:,} updates were planned, and the run was interrupted (by {run['ended_by']})."
+    return f"{took}; {run['planned_steps']:,} updates were planned, but a {run['ended_by']} ended the run before."
 
 
 def _source(source):

@@ -19,6 +19,7 @@ from minidistil import launcher
 
 POWERCAP = pathlib.Path("/sys/class/powercap")
 SECONDS = 1.0  # between readings
+STILL = 5.0  # seconds after which a counter that does not grow counts nothing: some virtual machines have such
 KWH = 3.6e6  # joules
 
 
@@ -42,7 +43,7 @@ class Energy(typing.NamedTuple):
 
     def record(self, grams_per_kwh=None):
         """Returns {"kwh", "measured_gpu_kwh", ..., "share_of_time" that they cover, "co2_kg"}; None: unknown."""
-        if not self.known:
+        if not self.kwh:
             return None
         parts = {"kwh": self.kwh, "measured_gpu_kwh": self.gpu / KWH, "measured_cpu_kwh": self.cpu / KWH}
         parts |= {"estimated_kwh": self.estimated / KWH, "share_of_time": self.known / self.seconds}
@@ -61,7 +62,7 @@ def describe(record):
              "estimated_kwh": "estimated from a given power"}  # fmt: skip
     parts = {text: record[name] for name, text in kinds.items() if record[name]}
     how = ", ".join(f"{amount(kwh)} {text}" for text, kwh in parts.items()) if len(parts) > 1 else "".join(parts)
-    text = f"{amount(record['kwh'])} ({how or 'measured'})"
+    text = f"{amount(record['kwh'])} ({how})"
     if record["co2_kg"] is not None:
         text += f", {amount(record['co2_kg'], 'g')} of CO2"
     if record["share_of_time"] < 0.99:
@@ -136,7 +137,7 @@ class Meter:
     """
 
     def __init__(self, device, watts=None, before=(), say=print):
-        self.device, self.watts, self.energy, self.say = device.type, watts, Energy(*before), say
+        self.device, self.watts, self.energy, self.say, self.still = device.type, watts, Energy(*before), say, 0.0
         self.counts_packages = launcher.place().local == 0
         self.counters, self.lock, self.ended = {"cuda": [], "cpu": []}, threading.Lock(), threading.Event()
         for kind in (kind for kind in self.counters if kind == self.device or self.counters[self.device]):
@@ -189,11 +190,16 @@ class Meter:
             passed, self.began = now - self.began, now
             joules = {kind: self._grown(kind) for kind in self.counters}
             gpu, cpu, estimated, known, seconds = self.energy
-            if joules[self.device] is not None:
-                gpu, known = gpu + (joules["cuda"] or 0.0), known + passed
+            unknown = passed
+            if (own := joules[self.device]) is not None:
+                gpu, known, unknown = gpu + (joules["cuda"] or 0.0), known + passed, 0.0
                 cpu += (joules["cpu"] or 0.0) * self.counts_packages
-            elif self.watts is not None:
-                estimated, known = estimated + self.watts * passed, known + passed
+                self.still = 0.0 if own else self.still + passed
+                if self.still > STILL:
+                    self._lost(self.device, "it stands still")
+                    known, unknown = known - self.still, self.still
+            if unknown and self.watts is not None:
+                estimated, known = estimated + self.watts * unknown, known + unknown
             self.energy = Energy(gpu, cpu, estimated, known, seconds + passed)
             return self.energy
 

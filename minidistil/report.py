@@ -27,6 +27,7 @@ class RunReport:
 
     def begin(self, corpus, A, B, held_out):
         """Prints what will run: A micro-batches of B sequences in an update of each rank."""
+        self.data, self.teacher_metrics = corpus.meta, held_out and held_out.teacher_metrics
         ranks, size = self.ranks, f"{parameters(self.student):,} parameters"
         teacher = self.teacher and f"teacher {parameters(self.teacher):,} parameters, student {size}"
         ranks.print0(teacher or f"model {size}, no teacher")
@@ -34,8 +35,8 @@ class RunReport:
         ranks.print0(f"{len(corpus.train):,} tokens of text; {self.state.dtype} on {self.device}")
         sizes = f"{several}{A} x {B} x {self.T} = {self.progress.tokens:,} tokens"
         ranks.print0(f"{self.progress.total} updates of {sizes}")
-        if ranks.first and held_out.teacher_metrics:
-            ranks.print0(f"held-out, teacher: {format_metrics(held_out.teacher_metrics)}")
+        if self.teacher_metrics:
+            ranks.print0(f"held-out, teacher: {format_metrics(self.teacher_metrics)}")
 
     def cost(self):
         """Returns the estimated cost, at this speed, of the whole run and of the published one."""
@@ -75,8 +76,8 @@ class RunReport:
         self.run.log({"step": self.progress.update, "held_out": metrics})
         self.ranks.print0(folded(f"held-out, after {self.progress.update}: {format_metrics(metrics)}"))
 
-    def finish(self, corpus, tokenizer, teacher_metrics, ended_by, resume):
-        """Writes the student, its tokenizer, run.json and the curve; returns the summary.
+    def finish(self, tokenizer, ended_by, resume):
+        """Writes the student, its tokenizer, run.json, the curve and the card; returns the summary.
 
         `ended_by` is "completion", "time limit" or "signal"; `resume` is the command line that continues the run.
         """
@@ -91,7 +92,7 @@ class RunReport:
             "tokens_per_second": tokens_per_second,
             "peak_rss_mib": peak_rss_mib(),
             "peak_gpu_mib": round(peak_mib(self.device), 1) if self.device.type == "cuda" else 0.0,
-            "teacher": {"parameters": parameters(teacher), **(teacher_metrics or {})} if teacher else None,
+            "teacher": {"parameters": parameters(teacher), **(self.teacher_metrics or {})} if teacher else None,
             "student": {"parameters": parameters(student), **run.evaluation["held_out"]},
         }
         student.cpu().eval()
@@ -107,9 +108,9 @@ class RunReport:
         before = next((record["held_out"] for record in run.history if record["step"] == 0), None)
         files.write_json(run.out / "run.json", {
             "settings": run.settings, "dtype": self.state.dtype, "identity": run.identity, "versions": versions(),
-            "data": corpus.meta, "before": before, "summary": summary, **ending, "accounting": cost, "energy": energy,
+            "data": self.data, "before": before, "summary": summary, **ending, "accounting": cost, "energy": energy,
         })  # fmt: skip
-        draw_curve(run.out / "curve.svg", run.history, teacher_metrics)
+        draw_curve(run.out / "curve.svg", run.history, self.teacher_metrics)
         write_card(run.out, card(run.out))
         if energy:
             self.ranks.print0(f"energy: {describe(energy)}")

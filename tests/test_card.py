@@ -212,13 +212,13 @@ def test_a_card_is_rewritten_until_it_is_edited(tiny, tmp_path, capsys):
     out, readme = tmp_path / "out", tmp_path / "out" / "README.md"
     train.train(settings(tiny, out, steps=60, time_limit=1e-4))
     first = readme.read_text()
-    assert "60 updates were planned, and the run was interrupted (by time limit)" in first
+    assert "60 updates were planned, but a time limit ended the run before." in first
     train.train(settings(tiny, out, steps=60, time_limit=1e-4, resume=True))
     second = readme.read_text()
     assert second != first and "was edited" not in capsys.readouterr().out
     readme.write_text(second.replace("# license: ", "license: mit # "))
     train.train(settings(tiny, out, steps=60, resume=True))
-    assert "license: mit" in readme.read_text() and "interrupted" in readme.read_text()
+    assert "license: mit" in readme.read_text() and "a time limit ended" in readme.read_text()
     assert f"{readme} was edited and is kept; the card of this run is README.new.md" in capsys.readouterr().out
     assert "trained for 60 updates" in (out / "README.new.md").read_text()
 

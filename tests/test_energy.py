@@ -167,6 +167,24 @@ def test_a_counter_that_vanishes(rapl, lines):
     assert "; this covers 25% of the time" in describe(Energy(0, 4.0, 0, 1.0, 4.0).record())
 
 
+@pytest.mark.parametrize("watts", [None, 80.0])
+def test_a_counter_that_stands_still(rapl, lines, watts, monkeypatch):
+    """As in some virtual machines: its zeros are no measurement, neither after a while nor in a short run."""
+    with Meter(CPU, say=lines.append) as meter:
+        pass
+    assert lines == [] and meter.read().record() is None
+    monkeypatch.setattr(energy, "STILL", 0.05)
+    with Meter(CPU, watts, say=lines.append) as meter:
+        for _ in range(4):
+            time.sleep(0.03)
+            meter.read()
+    (line,) = lines
+    found = meter.energy
+    assert "(it stands still)" in line and found.cpu == 0.0
+    assert found.known == pytest.approx(found.seconds if watts else 0.0, abs=1e-9)
+    assert found.estimated == pytest.approx((watts or 0.0) * found.seconds)
+
+
 def test_the_thread_reads_by_itself(rapl, monkeypatch):
     """So a counter that wraps around during a long update is read in time, and the update does not wait."""
     monkeypatch.setattr(energy, "SECONDS", 0.02)
@@ -287,17 +305,18 @@ def test_a_run_without_energy_claims_none(tiny, tmp_path, monkeypatch, capsys):
 
 def test_a_resumed_run_adds_up(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
-    out = tmp_path / "out"
-    train.train(settings(tiny, out, steps=40, time_limit=1e-4, watts=5e6))
-    first = of_run(out)
-    train.train(settings(tiny, out, steps=40, time_limit=1e-4, watts=5e6, resume=True))
-    second = of_run(out)
-    assert first["kwh"] < second["kwh"]
-    run_json = json.loads((out / "run.json").read_text())
-    assert second["kwh"] == pytest.approx(5000 * run_json["summary"]["seconds"] / 3600, rel=0.3, abs=0.1)
-    train.train(settings(tiny, out, steps=40, resume=True))  # without --watts here nothing is known any more
-    third = of_run(out)
-    assert third["kwh"] == pytest.approx(second["kwh"], rel=0.2) and third["share_of_time"] < 1
+    monkeypatch.setattr(energy, "SECONDS", 1e6)  # it is read at the end of a run without the thread
+    out, totals = tmp_path / "out", []
+    for again in (False, True):
+        train.train(settings(tiny, out, steps=2000, time_limit=0.02, watts=100.0, resume=again))
+        saved = run.load_checkpoint(out)[0]
+        totals.append(Energy(*saved["energy"]))
+        assert totals[-1].seconds == pytest.approx(saved["seconds"], rel=0.2, abs=0.2)
+        assert totals[-1].estimated == pytest.approx(100 * totals[-1].seconds)
+        assert of_run(out)["kwh"] > 1.002 * totals[-1].kwh and of_run(out)["share_of_time"] == 1.0  # with an evaluation
+    assert totals[1].seconds > totals[0].seconds + 1 > 2
+    train.train(settings(tiny, out, steps=2000, time_limit=0.02, resume=True))  # without --watts here nothing is known any more
+    assert of_run(out)["kwh"] == float(f"{totals[1].kwh:.4g}") and of_run(out)["share_of_time"] < 1
 
 
 def test_a_run_from_before_it_was_measured_goes_on(tiny, tmp_path, monkeypatch):
@@ -335,4 +354,4 @@ def test_ranks_add_up(tiny, tmp_path, monkeypatch):
     found = Energy(*info["energy"])
     assert found.seconds == pytest.approx(alone + 2 * (info["seconds"] - alone), rel=0.15)
     assert found.estimated == pytest.approx(100 * found.seconds) and found.known == found.seconds
-    assert of_run(tmp_path / "out")["kwh"] == pytest.approx(found.kwh, rel=1e-3)
+    assert of_run(tmp_path / "out")["kwh"] == pytest.approx(found.kwh, rel=0.1)  # and of the last evaluation

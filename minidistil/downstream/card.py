@@ -85,9 +85,9 @@ def _what(task, settings, base, known):
     if not settings["teacher"]:
         return f"{text}."
     names = settings["teacher"].split(",")
-    published = [name for name in map(hub.published_name, names) if name]
+    published = ", ".join(filter(None, map(hub.published_name, names)))
     whose = f"{len(names)} fine-tuned teacher{'s' * (len(names) > 1)}"
-    return f"{text}, and guided by {whose}{f' ({chr(44).join(published)})' if published else ''}."
+    return f"{text}, and guided by {whose}{f' ({published})' if published else ''}."
 
 
 def _training(settings, kept, dtype):
