@@ -315,7 +315,7 @@ def test_a_resumed_run_adds_up(tiny, tmp_path, monkeypatch):
         assert totals[-1].estimated == pytest.approx(100 * totals[-1].seconds)
         assert of_run(out)["kwh"] > 1.002 * totals[-1].kwh and of_run(out)["share_of_time"] == 1.0  # with an evaluation
     assert totals[1].seconds > totals[0].seconds + 1 > 2
-    train.train(settings(tiny, out, steps=2000, time_limit=0.02, resume=True))  # without --watts here nothing is known any more
+    train.train(settings(tiny, out, steps=2000, time_limit=0.02, resume=True))  # without --watts: unknown
     assert of_run(out)["kwh"] == float(f"{totals[1].kwh:.4g}") and of_run(out)["share_of_time"] < 1
 
 
