@@ -6,8 +6,8 @@
     python finetune.py --task squad --model runs/demo --data SQUAD --teacher runs/finetune-squad    second distillation
     python finetune.py --task sst2 --model bilstm --words bert-base-uncased --data GLUE    a baseline without attention
 
-The best run's model of each task is in --out/TASK, which transformers loads; --out/scores.json holds all runs. The last
-line of stdout is one JSON object:
+The best run's model of each task and its card are in --out/TASK, which transformers loads; --out/scores.json holds all
+runs. The last line of stdout is one JSON object:
 
     {"out", "tasks": {TASK: {"score": median, "lowest", "highest", "lr", "seeds", metrics}}, "macro", "seconds", ...}
 
@@ -36,12 +36,14 @@ from minidistil.device import choose_device, versions
 from minidistil.distributed import Distributed
 from minidistil.downstream import distil, scores, table
 from minidistil.downstream.batches import batches, padded, predict_shared
+from minidistil.downstream.card import write_results
 from minidistil.downstream.checks import check_settings
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.models import adamw, build_model, export
 from minidistil.downstream.tasks import check_model, check_positions, describe, digest, open_task, outline, task_names
 from minidistil.downstream.trial import Trial
+from minidistil.energy import Meter
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, claimed, command, inheritable
 from minidistil.memory import keep_freed_memory, peak_rss_mib
@@ -86,6 +88,8 @@ class Settings:
     # hardware
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    watts: float = option(None, "power of the device, to estimate the energy where it cannot be measured")
+    grams_per_kwh: float = option(None, "CO2 of a kWh of your electricity: adds the CO2 of the energy")
     seed: int = option(0, "seed of the first run; the next runs count up from it")
     # checkpoints
     resume: bool = option(False, "continue in --out: finished runs are kept, the interrupted one continues")
@@ -95,7 +99,7 @@ class Settings:
 # Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
 # contents of the files that they name, which are compared.
 PATHS = ("data", "dev", "model", "words", "teacher")
-MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every".split()}
+MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every watts grams_per_kwh".split()}
 
 
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop, ranks):
@@ -199,8 +203,6 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
     teachers = settings.teacher.split(",") if settings.teacher else []
     own = table.read_table(settings.task, settings.columns, settings.dev, settings.held_out) if is_own else None
-    if own:
-        ranks.print0(table.describe(own[0]))
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
         "model": "bilstm" if as_bilstm else "encoder",
@@ -218,8 +220,17 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
             for teacher in folders:
                 distil.check_teacher(teacher, task, tokenizer)
         scores.require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
-    began = time.monotonic()
-    with SignalFlag() as stop:
+    if own:
+        state["columns"] = {"texts": own[0].texts, "label": own[0].label}
+        ranks.print0(table.describe(own[0]))
+    began, before = time.monotonic(), state.get("joules", ()) if ranks.first else ()
+
+    def save(write=lambda out, state: files.write_json(out / "scores.json", state)):
+        energy = meter.record(settings.grams_per_kwh, ranks)  # of all ranks, which meet here
+        if ranks.first:
+            write(out, state | energy)
+
+    with SignalFlag() as stop, Meter(device, settings.watts, before, ranks.print0) as meter:
         for name in names:
             task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples, own)
             if not as_bilstm:
@@ -234,29 +245,29 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
             if teachers:
                 given = teachers, task, tokenizer, settings.temperature, device, state["dtype"], ranks
                 task.teacher = distil.teacher_logits(*given)
-            if ranks.first:
-                files.write_json(out / "scores.json", state)
+            save()
             while (todo := next_run(runs, rates, settings.seed, settings.seeds)) is not None:
                 trial = Trial(name, *todo, out, {**identity, "teachers": state["teachers"][name]})
                 model = build_model(folder, task, trial.seed, as_bilstm).to(device)
                 given = model, task, tokenizer.pad_id, device, state["dtype"], stop, ranks
                 record = fine_tune(settings, trial, *given)
                 if record is None:
+                    save(write_results)
                     ranks.print0(f"saved within {trial.key}; resume with: {how_to_resume}")
                     raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-                best = all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs)
+                if ranks.first and all(record["epochs"][-1]["score"] > r["epochs"][-1]["score"] for r in runs):
+                    export(out / name, model.cpu().eval(), task, tokenizer, config)
                 runs.append({"lr": trial.lr, "seed": trial.seed, **record})
+                save()
                 if ranks.first:
-                    if best:
-                        export(out / name, model.cpu().eval(), task, tokenizer, config)
-                    files.write_json(out / "scores.json", state)
                     (out / CHECKPOINT).unlink(missing_ok=True)
+        energy = meter.record(settings.grams_per_kwh, ranks)
 
     ranks.leave()
-    return summary_of(state, names, out, began, bool(own)) if ranks.first else None
+    return summary_of(state, names, out, began, energy) if ranks.first else None
 
 
-def summary_of(state, names, out, began, own):
+def summary_of(state, names, out, began, energy):
     """Returns the summary of a finished run, which its first process prints and writes into scores.json."""
     summaries = {name: summarise(state["runs"][name]) for name in names}
     for name, s in summaries.items():
@@ -264,12 +275,12 @@ def summary_of(state, names, out, began, own):
     if (before := state.get("summary", {})).get("tasks") == summaries:
         print(f"{out} is finished: all runs are done, and nothing is changed")
         return {**before, "out": str(out)}  # it may have been moved
-    in_glue = [summaries[name]["score"] for name in names if name in GLUE and not own]
+    in_glue = [summaries[name]["score"] for name in names if name in GLUE and "columns" not in state]
     macro = round(statistics.mean(in_glue), 2) if in_glue else None
     summary = {"out": str(out), "tasks": summaries, "macro": macro}
     summary |= {"seconds": round(time.monotonic() - began, 1), "peak_rss_mib": peak_rss_mib()}
     state |= {"versions": versions(), "summary": summary}
-    files.write_json(out / "scores.json", state)
+    write_results(out, state | energy)
     return summary
 
 

@@ -5,8 +5,9 @@
     python train.py --teacher none --student-config FILE --data DIR    training without a teacher
     torchrun --nproc-per-node 8 train.py ...                     any of these in several processes
 
-Every run leaves in --out a folder that transformers loads, run.json, metrics.jsonl, curve.svg and a checkpoint. The
-last line of stdout is one JSON object, with "clm_loss" and "perplexity" in place of "mlm_loss" for a GPT-2:
+Every run leaves in --out a folder that transformers loads, its model card README.md, run.json, metrics.jsonl, curve.svg
+and a checkpoint. The last line of stdout is one JSON object, with "clm_loss" and "perplexity" in place of "mlm_loss"
+for a GPT-2:
 
     {"out", "steps", "tokens", "seconds", "tokens_per_second", "peak_rss_mib", "peak_gpu_mib",
      "teacher": {"parameters", "mlm_loss", "top1"}, "student": {"parameters", "mlm_loss", "top1", "kl", "agreement"}}
@@ -31,6 +32,7 @@ from minidistil.data import Corpus, Prefetcher
 from minidistil.device import choose_device
 from minidistil.distiller import Distiller
 from minidistil.distributed import Distributed
+from minidistil.energy import Meter
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, check_room, claimed, command
 from minidistil.losses import TERMS, Denominators, Objective, counts
@@ -42,8 +44,8 @@ from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
-from minidistil.run import Run, SignalFlag, State, inherited
-from minidistil.student import build_student, drops
+from minidistil.run import Run, SignalFlag, State, identity_of, inherited
+from minidistil.student import build_student
 from minidistil.text import open_held_out, training_sequences
 from minidistil.tokenizer import Tokenizer
 
@@ -90,6 +92,8 @@ class Settings:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     compile: bool = option(False, "compile both models first: takes a minute, for long runs")
     price_per_hour: float = option(None, "of one device: adds costs to progress lines, metrics.jsonl and run.json")
+    watts: float = option(None, "power of one device, to estimate the energy of a run where it cannot be measured")
+    grams_per_kwh: float = option(None, "CO2 of a kWh of your electricity: adds the CO2 of the run's energy")
     seed: int = option(0, "seed of data order, masks, dropout and random weights")
     # evaluation and checkpoints
     resume: bool = option(False, "continue from the checkpoint in --out, to the bits of an uninterrupted run")
@@ -108,15 +112,13 @@ DEMO = dict(
     mask_smoothing=0.0, kd_rows="masked", eval_every=200,
 )  # fmt: skip
 
-# Settings that may differ when a run resumes, because they do not affect the arithmetic of an update. (epochs counts
-# as steps; batch, accum and the number of ranks count as their product; the checkpoint holds the chosen dtype.)
-MAY_CHANGE_ON_RESUME = {
-    "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "eval_every",
-    "eval_data", "eval_tokens", "save_every", "time_limit",
-}  # fmt: skip
-
-
 # ---- models and data
+
+
+def objective_of(settings):
+    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
+    objective = Objective(*alphas, settings.temperature, settings.kd_rows, settings.alpha_emb)
+    return objective.without_teacher() if settings.teacher == "none" else objective
 
 
 def load_models(settings, objective, ranks):
@@ -171,24 +173,6 @@ def open_eval_corpus(settings, corpus, tokenizer, tokenizer_folder):
     return eval_corpus
 
 
-def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
-    """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming."""
-    named = settings.student_init not in (None, "teacher", "random")
-    init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
-    return {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
-        "steps": total,
-        "sequences in an update": G,
-        "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch
-        "data": corpus.meta["sha256"]["train.bin"],
-        "sentences": corpus.meta.get("sentences"),
-        "pooling": pooling and pooling.mode,
-        "teacher": teacher_folder and weights.digests(teacher_folder),
-        "student_init": weights.digests(init) if init else settings.student_init,
-        "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
-    }
-
-
 def dropout_seed(seed, update):
     """Seed of an update's dropout, the same on all ranks and in all micro-batches."""
     return int(mix(seed, 6, update)[0] >> np.uint64(2))
@@ -219,9 +203,7 @@ def distil(settings, out, device, ranks):
     keep_freed_memory()
 
     # ---- models and data: update u uses sequences u * G ... (u + 1) * G - 1, split evenly over the ranks
-    alphas = settings.alpha_ce, settings.alpha_mlm, settings.alpha_cos, settings.alpha_mse
-    objective = Objective(*alphas, settings.temperature, settings.kd_rows, settings.alpha_emb)
-    objective = objective.without_teacher() if settings.teacher == "none" else objective
+    objective = objective_of(settings)
     teacher, teacher_folder, student, tokenizer, tokenizer_folder = load_models(settings, objective, ranks)
     pooling = read_pooling(teacher_folder) if objective.alpha_emb else None
     corpus = ranks.rank0_first(lambda: open_corpus(settings, tokenizer, tokenizer_folder))
@@ -261,7 +243,8 @@ def distil(settings, out, device, ranks):
     distiller.distribute()
 
     progress, stop = Progress(total, round(G * sequences.mean_length), state.update, state.seconds), SignalFlag()
-    report = RunReport(run, progress, distiller, state.dtype, sequences, settings.price_per_hour, ranks)
+    meter = Meter(device, settings.watts, state.energy if ranks.first else (), ranks.print0)
+    report = RunReport(run, progress, distiller, state, sequences, ranks)
     run.open(state.update if settings.resume else None)
     report.begin(corpus, share // B, B, held_out)
 
@@ -278,8 +261,7 @@ def distil(settings, out, device, ranks):
         progress.reset("save")
 
     def after_micro_batch(done, A):  # returns whether to continue: a signal ends a single-process run at once
-        if done < A and progress.due("line", max(10.0, progress.line_every)):  # an update may take minutes
-            ranks.print0(f"  update {progress.update + 1}/{total}: micro-batch {done}/{A}")
+        report.micro_batch_done(done, A)
         return stop.signal is None or ranks.size > 1
 
     if not settings.resume:
@@ -289,7 +271,7 @@ def distil(settings, out, device, ranks):
     eval_every = settings.eval_every or max(1, total // 10)
     limit = math.inf if settings.time_limit is None else settings.time_limit * 60
     progress.restart(progress.seconds)
-    with stop, run.metrics, ranks.report_lost_rank(f"resume from the last checkpoint with: {how_to_resume}"):
+    with stop, run.metrics, meter, ranks.report_lost_rank(f"resume from the last checkpoint with: {how_to_resume}"):
         signals = timed_out = False
         while not (progress.done or signals or timed_out):
             update = progress.update
@@ -308,28 +290,30 @@ def distil(settings, out, device, ranks):
             terms, norm = numbers[:-1].view(-1, 1 + len(TERMS)), numbers[-1]  # loss and terms of each micro-batch
 
             # every rank gets the same losses, a signal to any rank, and rank 0's clock, so that all end together
-            end = [stop.signal or 0, ranks.first and progress.elapsed > limit]
-            loss, *means, signals, timed_out = ranks.sum(*terms.sum(0).tolist(), *end)
+            end = stop.signal or 0, ranks.first and progress.elapsed > limit
+            sums = ranks.sum(*meter.energy, *end, *terms.sum(0).tolist())
+            *state.energy, signals, timed_out, loss = sums[: -len(TERMS)]
             if not math.isfinite(loss) or not (norm.isfinite() or distiller.scaler.is_enabled()):
                 raise UserError(not_finite(update, terms[:, 0], norm, B, share, ranks, out))
             distiller.step(optimizer)
             progress.update += 1
 
-            report.updated(loss, dict(zip(TERMS, means, strict=True)), lr, norm.item())
+            report.updated(loss, dict(zip(TERMS, sums[-len(TERMS) :], strict=True)), lr, norm.item())
             if progress.update % eval_every == 0 or progress.done:
                 evaluate()
             if progress.due("save", settings.save_every * 60):
                 save()
 
+        state.energy = ranks.sum(*meter.read())  # of the checkpoint, which knows nothing of what follows it
         interrupted = stop.signal or signals
         if progress.update > progress.first or interrupted:
             save()
         if ranks.first and not interrupted and "held_out" not in run.history[-1]:  # timed out between evaluations
             evaluate()
         ended_by = "signal" if interrupted else "completion" if progress.done else "time limit"
-        teacher_metrics = held_out.teacher_metrics if ranks.first else None
+        state.energy = ranks.sum(*meter.read())
         ranks.leave()  # before rank 0 writes its results: no rank keeps a connection that others have closed
-        summary = report.finish(corpus, tokenizer, teacher_metrics, ended_by, how_to_resume) if ranks.first else None
+        summary = report.finish(tokenizer, ended_by, how_to_resume) if ranks.first else None
     if interrupted:
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
     return summary

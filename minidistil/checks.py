@@ -16,13 +16,14 @@ OF_TEACHER = (
 
 def check_settings(settings):
     """Raises UserError for settings of train.py that cannot work, before anything is read."""
-    positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens")
+    positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens", "watts")
     for name in positive:
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
     not_negative = (
-        "alpha_ce alpha_mlm alpha_cos alpha_mse alpha_emb mask_smoothing eval_every save_every price_per_hour"
+        "alpha_ce alpha_mlm alpha_cos alpha_mse alpha_emb mask_smoothing eval_every save_every price_per_hour "
+        "grams_per_kwh"
     )
     for name in not_negative.split():
         value = getattr(settings, name)

@@ -23,6 +23,7 @@ ORGANISATIONS = {
     "bert-": "google-bert/", "roberta-": "FacebookAI/", "xlm-roberta-": "FacebookAI/", "gpt2": "openai-community/",
     "distilbert-": "distilbert/", "distilroberta-": "distilbert/", "distilgpt2": "distilbert/",
 }  # fmt: skip
+NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # of a model or a data set on the Hub
 TIMEOUT = 10  # seconds for a server to answer
 
 
@@ -42,7 +43,7 @@ def resolve(name):
         return place
     if folder.exists():
         raise UserError(f"{name} is a file: give the folder of a model, such as {folder.parent}")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
+    if not re.fullmatch(NAME, name, re.ASCII):
         raise UserError(f"{name} is neither a folder nor the name of a model: give an existing folder, or `demo`")
     looked = []
     for known in _names(name):
@@ -62,6 +63,14 @@ def _names(name):
         if short.startswith(start) and name in (short, organisation + short):
             return [organisation + short, short]
     return [name]
+
+
+def published_name(name):
+    """Returns the Hub's name of a model that `resolve` found in the Hugging Face cache; None for any other."""
+    found = re.fullmatch(NAME, name or "", re.ASCII) and not pathlib.Path(name).exists()
+    known = _names(name) if found else []
+    cached = (cache_folder() / f"models--{each.replace('/', '--')}" for each in known)
+    return known[0] if any(map(_snapshot, cached)) else None
 
 
 def cache_folder():

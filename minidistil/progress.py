@@ -139,12 +139,12 @@ def peak_tflops(device, dtype):
     return next((peak for part, peak in PEAKS if part in name), None)
 
 
-def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price_per_hour=None):
+def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price_per_hour=None, watts=None):
     """Returns the estimated cost of a run of `tokens` tokens at this speed (of all ranks together).
 
-    {"tflops_per_second" per rank, "utilisation" of `peak` TFLOP/s (None: unknown), "device_hours", "cost", and
-    "published_device_hours", "published_cost" for the tokens of the published recipe}; without a price, costs are None,
-    and so are hours without a speed.
+    {"tflops_per_second" per rank, "utilisation" of `peak` TFLOP/s (None: unknown), "device_hours", "cost", "kwh", and
+    "published_device_hours", "published_cost", "published_kwh" for the tokens of the published recipe}; without a
+    price, costs are None, without `watts` of a device, kWh are, and so is everything but TFLOP/s without a speed.
     """
     tflops = tokens_per_second * flops_per_token / 1e12 / ranks
     estimate = {"tflops_per_second": round(tflops, 3), "utilisation": peak and round(tflops / peak, 4)}
@@ -152,4 +152,5 @@ def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price
         hours = n / tokens_per_second * ranks / 3600 if tokens_per_second else None
         estimate[f"{name}device_hours"] = hours and round(hours, 4)
         estimate[f"{name}cost"] = hours and (None if price_per_hour is None else round(hours * price_per_hour, 2))
+        estimate[f"{name}kwh"] = hours and (None if watts is None else float(f"{hours * watts / 1000:.4g}"))
     return estimate

@@ -4,7 +4,9 @@ import re
 import shutil
 
 from minidistil import files, weights
+from minidistil.card import card, write_card
 from minidistil.device import peak_mib, versions
+from minidistil.energy import Energy, amount, describe
 from minidistil.folder import CHECKPOINT, command
 from minidistil.memory import peak_rss_mib
 from minidistil.pooling import write_pooling
@@ -15,31 +17,38 @@ from minidistil.run import draw_curve
 class RunReport:
     """Prints and logs the progress of a run, and writes its result."""
 
-    def __init__(self, run, progress, distiller, dtype, sequences, price_per_hour, ranks):
-        self.run, self.progress, self.dtype, self.price, self.ranks = run, progress, dtype, price_per_hour, ranks
+    def __init__(self, run, progress, distiller, state, sequences, ranks):
+        self.run, self.progress, self.state, self.ranks = run, progress, state, ranks
         self.device, self.student, self.teacher = distiller.device, distiller.student, distiller.teacher
         self.pooling, self.T = distiller.pooling, round(sequences.mean_length)
-        self.objective, self.peak = distiller.objective, peak_tflops(self.device, dtype)
+        self.objective, self.peak = distiller.objective, peak_tflops(self.device, state.dtype)
         shapes = self.teacher and self.teacher.config, self.student.config
         self.flops = training_flops_per_token(self.objective, *shapes, self.T, sequences.label_share)  # per token
 
     def begin(self, corpus, A, B, held_out):
         """Prints what will run: A micro-batches of B sequences in an update of each rank."""
+        self.data, self.teacher_metrics = corpus.meta, held_out and held_out.teacher_metrics
         ranks, size = self.ranks, f"{parameters(self.student):,} parameters"
         teacher = self.teacher and f"teacher {parameters(self.teacher):,} parameters, student {size}"
         ranks.print0(teacher or f"model {size}, no teacher")
         several = f"{ranks.size} ranks x " if ranks.size > 1 else ""
-        ranks.print0(f"{len(corpus.train):,} tokens of text; {self.dtype} on {self.device}")
+        ranks.print0(f"{len(corpus.train):,} tokens of text; {self.state.dtype} on {self.device}")
         sizes = f"{several}{A} x {B} x {self.T} = {self.progress.tokens:,} tokens"
         ranks.print0(f"{self.progress.total} updates of {sizes}")
-        if ranks.first and held_out.teacher_metrics:
-            ranks.print0(f"held-out, teacher: {format_metrics(held_out.teacher_metrics)}")
+        if self.teacher_metrics:
+            ranks.print0(f"held-out, teacher: {format_metrics(self.teacher_metrics)}")
 
     def cost(self):
         """Returns the estimated cost, at this speed, of the whole run and of the published one."""
+        progress, prices = self.progress, (self.run.settings["price_per_hour"], Energy(*self.state.energy).watts)
+        tokens, speed = progress.total * progress.tokens, progress.tokens_per_second
+        return estimate_cost(tokens, speed, self.flops, self.peak, self.ranks.size, *prices)
+
+    def micro_batch_done(self, done, A):
+        """Prints a line where the first `done` of the A micro-batches of an update took long: it may take minutes."""
         progress = self.progress
-        tokens = progress.total * progress.tokens
-        return estimate_cost(tokens, progress.tokens_per_second, self.flops, self.peak, self.ranks.size, self.price)
+        if done < A and progress.due("line", max(10.0, progress.line_every)):
+            self.ranks.print0(f"  update {progress.update + 1}/{progress.total}: micro-batch {done}/{A}")
 
     def updated(self, loss, terms, lr, norm):
         """Logs an update and prints a line where one is due; terms that the objective lacks are left out."""
@@ -55,6 +64,8 @@ class RunReport:
             return
         share = f"  {cost['utilisation']:.0%} of peak" if self.peak else ""
         price = "" if cost["cost"] is None else f"  {cost['cost']:,.2f} in all"
+        if cost["kwh"] is not None:
+            price += f"  {amount(Energy(*self.state.energy).kwh)} of {amount(cost['kwh'])}"
         width = len(str(progress.total))
         self.ranks.print0(folded(
             f"{progress.update:>{width}}/{progress.total}  {format_metrics(terms, 3)}  {speed:,.0f} tokens/s{share}"
@@ -65,13 +76,14 @@ class RunReport:
         self.run.log({"step": self.progress.update, "held_out": metrics})
         self.ranks.print0(folded(f"held-out, after {self.progress.update}: {format_metrics(metrics)}"))
 
-    def finish(self, corpus, tokenizer, teacher_metrics, ended_by, resume):
-        """Writes the student, its tokenizer, run.json and the curve; returns the summary.
+    def finish(self, tokenizer, ended_by, resume):
+        """Writes the student, its tokenizer, run.json, the curve and the card; returns the summary.
 
         `ended_by` is "completion", "time limit" or "signal"; `resume` is the command line that continues the run.
         """
         run, progress, student, teacher = self.run, self.progress, self.student, self.teacher
         cost, tokens_per_second = self.cost(), round(progress.tokens_per_second, 1)
+        energy = Energy(*self.state.energy).record(run.settings["grams_per_kwh"])
         summary = {
             "out": str(run.out),
             "steps": progress.update,
@@ -80,7 +92,7 @@ class RunReport:
             "tokens_per_second": tokens_per_second,
             "peak_rss_mib": peak_rss_mib(),
             "peak_gpu_mib": round(peak_mib(self.device), 1) if self.device.type == "cuda" else 0.0,
-            "teacher": {"parameters": parameters(teacher), **(teacher_metrics or {})} if teacher else None,
+            "teacher": {"parameters": parameters(teacher), **(self.teacher_metrics or {})} if teacher else None,
             "student": {"parameters": parameters(student), **run.evaluation["held_out"]},
         }
         student.cpu().eval()
@@ -93,16 +105,21 @@ class RunReport:
         if self.pooling:
             write_pooling(run.out, self.pooling, student.config)
         ending = {"planned_steps": progress.total, "ended_by": ended_by, "evaluated_after": run.evaluation["step"]}
+        before = next((record["held_out"] for record in run.history if record["step"] == 0), None)
         files.write_json(run.out / "run.json", {
-            "settings": run.settings, "dtype": self.dtype, "identity": run.identity, "versions": versions(),
-            "data": corpus.meta, "summary": summary, **ending, "accounting": cost,
+            "settings": run.settings, "dtype": self.state.dtype, "identity": run.identity, "versions": versions(),
+            "data": self.data, "before": before, "summary": summary, **ending, "accounting": cost, "energy": energy,
         })  # fmt: skip
-        draw_curve(run.out / "curve.svg", run.history, teacher_metrics)
+        draw_curve(run.out / "curve.svg", run.history, self.teacher_metrics)
+        write_card(run.out, card(run.out))
+        if energy:
+            self.ranks.print0(f"energy: {describe(energy)}")
         if ended_by == "completion":
+            published = f" and about {amount(cost['published_kwh'])}" if energy else ""
             self.ranks.print0(
                 f"{self.flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {progress.total} "
                 f"updates take\n{cost['device_hours']:,.3g} device-hours, the published recipe's 12.6 billion tokens "
-                f"{cost['published_device_hours']:,.0f}\n" + conclusion(summary)
+                f"{cost['published_device_hours']:,.0f}{published}\n" + conclusion(summary)
             )
         else:
             reason, done = "--time-limit" if ended_by == "time limit" else "a signal", progress.update
@@ -156,7 +173,7 @@ def conclusion(summary):
     tries += [] if causal else [command("finetune.py", "--task", "sst2", "--model", out, "--data", "GLUE")]
     return "\n  ".join([
         f"finished after {duration(summary['seconds'])}: {what}\n"
-        f"{out} holds the model, run.json, metrics.jsonl and curve.svg; try it:",
+        f"{out} holds the model, its card (README.md), run.json, metrics.jsonl and curve.svg; try it:",
         *tries,
     ])  # fmt: skip
 

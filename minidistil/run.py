@@ -13,11 +13,13 @@ import time
 
 import torch
 
-from minidistil import files, plot
+from minidistil import files, hub, plot, weights
 from minidistil.data import MASK_SHARE
+from minidistil.energy import Energy
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, inheritable
 from minidistil.safetensors import read_safetensors, write_safetensors
+from minidistil.student import drops
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HELD_OUT = [  # metrics of masked and of causal models, without and with a teacher, and of sentence vectors
@@ -28,6 +30,38 @@ HELD_OUT = [  # metrics of masked and of causal models, without and with a teach
     if of_words or of_vectors
 ]
 PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # settings of train.py that may be paths
+
+# Settings of train.py that may differ when a run resumes, because they do not affect the arithmetic of an update.
+# (epochs counts as steps; batch, accum and the number of ranks count as their product; the checkpoint holds the chosen
+# dtype.)
+MAY_CHANGE_ON_RESUME = {
+    "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "watts", "grams_per_kwh",
+    "eval_every", "eval_data", "eval_tokens", "save_every", "time_limit",
+}  # fmt: skip
+
+
+# ---- identity
+
+
+def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
+    """Returns everything that affects the arithmetic of an update, by contents: it must not change on resuming.
+
+    `settings` are those of train.py, `total` the updates of the run, `G` the sequences in one.
+    """
+    named = settings.student_init not in (None, "teacher", "random")
+    init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
+    return {
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
+        "steps": total,
+        "sequences in an update": G,
+        "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch
+        "data": corpus.meta["sha256"]["train.bin"],
+        "sentences": corpus.meta.get("sentences"),
+        "pooling": pooling and pooling.mode,
+        "teacher": teacher_folder and weights.digests(teacher_folder),
+        "student_init": weights.digests(init) if init else settings.student_init,
+        "student_config": shape and dataclasses.asdict(weights.read_config(shape)),
+    }
 
 
 def require_same(before, now, out):
@@ -88,6 +122,7 @@ class State:
     dtype: str = None  # precision of matrix products, chosen once
     scale: dict = dataclasses.field(default_factory=dict)  # state of the loss scaler, fp16 only
     searched: int = None  # result of the micro-batch search
+    energy: tuple = Energy()  # of all ranks
 
 
 class Run:
@@ -108,6 +143,7 @@ class Run:
         before = {**once, **saved["identity"], "dtype": saved["dtype"]}
         require_same(before, wanted, self.out)
         restore(tensors, student, optimizer, saved["adam_steps"])
+        saved.setdefault("energy", Energy(seconds=saved["seconds"]))  # of a run before it was measured: unknown
         return State(**{field.name: saved[field.name] for field in dataclasses.fields(State)})
 
     @staticmethod

@@ -6,6 +6,7 @@ Weights, pickles and indices are in test_weights.py, corpora in test_data.py, ch
 import copy
 import gzip
 import json
+import math
 import random
 
 import pytest
@@ -15,6 +16,7 @@ from minidistil import weights
 from minidistil.downstream import glue, squad
 from minidistil.downstream.grid import next_run, summarise
 from minidistil.downstream.scores import read_scores
+from minidistil.energy import Energy
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.run import read_metrics
@@ -188,10 +190,13 @@ def test_glue(tmp_path, name):
 def test_scores_of_a_fine_tuning(tmp_path):
     path, rates = tmp_path / "scores.json", (1e-4, 2e-4)
     runs = [{"lr": lr, "seed": 0, "epochs": [{"score": 50.0, "accuracy": 50.0}], "updates": 9} for lr in rates]
-    path.write_text(json.dumps({"identity": {}, "dtype": "fp32", "data": {}, "teachers": {}, "runs": {"rte": runs}}))
+    path.write_text(json.dumps({"identity": {}, "dtype": "fp32", "data": {}, "teachers": {}, "runs": {"rte": runs},
+                                "joules": [0.0, 5.5, 0.0, 7.5, 7.5]}))  # fmt: skip
 
     def load():
-        for name, runs in read_scores(path)["runs"].items():
+        state = read_scores(path)
+        assert math.isfinite(Energy(*state["joules"]).kwh)
+        for name, runs in state["runs"].items():
             assert isinstance(name, str) and (next_run(runs, rates, 0, 2) or True) and (not runs or summarise(runs))
 
     survives(path, load)

@@ -50,13 +50,14 @@ def test_published_recipe():
 
 
 def test_hours_and_costs():
-    figures = progress.estimate_cost(7.2e6, 1000.0, 5e8, 2.0, ranks=4, price_per_hour=3.0)
+    figures = progress.estimate_cost(7.2e6, 1000.0, 5e8, 2.0, ranks=4, price_per_hour=3.0, watts=250.0)
     assert figures == {
-        "tflops_per_second": 0.125, "utilisation": 0.0625, "device_hours": 8.0, "cost": 24.0,
-        "published_device_hours": 14000.0, "published_cost": 42000.0,
+        "tflops_per_second": 0.125, "utilisation": 0.0625, "device_hours": 8.0, "cost": 24.0, "kwh": 2.0,
+        "published_device_hours": 14000.0, "published_cost": 42000.0, "published_kwh": 3500.0,
     }  # fmt: skip
     figures = progress.estimate_cost(7.2e6, 1000.0, 5e8, None, ranks=1)
     assert figures["utilisation"] is None and figures["cost"] is None and figures["device_hours"] == 2.0
+    assert figures["kwh"] is None and figures["published_kwh"] is None
 
 
 @pytest.mark.parametrize("name, dtype, peak", [

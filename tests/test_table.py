@@ -181,6 +181,9 @@ def test_learns_ones_own_classes_and_goes_on(tiny, glue, tmp_path):
     assert figures["accuracy"] > 90 and figures["macro_f1"] > 90
     model, labels = load_finetuned(tmp_path / "out" / "mine")
     assert labels == ("gut: \u2713", "schlecht")
+    card = (tmp_path / "out" / "mine" / "README.md").read_text()
+    assert "--task FILE --model STUDENT --teacher FOLDER" in card and "text_pair" not in card
+    assert "datasets:" not in card and "model-index" not in card  # the file's name says nothing of its contents
     tokenizer = Tokenizer.load(tmp_path / "out" / "mine")
     kept = open_task("mine", None, tokenizer, own=table.read_table(files["task"], dev=files["dev"]))
     score = kept.evaluate([predict(model, kept.dev[0], 0, torch.device("cpu"))])["score"]

@@ -427,7 +427,7 @@ def test_last_line_is_the_promised_object(uninterrupted):
     assert all(pathlib.Path(words[1]).is_file() and str(whole) in words for words in commands)
     assert accounts["tflops_per_second"] > 0 and accounts["cost"] is None
     expected = {"config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json",
-                "tokenizer.json", "run.json", "metrics.jsonl", "curve.svg", "checkpoint"}  # fmt: skip
+                "tokenizer.json", "run.json", "metrics.jsonl", "curve.svg", "checkpoint", "README.md"}  # fmt: skip
     assert {p.name for p in whole.iterdir()} == expected and run["ended_by"] == "completion"
     assert {"training loss", "loss", "held-out accuracy", "student", "teacher"} <= set(svg_texts(whole / "curve.svg"))
 

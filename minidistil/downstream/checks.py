@@ -9,13 +9,14 @@ from minidistil.errors import UserError
 
 def check_settings(settings):
     """Raises UserError for values that cannot work, before anything is read or written."""
-    for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature"):
+    for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature", "watts"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every"):
-        if not (getattr(settings, name) >= 0 and math.isfinite(getattr(settings, name))):
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(settings, name)}: it must not be negative")
+    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every", "grams_per_kwh"):
+        value = getattr(settings, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
     if not 0 <= settings.warmup <= 1:
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.seq_len is not None and settings.seq_len < 8:

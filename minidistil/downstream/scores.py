@@ -3,6 +3,7 @@
 import json
 import math
 
+from minidistil.energy import Energy
 from minidistil.errors import UserError
 from minidistil.precision import choose_dtype
 from minidistil.run import require_same
@@ -20,6 +21,9 @@ def read_scores(path):
             whole &= all(run["epochs"] for run in task) and all("score" in metrics for metrics in epochs)
             whole &= all(metrics.keys() == epochs[0].keys() for metrics in epochs)
             whole &= all(type(value) is float for metrics in epochs for value in metrics.values())
+        seconds = sum((run.get("seconds", 0.0) for run in runs), 0.0)  # of runs whose energy was not counted yet
+        joules = state.setdefault("joules", Energy(seconds=seconds))
+        whole &= len(joules) == len(Energy()) and all(type(x) is float and math.isfinite(x) for x in joules)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         whole = False
     if not whole:
