@@ -33,6 +33,11 @@ OPSET = 18
 LIMIT = 2 * 10**9  # bytes of weights in one file: a protocol buffer ends at 2 GiB
 
 
+def seen(mask):
+    """Returns the mask (B, T) of a file as ours has it; None, where our model runs without one, stays None."""
+    return None if mask is None else mask.bool()
+
+
 class Graph(nn.Module):
     """A `model` of ours as a graph of inputs `input_ids`, `attention_mask` and perhaps `token_type_ids`."""
 
@@ -45,7 +50,7 @@ class Graph(nn.Module):
         self.inputs = ("input_ids", "attention_mask", *["token_type_ids"] * typed)
 
     def forward(self, input_ids, attention_mask, types=None):
-        return self.model(input_ids, attention_mask.bool(), types)
+        return self.model(input_ids, seen(attention_mask), types)
 
     def ours(self, ids, mask, types):
         """Returns what our model, as it is, computes of a batch: one tensor per output."""
@@ -67,7 +72,7 @@ class MaskedWords(Graph):
     kind = "masked-LM"
 
     def forward(self, input_ids, attention_mask, types=None):
-        return self.model.logits(self.model(input_ids, attention_mask.bool(), types))
+        return self.model.logits(self.model(input_ids, seen(attention_mask), types))
 
 
 class Labels(Graph):
@@ -78,7 +83,7 @@ class Spans(Graph):
     kind, outputs = "question answering", ("start_logits", "end_logits")
 
     def forward(self, input_ids, attention_mask, types=None):
-        return self.model(input_ids, attention_mask.bool(), types).unbind(1)
+        return self.model(input_ids, seen(attention_mask), types).unbind(1)
 
 
 class Vectors(Graph):
@@ -106,14 +111,14 @@ class NextTokens(Graph):
         x = F.embedding(input_ids, encoder.embeddings.words.weight)
         x = x + F.embedding(position_ids, encoder.embeddings.positions.weight)  # (B, T, C)
         places = torch.arange(past[0].shape[2] + T)
-        seen = (places <= places[-T:, None]) & attention_mask.bool()[:, None, None]  # (B, 1, T, P + T)
+        visible = (places <= places[-T:, None]) & seen(attention_mask)[:, None, None]  # (B, 1, T, P + T)
         for block, earlier in zip(encoder.blocks, zip(past[::2], past[1::2], strict=True), strict=True):
             attention = block.attention
             qkv = attention.qkv(block.attention_norm(x)).view(B, T, 3, attention.heads, -1)
             q, *kv = (z.transpose(1, 2) for z in qkv.unbind(2))  # each (B, H, T, D)
             k, v = (torch.cat(pair, 2) for pair in zip(earlier, kv, strict=True))  # (B, H, P + T, D)
             new += k, v
-            x = x + attention.out(attention_ref(q, k, v, seen).transpose(1, 2).reshape(B, T, -1))
+            x = x + attention.out(attention_ref(q, k, v, visible).transpose(1, 2).reshape(B, T, -1))
             x = x + block.mlp(block.mlp_norm(x))
         return self.model.logits(encoder.norm(x)), *new
 

@@ -1,0 +1,190 @@
+"""Writes a model as an ONNX file, for a phone, a browser or a C++ program, if it is as good as ours.
+
+    python export.py --model runs/demo --to onnx             fp32: onnx/model.onnx in the model's folder
+    python export.py --model runs/demo --to onnx-int8        int8: onnx/model_quantized.onnx
+    python export.py --model runs/finetune-sst2/sst2 --to onnx-int8 --data GLUE    judged by its task's dev set
+    python export.py --model all-MiniLM-L6-v2 --to onnx-int8 --task stsb --data GLUE
+
+These are the places and names where transformers.js and optimum look. The file and our model run on the same held-out
+items: differences, score, size and latency are printed, and kept in onnx/report.json. A file that loses more than
+--max-loss is not written. The last line of stdout is one JSON object, what report.json says of the file.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import platform
+
+import torch
+
+from data.cached import docs_corpus
+from data.sentence_split import sentences
+from data.sources import batches, check
+from minidistil import files, hub, weights
+from minidistil.checks import check_vocabulary
+from minidistil.cli import option, parse_args, run_script
+from minidistil.device import versions
+from minidistil.errors import UserError
+from minidistil.export import blame, int8
+from minidistil.export.gate import compare, latency
+from minidistil.export.graphs import OPSET, Labels, Spans, open_graph, to_onnx
+from minidistil.export.held_out import from_corpus, from_task, from_texts
+from minidistil.export.session import Session, library
+from minidistil.tokenizer import Tokenizer
+
+FILES = {"onnx": "model.onnx", "onnx-int8": "model_quantized.onnx"}  # in the folder onnx
+
+
+@dataclasses.dataclass
+class Settings:
+    model: str = option(None, "folder of the model, in which onnx/ is made", required=True)
+    to: str = option(None, "fp32 or int8", choices=tuple(FILES), required=True)
+    data: str = option(None, "held-out text: a folder of data/prepare.py, a file or folder of text; or the task's data "
+                             "(default: the docs corpus, prepared once)")  # fmt: skip
+    task: str = option(None, "judge by this task's dev set (default: the one that the model was fine-tuned for, if any, "
+                             "where --data is a folder of no corpus)")  # fmt: skip
+    max_loss: float = option(1.0, "points of score that the file may cost, without a score percent of agreement")
+    exclude: str = option(None, "int8: groups that stay fp32, with commas: embeddings, layer.0, layer.1 ..., head")
+    sentences: int = option(1000, "items of text that are compared, at most; of a task all")
+
+
+def check_settings(settings):
+    """Raises UserError for values that cannot work."""
+    if not (settings.max_loss >= 0 and math.isfinite(settings.max_loss)):
+        raise UserError(f"--max-loss is {settings.max_loss}: it must not be negative")
+    if settings.sentences < 1:
+        raise UserError(f"--sentences is {settings.sentences}: it must be at least 1")
+    if settings.exclude and settings.to != "onnx-int8":
+        raise UserError("--exclude is for --to onnx-int8: leave it out")
+    if settings.task and not settings.data:
+        raise UserError(f"--task {settings.task} needs its data: name the folder with --data")
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        library(name)
+
+
+def open_held_out(settings, folder, graph, tokenizer):
+    """Returns the HeldOut that --data and --task name, or that of the docs corpus."""
+    n, data = settings.sentences, settings.data
+    if data is None:
+        return from_corpus(docs_corpus(tokenizer.digest, folder), graph, tokenizer, folder, n)
+    if settings.task:
+        return from_task(settings.task, data, folder, graph, tokenizer)
+    if (pathlib.Path(data) / "meta.json").is_file():
+        return from_corpus(data, graph, tokenizer, folder, n)
+    task = weights.read_json(folder / "config.json").get("finetuning_task")
+    if isinstance(graph, Labels | Spans) and task and (pathlib.Path(data).is_dir() or task == "squad"):
+        return from_task(task, data, folder, graph, tokenizer)
+    check([data])
+    found = (text for batch in batches([data]) for document in batch.documents() for text in sentences(document))
+    return from_texts(f"sentences of {data}", list(itertools.islice(found, n)), graph, tokenizer)
+
+
+def processor():
+    """Returns the name of this computer's processor."""
+    return torch.cpu.get_capabilities().get("cpu_name") or f"{platform.machine()} CPU"
+
+
+def record_of(settings, graph, held, quality, size, times):
+    """Returns what report.json says of a file."""
+    record = {
+        "model": str(settings.model), "kind": graph.kind, "to": settings.to, "opset": OPSET,
+        "inputs": [name for name in graph.inputs if not name.startswith("past")],
+        "excluded": settings.exclude.split(",") if settings.exclude else [], "held_out": held.what,
+        "largest_difference": float(f"{quality.largest:.2e}"), "mean_difference": float(f"{quality.mean:.2e}"),
+        "agreement": round(quality.agreement, 3),
+    }  # fmt: skip
+    if quality.before is not None:
+        record["score"] = {"ours": round(quality.before, 3), "file": round(quality.after, 3)}
+    return record | {"bytes": size, "ms_at_batch_1": times, "device": processor(), "versions": versions()}
+
+
+def show(graph, held, rows):
+    """Prints a table: name, bytes, {threads: ms}, Quality or None, of ours and each file."""
+    print(f"{graph.kind}, on {held.what}, {processor()}", flush=True)
+    threads = list(rows[0][2])
+    heads = [f"ms, {n} thread{'s' * (n > 1)}" for n in threads]
+    print("  ".join([f"{'':14}", f"{'MB':>7}", *heads, "  score", "agreement", "largest difference"]))
+    for name, size, times, quality in rows:
+        first = next(q for *_, q in rows if q)
+        score = first.before if quality is None else quality.after
+        cells = [f"{name:14}", f"{size / 1e6:7.1f}", *(f"{times[n]:{len(head)}.2f}" for n, head in zip(threads, heads))]
+        cells += ["      -" if score is None else f"{score:7.2f}"]
+        cells += [f"{quality.agreement:8.2f}%  {quality.largest:18.1e}"] if quality else []
+        print("  ".join(cells), flush=True)
+
+
+def refuse(settings, graph, model, held, quality, exclude):
+    """Raises UserError for an int8 file that loses too much: which groups cost most, and what to exclude."""
+    print(f"int8 loses {quality.loss:.2f}: each group is left in fp32 in turn", flush=True)
+    found = blame.costs(graph, model, held, exclude)
+    total = max(sum(max(gain, 0) for gain in found.values()), 1e-30)
+    for name, gain in found.items():
+        print(f"  {name:12} {max(gain, 0) / total:6.1%} of the difference", flush=True)
+    worst = [name for name, gain in found.items() if gain > 0]
+    chosen, kept = blame.enough(graph, model, held, exclude, worst, settings.max_loss) if worst else (None, quality)
+    unit = "% of agreement" if quality.before is None else " points of score"
+    most = f"{', '.join(worst[:2])} cost most" if worst else "no group alone costs it"
+    if chosen:
+        way = f"add --exclude {','.join(chosen)} (loses {max(kept.loss, 0):.2f})"
+    else:
+        way = f"even without {', '.join(worst[: blame.MOST])} it loses {kept.loss:.2f}: take --to onnx, or a larger --max-loss"
+    raise UserError(f"int8 loses {quality.loss:.2f}{unit}, more than --max-loss {settings.max_loss:g}: {most}: {way}")
+
+
+def export(settings):
+    """Writes the file that `settings` describe; returns its record. Raises UserError where it is not good enough."""
+    check_settings(settings)
+    folder = hub.resolve(settings.model)
+    graph, tokenizer = open_graph(folder), Tokenizer.load(folder)
+    check_vocabulary("model", graph.config, tokenizer)
+    held = open_held_out(settings, folder, graph, tokenizer)
+    exclude = tuple(settings.exclude.split(",")) if settings.exclude else ()
+    model = to_onnx(graph)
+    int8.check_groups(model, exclude)
+    data = {"onnx": model.SerializeToString()}
+    if settings.to == "onnx-int8":
+        data["onnx-int8"] = int8.quantised(model, exclude).SerializeToString()
+    qualities = compare(graph, {to: Session(each) for to, each in data.items()}, held)
+    times = {}
+    for threads in sorted({1, torch.get_num_threads()}):
+        sessions = {to: Session(each, threads) for to, each in data.items()}
+        times[threads] = latency(graph, sessions, held, threads)
+    size = sum(path.stat().st_size for path in weights.weight_files(folder))
+    rows = [("ours, PyTorch", size, "ours", None)]
+    rows += [({"onnx": "ONNX, fp32", "onnx-int8": "ONNX, int8"}[to], len(data[to]), to, qualities[to]) for to in data]
+    show(graph, held, [(name, n, {t: times[t][key] for t in times}, quality) for name, n, key, quality in rows])
+    if not qualities["onnx"].exact or qualities["onnx"].loss > settings.max_loss:
+        what = f"differs from ours by {qualities['onnx'].largest:.1e} and loses {qualities['onnx'].loss:.2f}"
+        raise UserError(f"the ONNX file {what}, more than rounding: report it with this model's config.json")
+    quality = qualities[settings.to]
+    if not quality.loss <= settings.max_loss:
+        refuse(settings, graph, model, held, quality, exclude)
+    shown = {str(t): {"ours": each["ours"], "file": each[settings.to]} for t, each in times.items()}
+    record = record_of(settings, graph, held, quality, len(data[settings.to]), shown)
+    write(folder, FILES[settings.to], data[settings.to], record)
+    return record
+
+
+def write(folder, name, data, record):
+    """Writes onnx/`name`, and its record into onnx/report.json beside those of the same weights' other file."""
+    path, report = folder / "onnx" / name, folder / "onnx" / "report.json"
+    of = weights.digests(folder)
+    known = weights.read_json(report) if report.is_file() else {}
+    known = known if known.get("weights") == of else {"weights": of, "files": {}}
+    with files.replacing(path, len(data)) as temporary:
+        temporary.write_bytes(data)
+    files.write_json(report, {**known, "files": {**known["files"], name: record}})
+    print(f"written: {path}, {len(data) / 1e6:.1f} MB, opset {OPSET}", flush=True)
+    if not (folder / "tokenizer.json").is_file():
+        print(f"{folder} has no tokenizer.json, which transformers.js reads the text with: add the model's", flush=True)
+
+
+def main(argv):
+    settings = Settings(**parse_args(Settings, argv, __doc__))
+    print(json.dumps(export(settings), separators=(",", ":")))
+
+
+if __name__ == "__main__":
+    run_script(main)
