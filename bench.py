@@ -10,6 +10,7 @@
     python bench.py demo          the demo against the same student without a teacher, three seeds
     python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'
+    python bench.py export        size, latency and score of ONNX files, fp32 and int8, beside our model
     python bench.py retention --teacher DIR --data GLUE --layers 3    what students keep, distilled by several recipes
     python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
     python bench.py all           all cases except retention, which needs a teacher
@@ -25,18 +26,15 @@ import dataclasses
 import functools
 import json
 import pathlib
-import platform
 import shutil
 import sys
 import types
 
-import torch
-
-from benches import Common, distil, gpu, infer, kernels, prepare, retention, step, tokenizer
+from benches import Common, distil, export, gpu, infer, kernels, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, fitted, measured
 from minidistil.cli import option, parse_args, run_script
-from minidistil.device import choose_device, versions
+from minidistil.device import choose_device, device_name, versions
 from minidistil.errors import UserError
 
 
@@ -48,13 +46,28 @@ def kernel_case(case):
 
 CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
-    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "demo": distil.DEMO,
+    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "export": export, "demo": distil.DEMO,
     "ablation": distil.ABLATION, "retention": retention,
 }  # fmt: skip
-ON_CPU = ("prepare", "tokenizer", "infer")  # the other cases without --device run our scripts, which choose the device
+ON_CPU = (
+    "prepare",
+    "tokenizer",
+    "infer",
+    "export",
+)  # the other cases without --device run our scripts, which choose the device
 QUALITY = ("demo", "ablation", "retention")  # their results do not depend on the device, except by rounding
 PROCESSORS = (".", "zen4")  # folders in results/ of the README's tables, each of one processor
-README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
+README = (
+    "demo",
+    "ablation",
+    "retention",
+    "step",
+    "loss",
+    "prepare",
+    "tokenizer",
+    "infer",
+    "export",
+)  # tables, in its order
 
 
 @dataclasses.dataclass
@@ -65,13 +78,6 @@ class AllSettings(Common):
 @dataclasses.dataclass
 class FilesSettings:
     out: str = option("results", "folder of the JSON files")
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") or f"{platform.machine()} CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def table(name, rows):

@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import pathlib
-import platform
 
 import torch
 
@@ -25,26 +24,27 @@ from data.sources import batches, check
 from minidistil import files, hub, weights
 from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
-from minidistil.device import versions
+from minidistil.device import device_name, versions
 from minidistil.errors import UserError
 from minidistil.export import blame, int8
-from minidistil.export.gate import compare, latency
+from minidistil.export.gate import measure
 from minidistil.export.graphs import OPSET, Labels, Spans, open_graph, to_onnx
 from minidistil.export.held_out import from_corpus, from_task, from_texts
-from minidistil.export.session import Session, library
+from minidistil.export.session import library
 from minidistil.tokenizer import Tokenizer
 
 FILES = {"onnx": "model.onnx", "onnx-int8": "model_quantized.onnx"}  # in the folder onnx
+FP32, INT8 = "ONNX, fp32", "ONNX, int8"
 
 
 @dataclasses.dataclass
 class Settings:
     model: str = option(None, "folder of the model, in which onnx/ is made", required=True)
     to: str = option(None, "fp32 or int8", choices=tuple(FILES), required=True)
-    data: str = option(None, "held-out text: a folder of data/prepare.py, a file or folder of text; or the task's data "
+    data: str = option(None, "held-out text: a folder of data/prepare.py, a file or folder of text; or a task's data "
                              "(default: the docs corpus, prepared once)")  # fmt: skip
-    task: str = option(None, "judge by this task's dev set (default: the one that the model was fine-tuned for, if any, "
-                             "where --data is a folder of no corpus)")  # fmt: skip
+    task: str = option(None, "judge by this task's dev set (default: the one that the model was fine-tuned for, if "
+                             "--data is a folder, but no corpus)")  # fmt: skip
     max_loss: float = option(1.0, "points of score that the file may cost, without a score percent of agreement")
     exclude: str = option(None, "int8: groups that stay fp32, with commas: embeddings, layer.0, layer.1 ..., head")
     sentences: int = option(1000, "items of text that are compared, at most; of a task all")
@@ -68,7 +68,7 @@ def open_held_out(settings, folder, graph, tokenizer):
     """Returns the HeldOut that --data and --task name, or that of the docs corpus."""
     n, data = settings.sentences, settings.data
     if data is None:
-        return from_corpus(docs_corpus(tokenizer.digest, folder), graph, tokenizer, folder, n)
+        return from_corpus(docs_corpus(tokenizer.digest, folder), graph, tokenizer, folder, n, "the docs corpus")
     if settings.task:
         return from_task(settings.task, data, folder, graph, tokenizer)
     if (pathlib.Path(data) / "meta.json").is_file():
@@ -77,41 +77,20 @@ def open_held_out(settings, folder, graph, tokenizer):
     if isinstance(graph, Labels | Spans) and task and (pathlib.Path(data).is_dir() or task == "squad"):
         return from_task(task, data, folder, graph, tokenizer)
     check([data])
-    found = (text for batch in batches([data]) for document in batch.documents() for text in sentences(document))
+    found = (text for batch in batches([data]) for document in batch.documents()[0] for text in sentences(document))
     return from_texts(f"sentences of {data}", list(itertools.islice(found, n)), graph, tokenizer)
 
 
-def processor():
-    """Returns the name of this computer's processor."""
-    return torch.cpu.get_capabilities().get("cpu_name") or f"{platform.machine()} CPU"
-
-
-def record_of(settings, graph, held, quality, size, times):
-    """Returns what report.json says of a file."""
-    record = {
-        "model": str(settings.model), "kind": graph.kind, "to": settings.to, "opset": OPSET,
-        "inputs": [name for name in graph.inputs if not name.startswith("past")],
-        "excluded": settings.exclude.split(",") if settings.exclude else [], "held_out": held.what,
-        "largest_difference": float(f"{quality.largest:.2e}"), "mean_difference": float(f"{quality.mean:.2e}"),
-        "agreement": round(quality.agreement, 3),
-    }  # fmt: skip
-    if quality.before is not None:
-        record["score"] = {"ours": round(quality.before, 3), "file": round(quality.after, 3)}
-    return record | {"bytes": size, "ms_at_batch_1": times, "device": processor(), "versions": versions()}
-
-
 def show(graph, held, rows):
-    """Prints a table: name, bytes, {threads: ms}, Quality or None, of ours and each file."""
-    print(f"{graph.kind}, on {held.what}, {processor()}", flush=True)
-    threads = list(rows[0][2])
-    heads = [f"ms, {n} thread{'s' * (n > 1)}" for n in threads]
-    print("  ".join([f"{'':14}", f"{'MB':>7}", *heads, "  score", "agreement", "largest difference"]))
-    for name, size, times, quality in rows:
-        first = next(q for *_, q in rows if q)
-        score = first.before if quality is None else quality.after
-        cells = [f"{name:14}", f"{size / 1e6:7.1f}", *(f"{times[n]:{len(head)}.2f}" for n, head in zip(threads, heads))]
-        cells += ["      -" if score is None else f"{score:7.2f}"]
-        cells += [f"{quality.agreement:8.2f}%  {quality.largest:18.1e}"] if quality else []
+    """Prints a table of the rows of `measure`."""
+    print(f"{graph.kind}, on {held.what}, {device_name(torch.device('cpu'))}", flush=True)
+    heads = [f"ms, {threads} thread{'s' * (threads != '1')}" for threads in rows[0]["ms"]]
+    print("  ".join([f"{'':13}", f"{'MB':>7}", *heads, f"{'score':>7}", "agreement", "largest difference"]))
+    for row in rows:
+        score = "-" if row["score"] is None else f"{row['score']:.2f}"
+        cells = [f"{row['provider']:13}", f"{row['bytes'] / 1e6:7.1f}"]
+        cells += [f"{ms:{len(head)}.2f}" for ms, head in zip(row["ms"].values(), heads, strict=True)] + [f"{score:>7}"]
+        cells += [f"{row['agreement']:8.2f}%", f"{row['largest_difference']:18.1e}"] if "agreement" in row else []
         print("  ".join(cells), flush=True)
 
 
@@ -129,7 +108,7 @@ def refuse(settings, graph, model, held, quality, exclude):
     if chosen:
         way = f"add --exclude {','.join(chosen)} (loses {max(kept.loss, 0):.2f})"
     else:
-        way = f"even without {', '.join(worst[: blame.MOST])} it loses {kept.loss:.2f}: take --to onnx, or a larger --max-loss"
+        way = f"with {', '.join(worst[: blame.MOST])} in fp32 {kept.loss:.2f}: take --to onnx, or a larger --max-loss"
     raise UserError(f"int8 loses {quality.loss:.2f}{unit}, more than --max-loss {settings.max_loss:g}: {most}: {way}")
 
 
@@ -143,28 +122,22 @@ def export(settings):
     exclude = tuple(settings.exclude.split(",")) if settings.exclude else ()
     model = to_onnx(graph)
     int8.check_groups(model, exclude)
-    data = {"onnx": model.SerializeToString()}
+    data = {FP32: model.SerializeToString()}
     if settings.to == "onnx-int8":
-        data["onnx-int8"] = int8.quantised(model, exclude).SerializeToString()
-    qualities = compare(graph, {to: Session(each) for to, each in data.items()}, held)
-    times = {}
-    for threads in sorted({1, torch.get_num_threads()}):
-        sessions = {to: Session(each, threads) for to, each in data.items()}
-        times[threads] = latency(graph, sessions, held, threads)
-    size = sum(path.stat().st_size for path in weights.weight_files(folder))
-    rows = [("ours, PyTorch", size, "ours", None)]
-    rows += [({"onnx": "ONNX, fp32", "onnx-int8": "ONNX, int8"}[to], len(data[to]), to, qualities[to]) for to in data]
-    show(graph, held, [(name, n, {t: times[t][key] for t in times}, quality) for name, n, key, quality in rows])
-    if not qualities["onnx"].exact or qualities["onnx"].loss > settings.max_loss:
-        what = f"differs from ours by {qualities['onnx'].largest:.1e} and loses {qualities['onnx'].loss:.2f}"
+        data[INT8] = int8.quantised(model, exclude).SerializeToString()
+    rows, qualities = measure(graph, data, held)
+    show(graph, held, rows)
+    if not qualities[FP32].exact or qualities[FP32].loss > settings.max_loss:
+        what = f"differs from ours by {qualities[FP32].largest:.1e} and loses {qualities[FP32].loss:.2f}"
         raise UserError(f"the ONNX file {what}, more than rounding: report it with this model's config.json")
-    quality = qualities[settings.to]
-    if not quality.loss <= settings.max_loss:
-        refuse(settings, graph, model, held, quality, exclude)
-    shown = {str(t): {"ours": each["ours"], "file": each[settings.to]} for t, each in times.items()}
-    record = record_of(settings, graph, held, quality, len(data[settings.to]), shown)
-    write(folder, FILES[settings.to], data[settings.to], record)
-    return record
+    if settings.to == "onnx-int8" and not qualities[INT8].loss <= settings.max_loss:
+        refuse(settings, graph, model, held, qualities[INT8], exclude)
+    record = {
+        "to": settings.to, "kind": graph.kind, "opset": OPSET, "excluded": exclude, "held_out": held.what,
+        "results": rows, "device": device_name(torch.device("cpu")), "versions": versions(),
+    }  # fmt: skip
+    write(folder, FILES[settings.to], data[INT8 if INT8 in data else FP32], record)
+    return {"file": str(folder / "onnx" / FILES[settings.to]), **record}
 
 
 def write(folder, name, data, record):

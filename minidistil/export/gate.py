@@ -1,7 +1,7 @@
 """Whether an exported model is as good as ours: both run on the same held-out items.
 
     largest, mean   difference of an output's numbers, at real tokens
-    agreement       percent: of a model of words, labels or spans, how often its first guess is ours; of a regression the
+    agreement       percent: of words, labels or spans, how often its first guess is ours; of a regression the
                     correlation, of vectors the mean cosine
     score           percent: of words, how many are predicted; of a task, its official metric
     loss            points of score that the export costs; without a score, what the agreement lacks of 100
@@ -21,10 +21,12 @@ from minidistil.downstream.batches import TOKENS, padded
 from minidistil.evaluate import LOGIT_BYTES
 from minidistil.export.graphs import Labels, Spans, Vectors
 from minidistil.export.held_out import of_words
+from minidistil.export.session import Session
 
 CPU = torch.device("cpu")
 EXACT = 1e-4  # difference that an fp32 file may have, of outputs up to 1; larger ones round in proportion
 TIMED = 40  # items whose latency is measured
+OURS = "ours, PyTorch"
 
 
 @dataclasses.dataclass
@@ -119,21 +121,20 @@ def compare(graph, sessions, held):
                 difference = (a - b[where]).abs()
                 largest[name] = max(largest[name], difference.max().item())
                 total[name] += difference.sum().item()
-    before = held.score and held.score(ours)
-    return {
-        name: Quality(
-            largest[name], total[name] / count, scale, agreement(graph, ours, rows), before, held.score and held.score(rows)
-        )
-        for name, rows in theirs.items()
-    }  # fmt: skip
+    score = held.score or (lambda rows: None)
+    before, found = score(ours), {}
+    for name, rows in theirs.items():
+        same = agreement(graph, ours, rows)
+        found[name] = Quality(largest[name], total[name] / count, scale, same, before, score(rows))
+    return found
 
 
 @torch.inference_mode()
 def latency(graph, sessions, held, threads):
-    """Returns {name: median ms} of one item at a time, ours and `sessions` in turns, with so many threads each."""
+    """Returns {name: median ms} of one item at a time, OURS and `sessions` in turns, with so many threads each."""
     step = max(1, len(held.items) // TIMED)
     inputs = [padded(held.items, [i], graph.config.pad_id, CPU) for i in range(0, len(held.items), step)][:TIMED]
-    functions = {"ours": lambda ids, mask, types: graph.ours(ids, None, types), **sessions}
+    functions = {OURS: lambda ids, mask, types: graph.ours(ids, None, types), **sessions}
     before, times = torch.get_num_threads(), {name: [] for name in functions}
     torch.set_num_threads(threads)
     try:
@@ -148,3 +149,26 @@ def latency(graph, sessions, held, threads):
     finally:
         torch.set_num_threads(before)
     return {name: round(statistics.median(each), 3) for name, each in times.items()}
+
+
+def measure(graph, data, held):
+    """Returns ([row, ...], {name: Quality}) of ours and of the ONNX files in `data`, {name: bytes}.
+
+    A row is JSON: provider, bytes (of ours, in fp32), ms {threads: median}, score, agreement, and differences.
+    """
+    qualities = compare(graph, {name: Session(each) for name, each in data.items()}, held)
+    size = sum(4 * parameter.numel() for parameter in graph.parameters())
+    rows = {OURS: {"provider": OURS, "bytes": size, "ms": {}, "score": next(iter(qualities.values())).before}}
+    for name, quality in qualities.items():
+        rows[name] = {
+            "provider": name, "bytes": len(data[name]), "ms": {}, "score": quality.after,
+            "agreement": round(quality.agreement, 3), "largest_difference": float(f"{quality.largest:.2e}"),
+            "mean_difference": float(f"{quality.mean:.2e}"),
+        }  # fmt: skip
+    for threads in sorted({1, torch.get_num_threads()}):
+        times = latency(graph, {name: Session(each, threads) for name, each in data.items()}, held, threads)
+        for name, row in rows.items():
+            row["ms"][str(threads)] = times[name]
+    for row in rows.values():
+        row["score"] = row["score"] if row["score"] is None else round(row["score"], 3)
+    return list(rows.values()), qualities

@@ -1,7 +1,7 @@
 """The items on which an exported model is compared with ours: held-out text, or a task's dev set with its score.
 
-An item is (ids, types) as in downstream/batches.py. A model of words has a label per token, masked or next; its score is
-the share of them that it predicts first. Other models have a score on a task only.
+An item is (ids, types) as in downstream/batches.py. A model of words has a label per token, masked or next; its score
+is the share of them that it predicts first. Other models have a score on a task only.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def _length(graph):
     return min(LENGTH, graph.config.positions // 8 * 8)  # a batch is padded to a multiple of 8
 
 
-def from_corpus(folder, graph, tokenizer, owner, n):
-    """Returns HeldOut of the first n sequences or sentences that a folder of data/prepare.py holds out.
+def from_corpus(folder, graph, tokenizer, owner, n, name=None):
+    """Returns HeldOut of the first n sequences or sentences that a folder of data/prepare.py holds out; `name` it has.
 
     Packed sequences are cut to different lengths, so that batches have padding.
     """
@@ -67,8 +67,8 @@ def from_corpus(folder, graph, tokenizer, owner, n):
         if not causal:
             ends = np.arange(len(ids)), lengths - 1
             ids[ends], labels[ends] = tokenizer.sep_id, IGNORE
-    name = "sentences" if mask else "sequences"
-    return _of_rows(f"{len(ids):,} held-out {name} of {folder}", graph, ids, labels, lengths)
+    kind = "sentences" if mask else "sequences"
+    return _of_rows(f"{len(ids):,} held-out {kind} of {name or folder}", graph, ids, labels, lengths)
 
 
 def from_texts(what, texts, graph, tokenizer):
@@ -117,10 +117,8 @@ def from_task(name, data, folder, graph, tokenizer):
     if isinstance(graph, Vectors) and name == "stsb":
         return _similarity(data, graph, tokenizer)
     if not isinstance(graph, Labels | Spans) or not isinstance(graph.model, task.kind):
-        way = "sentence vectors have --task stsb, and models of words none" if not isinstance(graph, Labels) else ""
-        raise UserError(
-            f"--task {name} is not what {folder} was made for ({graph.kind}): {way or 'give its own, or none'}"
-        )
+        way = "--task stsb alone is for sentence vectors" if isinstance(graph, Vectors) else "leave it out"
+        raise UserError(f"{folder} does not do --task {name} (it is for {graph.kind}): {way}")
     order = label_order(folder, graph.labels, task) if isinstance(graph, Labels) else None
     check_model(folder, graph.config, tokenizer, task)
     task = open_task(name, data, tokenizer, limit=1)  # the training set is not used

@@ -1,9 +1,9 @@
 """An ONNX model with int8 weights: products of int8 numbers, word vectors stored as int8, the rest fp32.
 
-onnxruntime's dynamic quantisation: each column of a matrix (one output of its layer) has its own scale, and what a layer
-reads is quantised when it is read, by its range at that moment. The words are stored by rows, each with its own scale,
-and the tied decoder of a language model uses the same rows. LayerNorm, softmax, biases and positions stay fp32, and so
-do layers of a few outputs, where nothing is to be saved.
+onnxruntime's dynamic quantisation: each column of a matrix (one output of its layer) has its own scale, and what a
+layer reads is quantised when it is read, by its range at that moment. The words are stored by rows, each with its own
+scale, and the tied decoder of a language model uses the same rows. LayerNorm, softmax, biases and positions stay fp32,
+and so do layers of a few outputs, where nothing is to be saved.
 
 Matrices use 7 of the 8 bits (`reduce_range`): the instructions of processors without VNNI add two products of bytes in
 16 bits, which all 8 bits overflow (onnxruntime's documentation of quantisation).
@@ -41,7 +41,7 @@ def _matrices(model):
 
 
 def groups(model):
-    """Returns the names that --exclude knows for a model: embeddings, layer.0 ..., and head where it has a large one."""
+    """Returns the names that --exclude knows for a model: embeddings, layer.0 ..., and head where it is large."""
     return list(dict.fromkeys(["embeddings", *map(group_of, _matrices(model))]))
 
 
@@ -84,7 +84,7 @@ def quantised(model, exclude=()):
 
 
 def _quantise_words(model, tied):
-    """Replaces the word vectors (V, C) by int8 rows with a scale each, in place; those of a tied decoder are its own."""
+    """Replaces the word vectors (V, C) by int8 rows with a scale each, in place: those of the decoder, where `tied`."""
     onnx, graph = library("onnx"), model.graph
     weights = {each.name: each for each in graph.initializer}
     to_array, from_array = onnx.numpy_helper.to_array, onnx.numpy_helper.from_array
