@@ -20,7 +20,7 @@ import numpy as np
 
 from minidistil.errors import UserError
 from minidistil.export.session import library
-from minidistil.export.tidy import DECODER, WORDS, drop_unused
+from minidistil.export.tidy import DECODER, WORDS, finished
 
 FEWEST = 8  # outputs of a layer that is quantised
 
@@ -78,9 +78,7 @@ def quantised(model, exclude=()):
         result = library("onnx").load(pathlib.Path(work) / "int8.onnx")
     if "embeddings" not in exclude and DECODER not in kept:
         _quantise_words(result, tied=DECODER in matrices)
-    drop_unused(result.graph)
-    result.producer_name = "minidistil"
-    return result
+    return finished(result)
 
 
 def _quantise_words(model, tied):

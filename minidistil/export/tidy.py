@@ -11,6 +11,7 @@ import ast
 
 import numpy as np
 
+import minidistil
 from minidistil.export.session import library
 
 WORDS, DECODER = "encoder.embeddings.words.weight", "decoder"
@@ -43,10 +44,7 @@ def tidied(model):
         node.name = node.name.removesuffix(".turned")
         node.input[1] = f"{node.name}.weight_in_out"
         graph.initializer.append(onnx.numpy_helper.from_array(matrix, node.input[1]))
-    drop_unused(graph)
-    del graph.value_info[:]  # of intermediate results, which a reader infers
-    model.producer_name = "minidistil"
-    return model
+    return finished(model)
 
 
 def _name_parts(graph):
@@ -61,7 +59,6 @@ def _name_parts(graph):
         del node.metadata_props[:]
     for each in graph.initializer:
         each.name = each.name.removeprefix("model.")
-    del graph.metadata_props[:]
 
 
 def _as_product(graph, node):
@@ -76,8 +73,9 @@ def _as_product(graph, node):
     return graph.node[at]
 
 
-def drop_unused(graph):
-    """Removes transposed weights and weights that no node reads."""
+def finished(model):
+    """Returns the ModelProto without transposed weights and weights that no node reads, and without notes."""
+    graph = model.graph
     outputs = {each.name for each in graph.output}
     used = {name for node in graph.node for name in node.input} | outputs
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.output[0] not in used]:
@@ -86,3 +84,8 @@ def drop_unused(graph):
     kept = [each for each in graph.initializer if each.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+    del graph.value_info[:]  # shapes of intermediate results, which a reader infers
+    for part in (model, graph, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    model.producer_name, model.producer_version = "minidistil", minidistil.__version__
+    return model
