@@ -131,11 +131,15 @@ def compare(graph, sessions, held):
 
 @torch.inference_mode()
 def latency(graph, sessions, held, threads):
-    """Returns {name: median ms} of one item at a time, OURS and `sessions` in turns, with so many threads each."""
+    """Returns {name: median ms} of one item at a time, OURS and `sessions` in turns, with so many threads each.
+
+    A single thread's time is that in which it ran, so that other programs count for little.
+    """
     step = max(1, len(held.items) // TIMED)
     inputs = [padded(held.items, [i], graph.config.pad_id, CPU) for i in range(0, len(held.items), step)][:TIMED]
     functions = {OURS: lambda ids, mask, types: graph.ours(ids, None, types), **sessions}
     before, times = torch.get_num_threads(), {name: [] for name in functions}
+    clock = time.thread_time if threads == 1 else time.perf_counter
     torch.set_num_threads(threads)
     try:
         for ids, mask, types in inputs:
@@ -143,9 +147,9 @@ def latency(graph, sessions, held, threads):
             ids, mask, types = ids[:, :n], mask[:, :n], types[:, :n]  # alone, an item needs no padding
             for name, function in functions.items():
                 function(ids, mask, types)
-                start = time.perf_counter()
+                start = clock()
                 function(ids, mask, types)
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     finally:
         torch.set_num_threads(before)
     return {name: round(statistics.median(each), 3) for name, each in times.items()}
