@@ -45,7 +45,7 @@ class Settings:
                              "(default: the docs corpus, prepared once)")  # fmt: skip
     task: str = option(None, "judge by this task's dev set (default: the one that the model was fine-tuned for, if "
                              "--data is a folder, but no corpus)")  # fmt: skip
-    max_loss: float = option(1.0, "points of score that the file may cost, without a score percent of agreement")
+    max_loss: float = option(1.0, "points of score that the file may cost; without a score, percent of agreement")
     exclude: str = option(None, "int8: groups that stay fp32, with commas: embeddings, layer.0, layer.1 ..., head")
     sentences: int = option(1000, "items of text that are compared, at most; of a task all")
 
@@ -96,6 +96,9 @@ def show(graph, held, rows):
 
 def refuse(settings, graph, model, held, quality, exclude):
     """Raises UserError for an int8 file that loses too much: which groups cost most, and what to exclude."""
+    if quality.loss <= settings.max_loss:
+        what = f"int8 loses {quality.loss:.2f} ± {quality.margin:.2f} points on {held.what}, too few to tell"
+        raise UserError(f"{what}: name more text with --data (and --sentences), or give a larger --max-loss")
     print(f"int8 loses {quality.loss:.2f}: each group is left in fp32 in turn", flush=True)
     found = blame.costs(graph, model, held, exclude)
     total = max(sum(max(gain, 0) for gain in found.values()), 1e-30)
@@ -130,7 +133,7 @@ def export(settings):
     if not qualities[FP32].exact or qualities[FP32].loss > settings.max_loss:
         what = f"differs from ours by {qualities[FP32].largest:.1e} and loses {qualities[FP32].loss:.2f}"
         raise UserError(f"the ONNX file {what}, more than rounding: report it with this model's config.json")
-    if settings.to == "onnx-int8" and not qualities[INT8].loss <= settings.max_loss:
+    if settings.to == "onnx-int8" and not qualities[INT8].within(settings.max_loss):
         refuse(settings, graph, model, held, qualities[INT8], exclude)
     record = {
         "to": settings.to, "kind": graph.kind, "opset": OPSET, "excluded": exclude, "held_out": held.what,

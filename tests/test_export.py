@@ -20,9 +20,9 @@ from minidistil.downstream.tasks import open_task
 from minidistil.downstream.vectors import zero_shot
 from minidistil.errors import UserError
 from minidistil.export import blame, int8
-from minidistil.export.gate import agreement, compare
+from minidistil.export.gate import Quality, agreement, compare, margin
 from minidistil.export.graphs import Labels, MaskedWords, NextTokens, Spans, Vectors, open_graph, to_onnx
-from minidistil.export.held_out import from_corpus, from_task, from_texts
+from minidistil.export.held_out import HeldOut, from_corpus, from_task, from_texts
 from minidistil.export.session import Session
 from minidistil.export.tidy import DECODER, WORDS
 from minidistil.model import Config, LanguageModel
@@ -307,6 +307,19 @@ def test_agreement():
     assert agreement(GRAPHS["distilbert spans"](), spans, other) == 50
 
 
+def test_too_little_text_is_no_proof(folders):
+    """A file that predicts other words, as many of them right, is not as good: the margin shows it."""
+    labels = [np.array([1, -100, 2]), np.array([3])]
+    held = HeldOut("3 words", [], labels)
+    ours, other = ([np.array([1, 0]), np.array([3])], [np.array([1, 2]), np.array([0])])
+    assert margin(held, ours, ours) == 0
+    assert margin(held, ours, other) == pytest.approx(200 * (2 / 3) ** 0.5 / 3**0.5)
+    quality = Quality(0, 0, 0, 60, before=50, after=50, margin=2)
+    assert quality.loss == 0 and quality.within(2) and not quality.within(1.9)
+    with pytest.raises(UserError, match="loses 0.00 ± 2.00 points on 3 words, too few to tell: name more text"):
+        export.refuse(export.Settings("x", "onnx-int8"), None, None, held, quality, ())
+
+
 def test_differences_are_found_wherever_they_are(exported, folders):
     """One wrong logit of the last item shows; padding does not count."""
     graph, _ = exported("bert labels")
@@ -335,8 +348,8 @@ def fragile(tmp_path_factory):
         mlp.up.weight[0], mlp.up.bias[0] = 0, -50
         mlp.down.weight[:, 0] = 40
     weights.save_model(folder, model)
-    lines = (ROOT / "README.md").read_text().splitlines()
-    (folder.parent / "text.txt").write_text("\n\n".join(line for line in lines if len(line) > 60 and "|" not in line))
+    texts = filter(None, (getattr(np, name).__doc__ for name in sorted(dir(np)) if name.islower()))
+    (folder.parent / "text.txt").write_text("\n\n".join(" ".join(text.split()) for text in texts))
     return folder
 
 
@@ -347,7 +360,7 @@ def run(*words):
 
 def test_a_bad_int8_file_is_refused(fragile):
     """One line says what it costs, which layer is to blame and a flag that mends it; nothing is written."""
-    words = "--model", fragile, "--to", "onnx-int8", "--data", fragile.parent / "text.txt", "--sentences", 100
+    words = "--model", fragile, "--to", "onnx-int8", "--data", fragile.parent / "text.txt", "--sentences", 300
     (fragile / "onnx").mkdir()
     (fragile / "onnx" / "model_quantized.onnx").write_bytes(b"an older one")
     done = run(*words)

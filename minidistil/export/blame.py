@@ -37,6 +37,6 @@ def enough(graph, model, held, exclude, order, max_loss):
     for n in range(1, min(MOST, len(order)) + 1):
         chosen = (*exclude, *order[:n])
         quality = compare(graph, {"int8": _session(model, chosen)}, held)["int8"]
-        if quality.loss <= max_loss:
+        if quality.within(max_loss):
             return chosen, quality
     return None, quality

@@ -5,6 +5,7 @@
                     correlation, of vectors the mean cosine
     score           percent: of words, how many are predicted; of a task, its official metric
     loss            points of score that the export costs; without a score, what the agreement lacks of 100
+    margin          of words, two standard errors of that: with little text, a loss shows by chance or not at all
 
 Batches are padded, as those of a user are. A row is what is kept of an item: the guesses, logits or the vector.
 """
@@ -39,10 +40,15 @@ class Quality:
     agreement: float
     before: float | None
     after: float | None
+    margin: float = 0.0
 
     @property
     def loss(self):
         return 100 - self.agreement if self.before is None else self.before - self.after
+
+    def within(self, most):
+        """Whether the loss is no more than `most`, margin included."""
+        return self.loss + self.margin <= most
 
     @property
     def exact(self):
@@ -96,6 +102,13 @@ def agreement(graph, ours, theirs):
     return 100 * float(np.mean(same))
 
 
+def margin(held, ours, theirs):
+    """Returns two standard errors, in points, of the difference of two scores of the same words."""
+    targets = np.concatenate([row[row != IGNORE] for row in held.labels])
+    ours, theirs = ((np.concatenate(rows) == targets).astype(np.float64) for rows in (ours, theirs))
+    return 200 * float((ours - theirs).std()) / len(targets) ** 0.5
+
+
 @torch.inference_mode()
 def compare(graph, sessions, held):
     """Returns {name: Quality} of `sessions` {name: Session}, and our own rows are computed once."""
@@ -125,7 +138,8 @@ def compare(graph, sessions, held):
     before, found = score(ours), {}
     for name, rows in theirs.items():
         same = agreement(graph, ours, rows)
-        found[name] = Quality(largest[name], total[name] / count, scale, same, before, score(rows))
+        spread = margin(held, ours, rows) if of_words(graph) else 0.0
+        found[name] = Quality(largest[name], total[name] / count, scale, same, before, score(rows), spread)
     return found
 
 
