@@ -279,6 +279,17 @@ def test_scores_of_tasks_are_the_official_ones(folders, glue):
     assert quality.exact and quality.agreement > 99.999 and quality.before == pytest.approx(quality.after, abs=0.2)
 
 
+def test_a_task_whose_texts_are_longer_than_the_model_reads(folders, glue, tmp_path):
+    """They are cut, as the model's own tokenizer does: 32 positions, where the task has 128 tokens."""
+    for split in ("train", "dev"):
+        (tmp_path / "SST-2").mkdir(exist_ok=True)
+        text = (glue / "SST-2" / f"{split}.tsv").read_text().splitlines()
+        words = text[1].split("\t")[0]
+        (tmp_path / "SST-2" / f"{split}.tsv").write_text("\n".join([*text[:9], f"{' '.join([words] * 20)}\t1"]) + "\n")
+    held = from_task("sst2", tmp_path, folders / "sst2", *opened(folders / "sst2"))
+    assert [len(ids) for ids, _ in held.items][-1] == 32 and len(held.items) == 9
+
+
 def test_a_task_of_another_kind(folders, glue):
     for name, task, way in (
         ("words", "sst2", "leave it out"), ("vectors", "sst2", "stsb alone"), ("sst2", "squad", "leave it out"),

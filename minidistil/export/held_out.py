@@ -14,7 +14,7 @@ from minidistil.data import MASK_SHARE, Corpus, Sequences
 from minidistil.downstream import glue, metrics
 from minidistil.downstream.batches import encode_pair
 from minidistil.downstream.distil import label_order
-from minidistil.downstream.tasks import check_model, check_positions, open_task, outline
+from minidistil.downstream.tasks import SEQ_LEN, check_model, open_task, outline
 from minidistil.errors import UserError
 from minidistil.export.graphs import Labels, MaskedWords, NextTokens, Spans, Vectors
 from minidistil.masking import Masking
@@ -39,8 +39,9 @@ def of_words(graph):
     return isinstance(graph, MaskedWords | NextTokens)
 
 
-def _length(graph):
-    return min(LENGTH, graph.config.positions // 8 * 8)  # a batch is padded to a multiple of 8
+def _length(graph, most=LENGTH):
+    """Returns how many tokens of an item a Graph is given, at most; a batch is padded to a multiple of 8."""
+    return min(most, graph.config.positions // 8 * 8)
 
 
 def from_corpus(folder, graph, tokenizer, owner, n, name=None):
@@ -121,8 +122,8 @@ def from_task(name, data, folder, graph, tokenizer):
         raise UserError(f"{folder} does not do --task {name} (it is for {graph.kind}): {way}")
     order = label_order(folder, graph.labels, task) if isinstance(graph, Labels) else None
     check_model(folder, graph.config, tokenizer, task)
-    task = open_task(name, data, tokenizer, limit=1)  # the training set is not used
-    check_positions(folder, graph.config, task)
+    longest = _length(graph, SEQ_LEN.get(name, 128))
+    task = open_task(name, data, tokenizer, longest, limit=1)  # the training set is not used
     splits = np.cumsum([len(split) for split in task.dev])[:-1]
 
     def score(rows):
@@ -137,7 +138,7 @@ def from_task(name, data, folder, graph, tokenizer):
 def _similarity(data, graph, tokenizer):
     """STS-B's dev set: the correlation (Spearman, percent) of the cosine of two sentences' vectors with their score."""
     examples = glue.load("stsb", data)[1]["dev"]
-    T = min(graph.pooling.max_length or graph.config.positions, graph.config.positions)
+    T = _length(graph, graph.pooling.max_length or graph.config.positions)
     texts = [graph.pooling.prompt + text for pair in examples for text in pair[:2]]
     items = [encode_pair(tokenizer, text, None, T) for text in texts]
 
