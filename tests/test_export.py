@@ -106,6 +106,7 @@ def test_the_file_is_whole_and_says_nothing_of_this_computer(exported):
     size = sum(p.nbytes for p in graph.parameters())
     assert size * 0.95 < len(data) < size + 40_000  # biases of zero are left out
     assert not any(each.external_data for each in model.graph.initializer)
+    assert "IsNaN" not in {node.op_type for node in model.graph.node}  # attention is its formula, not PyTorch's
     products = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name]
     layers = [f"encoder.blocks.{i}.{part}" for i in (0, 1) for part in ("attention.qkv", "attention.out", "mlp.up")]
     assert {*layers, "head.dense", DECODER} < set(products)
