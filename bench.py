@@ -11,6 +11,7 @@
     python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py lesson        what the rungs of kernels/lesson.py execute, and the pictures of kernels/README.md
     python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'
+    python bench.py export        size, latency and score of ONNX files, fp32 and int8, beside our model
     python bench.py retention --teacher DIR --data GLUE --layers 3    what students keep, distilled by several recipes
     python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
     python bench.py all           all cases except retention, which needs a teacher
@@ -26,18 +27,15 @@ import dataclasses
 import functools
 import json
 import pathlib
-import platform
 import shutil
 import sys
 import types
 
-import torch
-
-from benches import Common, distil, gpu, infer, kernels, lesson, prepare, retention, step, tokenizer
+from benches import Common, distil, export, gpu, infer, kernels, lesson, prepare, retention, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, fitted, measured
 from minidistil.cli import option, parse_args, run_script
-from minidistil.device import choose_device, versions
+from minidistil.device import choose_device, device_name, versions
 from minidistil.errors import UserError
 
 
@@ -49,18 +47,15 @@ def kernel_case(case):
 
 CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
-    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "demo": distil.DEMO,
+    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "export": export, "demo": distil.DEMO,
     "ablation": distil.ABLATION, "retention": retention, "lesson": lesson,
 }  # fmt: skip
-ON_CPU = (
-    "prepare",
-    "tokenizer",
-    "infer",
-    "lesson",
-)  # others without --device run scripts, which choose it
-QUALITY = ("demo", "ablation", "retention", "lesson")  # do not depend on the device, except by rounding
+# cases of a CPU; the others without --device run scripts, which choose it
+ON_CPU = ("prepare", "tokenizer", "infer", "export", "lesson")
+QUALITY = ("demo", "ablation", "retention", "lesson")  # results that depend on the device by rounding at most
 PROCESSORS = (".", "zen4")  # folders in results/ of the README's tables, each of one processor
-README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
+# the README's tables, in its order
+README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer", "export")
 
 
 @dataclasses.dataclass
@@ -71,13 +66,6 @@ class AllSettings(Common):
 @dataclasses.dataclass
 class FilesSettings:
     out: str = option("results", "folder of the JSON files")
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = torch.cpu.get_capabilities().get("cpu_name") or f"{platform.machine()} CPU"
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def table(name, rows):

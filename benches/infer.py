@@ -15,7 +15,6 @@ import pathlib
 import re
 import tempfile
 import time
-import warnings
 
 import numpy as np
 import torch
@@ -31,6 +30,9 @@ from minidistil.downstream.batches import encode_pair, padded, predict
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
+from minidistil.export import int8
+from minidistil.export.graphs import open_graph, to_onnx
+from minidistil.export.session import Session
 from minidistil.model import BERT_BASE, Config
 from minidistil.tokenizer import Tokenizer
 
@@ -67,13 +69,16 @@ def open_models(settings, work):
     return folders, models
 
 
-def quantised(model):
-    """Returns a copy with dynamic quantisation: linear layers with int8 weights and inputs, the rest fp32."""
-    with warnings.catch_warnings():
-        # present at least up to PyTorch 2.13, which announces a move to torchao, one more package
-        warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+class Exported(torch.nn.Module):
+    """The int8 file that export.py makes of a fine-tuned folder: (ids, mask, types) -> logits; `bytes`, its size."""
+
+    def __init__(self, folder):
+        super().__init__()
+        data = int8.quantised(to_onnx(open_graph(folder))).SerializeToString()
+        self.bytes, self.session = len(data), Session(data, torch.get_num_threads())
+
+    def forward(self, ids, mask=None, types=None):
+        return self.session(ids, mask, types)[0]
 
 
 def in_bf16(model):
@@ -112,13 +117,14 @@ def providers_of(folders, models, work):
         functions |= {f"{name} bf16": in_bf16(model) for name, model in models.items()}
     else:
         print("no bf16: this PyTorch has no products in bf16 for this processor")
-    if torch.backends.quantized.engine == "none":
-        print("no int8: this PyTorch has no engine for it on this processor")
-    else:
-        functions[INT8] = quantised(models["student"])
     for name in functions.keys() - models.keys():
         torch.save(functions[name].state_dict(), work / "weights.pt")
         sizes[name] = (work / "weights.pt").stat().st_size
+    try:
+        functions[INT8] = Exported(folders["student"])
+        sizes[INT8] = functions[INT8].bytes
+    except UserError as error:  # a library is not installed
+        print(f"no int8: {error}")
     try:
         functions |= {f"transformers, {name}": of_transformers(folder) for name, folder in folders.items()}
     except ImportError:

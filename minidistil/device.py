@@ -32,6 +32,14 @@ def peak_mib(device):
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_rss_mib()
 
 
+def device_name(device):
+    """Returns the name of a GPU, or of the processor and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name") or f"{platform.machine()} CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
 def output_of(*command):
     """Returns the output of a command, or None where it is not installed or fails."""
     try:

@@ -131,7 +131,8 @@ def attention(q, k, v, mask=None, p=0.0, key=None, site=0, causal=False):
     if q.is_cuda:
         with sdpa_kernel(GPU_ATTENTION), flash_dropout(q, k, v, mask, p, key, site, causal):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
-    if p or q.dtype == torch.bfloat16:  # on a CPU PyTorch's dropout is slower, and so is its attention in bf16
+    # on a CPU PyTorch's dropout is slower, and so is its attention in bf16; exported, it is six operators more a layer
+    if p or q.dtype == torch.bfloat16 or torch.compiler.is_exporting():
         return attention_ref(q, k, v, mask, p, key, site, causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 

@@ -2,20 +2,22 @@
 
 import itertools
 import json
+import shutil
 import sys
 import time
 import types
-import warnings
 
 import pytest
 import torch
 from pictures import svg_texts
 
+import export
 from benches import infer
 from minidistil import weights
 from minidistil.downstream.batches import encode_pair
 from minidistil.downstream.heads import Classifier, SpanReader, load_finetuned
 from minidistil.errors import UserError
+from minidistil.export.session import Session
 from minidistil.model import Config
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
@@ -65,14 +67,19 @@ def test_sizes(results):
     ]
 
 
-def test_int8_is_quiet_and_leaves_the_model_alone():
-    model = Classifier(SMALL, 1, seed=0).eval()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        copy = infer.quantised(model)
-    assert not said
-    assert not any(isinstance(module, torch.nn.Linear) for module in copy.modules())
-    assert sum(isinstance(module, torch.nn.Linear) for module in model.modules()) == 2 * 4 + 2
+def test_int8_is_the_file_that_users_get(world, tmp_path):
+    """The bytes and the logits are those of export.py, in batches and alone."""
+    pytest.importorskip("onnxruntime", reason="pip install -r requirements-export.txt")
+    shutil.copytree(world / "sst2", tmp_path / "sst2")
+    (tmp_path / "text.txt").write_text("aa bb cc\n\ndd ee\n")
+    export.export(export.Settings(str(tmp_path / "sst2"), "onnx-int8", str(tmp_path / "text.txt"), max_loss=100))
+    written = tmp_path / "sst2" / "onnx" / "model_quantized.onnx"
+    ours = infer.Exported(world / "sst2")
+    assert ours.bytes == written.stat().st_size
+    ids, mask = torch.arange(5, 29).view(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 7:] = False
+    assert torch.equal(ours(ids, mask, None), Session(written)(ids, mask)[0])
+    assert torch.equal(ours(ids[:1]), Session(written)(ids[:1])[0])
 
 
 def test_bf16_is_cast_once_and_leaves_the_model_alone():
@@ -121,11 +128,11 @@ def test_a_wrong_result_is_not_timed(fault, monkeypatch):
 
 def test_what_is_not_here_is_left_out(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr(torch.backends, "quantized", types.SimpleNamespace(engine="none"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setattr(infer, "has_bf16", lambda: False)
     assert [r["provider"] for r in measure()] == PROVIDERS[:2]
     said = capsys.readouterr().out.splitlines()
-    starts = ("no bf16", "no int8", "transformers is not installed")
+    starts = ("no bf16", "no int8: onnxruntime is not installed", "transformers is not installed")
     assert len(said) == 3 and all(line.startswith(start) for line, start in zip(said, starts, strict=True))
 
 

@@ -2,13 +2,14 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = ("train", "finetune", "sample", "bench")
+SCRIPTS = ("train", "finetune", "sample", "export", "bench")
 PRODUCT = [
     path
     for pattern in ("*.py", "minidistil/**/*.py", "kernels/*.py", "data/**/*.py", "benches/**/*.py")
@@ -26,11 +27,11 @@ MODULES = {module_name(path): path for path in PRODUCT}
 
 
 def layer(module):
-    """The folder that a module belongs to: scripts, benches, data, minidistil.downstream, minidistil or kernels."""
+    """The folder that a module belongs to: scripts, benches, data, minidistil with its own folders, or kernels."""
     if module in SCRIPTS:
         return "scripts"
-    top = module.split(".")[0]
-    return "minidistil.downstream" if module.startswith("minidistil.downstream") else top
+    inner = re.match(r"minidistil\.(downstream|export)\b", module)
+    return inner[0] if inner else module.split(".")[0]
 
 
 def imports(module):
@@ -58,9 +59,10 @@ ALLOWED = {
     "kernels": set(),
     "minidistil": {"kernels"},
     "minidistil.downstream": {"minidistil", "kernels"},
+    "minidistil.export": {"minidistil.downstream", "minidistil", "kernels"},
     "data": {"minidistil"},
-    "scripts": {"minidistil.downstream", "minidistil", "kernels", "data", "benches"},
-    "benches": {"scripts", "minidistil.downstream", "minidistil", "kernels", "data"},
+    "scripts": {"minidistil.export", "minidistil.downstream", "minidistil", "kernels", "data", "benches"},
+    "benches": {"scripts", "minidistil.export", "minidistil.downstream", "minidistil", "kernels", "data"},
 }
 
 
@@ -74,6 +76,12 @@ def test_imports_run_one_way(module):
         assert not any(layer(imported) == "scripts" for imported in GRAPH[module])
     if module in ("train", "sample"):  # the core works without fine-tuning
         assert not any(layer(imported) == "minidistil.downstream" for imported in GRAPH[module])
+    if own != "benches":  # for one script, whose libraries no other needs
+        assert (
+            module == "export"
+            or own == "minidistil.export"
+            or not any(layer(imported) == "minidistil.export" for imported in GRAPH[module])
+        )
 
 
 def cycle(graph):
@@ -96,7 +104,7 @@ def cycle(graph):
 
 def test_no_import_cycles():
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
-    rooms = {m for m in MODULES if layer(m) in ("kernels", "minidistil", "minidistil.downstream")}
+    rooms = {m for m in MODULES if layer(m) == "kernels" or layer(m).startswith("minidistil")}
     assert cycle({m: GRAPH[m] & rooms for m in rooms}) is None
 
 
@@ -117,7 +125,7 @@ def test_sizes():
     for path in PRODUCT:
         for name, length in functions(path):
             assert length <= 120, f"{path}: {name} has {length} lines"
-        if layer(module_name(path)) in ("kernels", "minidistil", "minidistil.downstream", "data"):
+        if layer(module_name(path)) in ("kernels", "data") or layer(module_name(path)).startswith("minidistil"):
             assert lines(path) <= 450, path
 
 
@@ -127,10 +135,11 @@ def test_token_types_are_known_in_few_places():
     assert known <= {f"minidistil/{name}.py" for name in ("model", "families", "weights", "student")}
 
 
-@pytest.mark.parametrize("module", ["train", "minidistil.data", "data.prepare"])
+@pytest.mark.parametrize("module", ["train", "export", "bench", "minidistil.data", "data.prepare"])
 def test_imports_are_light(module):
-    """Training and corpora need no matplotlib, no transformers; preparing text loads neither PyTorch nor Triton."""
-    heavy = {"matplotlib", "transformers"} | ({"torch", "triton"} if module != "train" else set())
+    """No script needs matplotlib, transformers or the libraries of ONNX to begin; preparing text needs no PyTorch."""
+    heavy = {"matplotlib", "transformers", "onnx", "onnxscript", "onnxruntime"}
+    heavy |= {"torch", "triton"} if "data" in module else set()
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

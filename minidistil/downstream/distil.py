@@ -73,7 +73,7 @@ def label_order(folder, labels, task):
         return [0]  # a regression's one number, by whatever name
     if sorted(found) != sorted(wanted) or len(set(found)) < len(found):
         sides = f"labels found: {', '.join(labels) or 'none'}; wanted: {', '.join(task.labels)}"
-        way = "give a teacher that was, or name its labels, in its own order, in id2label of its config.json"
+        way = "give a model that was, or name its labels, in its own order, in id2label of its config.json"
         raise UserError(f"{folder} was not fine-tuned for {task.name}, or does not say so ({sides}): {way}")
     return [found.index(label) for label in wanted]
 
@@ -83,7 +83,7 @@ def check_teacher(folder, task, tokenizer):
     config, kind, labels = read_finetuned(folder)
     if kind is not task.kind:
         what = f"it is a ...{kind.hub_name}, not a ...{task.kind.hub_name}"
-        raise UserError(f"{folder} was not fine-tuned for {task.name} ({what}): give a teacher that was")
+        raise UserError(f"{folder} was not fine-tuned for {task.name} ({what}): give a model that was")
     if kind is Classifier:
         label_order(folder, labels, task)
     if Tokenizer.load(folder).digest != tokenizer.digest:
