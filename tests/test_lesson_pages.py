@@ -14,7 +14,7 @@ from benches import temperature
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "minidistil" / "README.md"
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text( about)?\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n(About:\n\n)?```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 
 
