@@ -58,13 +58,25 @@ def test_blocks_run_and_print_what_the_page_shows(text, monkeypatch):
     assert shown >= 12 and text.count("```python\n") == len(BLOCK.findall(text)) > shown
 
 
+def named_sources(paragraph):
+    """The sections of LOG.md whose headings a paragraph quotes, and README.md where it is named."""
+    log, found = (ROOT / "LOG.md").read_text(encoding="utf-8"), []
+    for quoted in re.findall(r'LOG\.md, "([^"]+)"', " ".join(paragraph.split())):
+        sections = [section for section in log.split("\n## ") if quoted in section.splitlines()[0]]
+        assert sections, f"LOG.md has no heading {quoted}"
+        found += sections
+    if "(README.md" in paragraph:
+        found.append((ROOT / "README.md").read_text(encoding="utf-8"))
+    return "".join(found)
+
+
 def test_every_figure_has_its_source(text):
-    """A figure in the prose is printed by a block or in its code, or is in the file that its paragraph names."""
+    """A figure in the prose is printed by a block or in its code, or is where its paragraph says."""
     blocks = "".join(re.findall(r"^```.*?^```$", text, re.DOTALL | re.MULTILINE))
     prose = re.sub(r"^```.*?^```$", "", text.partition("\nSources: ")[0], flags=re.DOTALL | re.MULTILINE)
     checked = 0
     for paragraph in prose.split("\n\n"):
-        sources = blocks + "".join((ROOT / name).read_text() for name in ("LOG.md", "README.md") if name in paragraph)
+        sources = blocks + named_sources(paragraph)
         for figure in re.findall(r"(?<![\w.])(?<!section )\d+\.\d+(?!\.?\d)|\d+(?= s\b)", paragraph):
             found = re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", sources)
             assert found, f"{figure} has no source: {paragraph}"
