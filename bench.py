@@ -10,6 +10,7 @@
     python bench.py demo          the demo against the same student without a teacher, three seeds
     python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py lesson        what the rungs of kernels/lesson.py execute, and the pictures of kernels/README.md
+    python bench.py temperature   the teacher's guesses at four temperatures, the picture of minidistil/README.md
     python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'
     python bench.py retention --teacher DIR --data GLUE --layers 3    what students keep, distilled by several recipes
     python bench.py gpu --out DIR    ten minutes of one GPU: are the kernels right, how fast, with which constants
@@ -33,7 +34,7 @@ import types
 
 import torch
 
-from benches import Common, distil, gpu, infer, kernels, lesson, prepare, retention, step, tokenizer
+from benches import Common, distil, gpu, infer, kernels, lesson, prepare, retention, step, temperature, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, fitted, measured
 from minidistil.cli import option, parse_args, run_script
@@ -51,14 +52,10 @@ CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
     "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "demo": distil.DEMO,
     "ablation": distil.ABLATION, "retention": retention, "lesson": lesson,
+    "temperature": temperature,
 }  # fmt: skip
-ON_CPU = (
-    "prepare",
-    "tokenizer",
-    "infer",
-    "lesson",
-)  # others without --device run scripts, which choose it
-QUALITY = ("demo", "ablation", "retention", "lesson")  # do not depend on the device, except by rounding
+ON_CPU = "prepare", "tokenizer", "infer", "lesson", "temperature"  # others without --device leave it to scripts
+QUALITY = ("demo", "ablation", "retention", "lesson", "temperature")  # do not depend on the device, except by rounding
 PROCESSORS = (".", "zen4")  # folders in results/ of the README's tables, each of one processor
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer")  # tables, in its order
 

@@ -1,33 +1,49 @@
-"""The teacher's guesses for one blank at four temperatures, for the lesson in minidistil/README.md.
-
-    python -m benches.temperature         writes results/temperature.json and draws results/temperature.svg
+"""The guesses of the demo's teacher for one blank at four temperatures, and the picture of minidistil/README.md.
 
 `python sample.py --model data/demo --teacher none --temperature 2` prints the same guesses.
 """
 
-import json
+import dataclasses
 
 import sample
-from benches import RESULTS, ROOT
-from minidistil import files, plot, weights
+from benches import ROOT, Common
+from minidistil import plot, weights
 from minidistil.tokenizer import Tokenizer
 
 K = 20  # words
 TEMPERATURES = {"0": 0.0, "1": 1.0, "2": 2.0, "infinity": float("inf")}
 
 
-def guesses():
-    """Returns {"prompt", "words": the K likeliest, "shares": {temperature: of each word}}."""
+@dataclasses.dataclass
+class Settings(Common):
+    pass
+
+
+def bench(settings):
+    """Yields a row a temperature: {"provider": temperature, "guesses": K [word, share], the likeliest first}."""
     model, tokenizer = weights.load_model(ROOT / "data" / "demo"), Tokenizer.load(ROOT / "data" / "demo")
     ids = tokenizer.encode_prompt(sample.PROMPT)
     logits = sample.predict(model, ids, [ids.index(tokenizer.mask_id)])
-    rows = {name: sample.likeliest(logits, K, tau, tokenizer.shown)[0] for name, tau in TEMPERATURES.items()}
-    shares = {name: [round(share, 6) for _, share in row] for name, row in rows.items()}
-    return {"prompt": sample.PROMPT, "words": [word for word, _ in rows["1"]], "shares": shares}
+    for name, tau in TEMPERATURES.items():
+        guesses = [[word, round(share, 6)] for word, share in sample.likeliest(logits, K, tau, tokenizer.shown)[0]]
+        yield {"case": "temperature", "provider": name, "prompt": sample.PROMPT, "guesses": guesses}
+
+
+def table(results):
+    """Markdown: a row per word, a column per temperature."""
+    names = [f"temperature {r['provider']}" for r in results]
+    lines = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for guesses in zip(*(r["guesses"] for r in results), strict=True):
+        lines.append(f"| {guesses[0][0]} | {' | '.join(f'{share:.2%}' for _, share in guesses)} |")
+    return "\n".join(lines)
+
+
+def draw(path, results):
+    plot.draw(path, *(panel(r["provider"], *zip(*r["guesses"], strict=True)) for r in results), height=4.6)
 
 
 def panel(name, words, shares):
-    """The words' shares as bars from left to right, each with its number; the words stand beside temperature 0 only."""
+    """Bars from left to right, each with its number; the words stand beside temperature 0 only."""
 
     def paint(axes, width):
         axes.barh(range(len(words)), shares, 0.7, color=plot.BLUE)
@@ -41,14 +57,3 @@ def panel(name, words, shares):
         axes.set_xlabel(f"together {sum(shares):.1%}")
 
     return f"temperature {name}", paint
-
-
-def draw(path, found):
-    plot.draw(path, *(panel(name, found["words"], shares) for name, shares in found["shares"].items()), height=4.6)
-
-
-if __name__ == "__main__":
-    found = guesses()
-    files.write_json(RESULTS / "temperature.json", found)
-    draw(RESULTS / "temperature.svg", found)
-    print(json.dumps(found["shares"]))

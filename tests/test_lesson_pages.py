@@ -86,13 +86,12 @@ def test_every_figure_has_its_source(text):
 
 def test_the_picture_shows_the_teacher(text):
     """results/temperature.json is what the shipped teacher says, and its picture is drawn from it."""
-    stored = json.loads((ROOT / "results" / "temperature.json").read_text())
-    found = temperature.guesses()
-    assert found["words"] == stored["words"] and found["prompt"] == stored["prompt"]
-    for name, shares in stored["shares"].items():
-        assert shares == pytest.approx(found["shares"][name], abs=1e-4)
-    assert stored["shares"]["0"] == [1.0] + [0.0] * 19 and len(set(stored["shares"]["infinity"])) == 1
-    drawn = svg_texts(ROOT / "results" / "temperature.svg")
-    assert set(stored["words"]) <= set(drawn) and "../results/temperature.svg" in text
-    for name, shares in stored["shares"].items():
-        assert {f"temperature {name}", *(f"{share:.2%}" for share in shares)} <= set(drawn)
+    stored = json.loads((ROOT / "results" / "temperature.json").read_text(encoding="utf-8"))["results"]
+    drawn = set(svg_texts(ROOT / "results" / "temperature.svg"))
+    for row, now in zip(stored, temperature.bench(temperature.Settings()), strict=True):
+        (words, shares), (words_now, shares_now) = (zip(*r["guesses"], strict=True) for r in (row, now))
+        assert (row["prompt"], row["provider"], words) == (now["prompt"], now["provider"], words_now)
+        assert shares == pytest.approx(shares_now, abs=1e-4)
+        assert {f"temperature {row['provider']}", *words, *(f"{share:.2%}" for share in shares)} <= drawn
+    assert [share for _, share in stored[0]["guesses"]] == [1.0] + [0.0] * 19
+    assert len({share for _, share in stored[-1]["guesses"]}) == 1 and "../results/temperature.svg" in text
