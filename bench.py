@@ -10,6 +10,7 @@
     python bench.py demo          the demo against the same student without a teacher, three seeds
     python bench.py ablation      the demo without each part of the recipe, three seeds
     python bench.py lesson        what the rungs of kernels/lesson.py execute, and the pictures of kernels/README.md
+    python bench.py temperature   the teacher's guesses at four temperatures, the picture of minidistil/README.md
     python bench.py infer         latency, throughput and size in fp32, bf16 and int8: ours and transformers'
     python bench.py export        size, latency and score of ONNX files, fp32 and int8, beside our model
     python bench.py retention --teacher DIR --data GLUE --layers 3    what students keep, distilled by several recipes
@@ -31,7 +32,9 @@ import shutil
 import sys
 import types
 
-from benches import Common, distil, export, gpu, infer, kernels, lesson, prepare, retention, step, tokenizer
+from benches import (
+    Common, distil, export, gpu, infer, kernels, lesson, prepare, retention, step, temperature, tokenizer,
+)  # fmt: skip
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, fitted, measured
 from minidistil.cli import option, parse_args, run_script
@@ -49,10 +52,12 @@ CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
     "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "export": export, "demo": distil.DEMO,
     "ablation": distil.ABLATION, "retention": retention, "lesson": lesson,
+    "temperature": temperature,
 }  # fmt: skip
 # cases of a CPU; the others without --device run scripts, which choose it
-ON_CPU = ("prepare", "tokenizer", "infer", "export", "lesson")
-QUALITY = ("demo", "ablation", "retention", "lesson")  # results that depend on the device by rounding at most
+ON_CPU = ("prepare", "tokenizer", "infer", "export", "lesson", "temperature")
+# results that depend on the device by rounding at most
+QUALITY = ("demo", "ablation", "retention", "lesson", "temperature")
 PROCESSORS = (".", "zen4")  # folders in results/ of the README's tables, each of one processor
 # the README's tables, in its order
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer", "export")

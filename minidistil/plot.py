@@ -33,7 +33,7 @@ DASHED = dict(color=INK, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1.5)
 NUMBER = "{x:,g}"
 
 
-def draw(path, *panels, widths=None):
+def draw(path, *panels, widths=None, height=HEIGHT):
     """Draws panels side by side and writes them atomically; where matplotlib is missing, says so and draws nothing."""
     try:
         import matplotlib.style
@@ -42,15 +42,17 @@ def draw(path, *panels, widths=None):
         print(f"{path} is not drawn, for want of matplotlib: pip install matplotlib", file=sys.stderr)
         return
     with matplotlib.style.context(STYLE, after_reset=True):
-        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
         for axes, (title, paint) in zip(grid, panels, strict=True):
             paint(axes, axes.get_position().width * WIDTH)
-            room, names = 12 * axes.get_position().width * WIDTH, axes.get_legend_handles_labels()[1]  # in letters
+            room = 12 * axes.get_position().width * WIDTH  # in letters
+            handles, names = axes.get_legend_handles_labels()
             lengths = [5 + len(name) for name in names] or [1]
             columns = len(lengths) if sum(lengths) <= room else max(1, int(room / max(lengths)))
-            axes.legend(title=title, title_fontproperties={"weight": "bold", "size": 9.5}, alignment="left",
-                        ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)  # fmt: skip
+            axes.legend(handles, names, title=title, title_fontproperties={"weight": "bold", "size": 9.5},
+                        alignment="left", ncols=columns, loc="lower left", bbox_to_anchor=(0, 1),
+                        borderpad=0)  # fmt: skip
         with files.replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
 

@@ -135,6 +135,7 @@ def of_results(name):
     lambda path: draw_curve(path, history(), {"top1": 0.44, "mlm_loss": 3.3}),
     lambda path: draw_curve(path, history()[:2] + history()[-1:], None),
     *map(of_results, ("demo", "loss", "linear", "layernorm", "step", "infer", "minilm/infer", "retention")),
+    of_results("temperature"),
 ])  # fmt: skip
 def test_no_text_is_cut_off_nor_lies_on_another(draw, tmp_path, monkeypatch):
     from matplotlib.text import Text
