@@ -33,7 +33,18 @@ import sys
 import types
 
 from benches import (
-    Common, distil, export, gpu, infer, kernels, lesson, prepare, retention, step, temperature, tokenizer,
+    Common,
+    distil,
+    export,
+    gpu,
+    infer,
+    kernels,
+    lesson,
+    prepare,
+    retention,
+    step,
+    temperature,
+    tokenizer,
 )  # fmt: skip
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, fitted, measured
