@@ -94,7 +94,7 @@ def _what(task, settings, base, known):
 
 def _training(settings, kept, dtype):
     limit = f"at most {settings['examples']:,} examples" if settings["examples"] else "all examples"
-    text = f"{kept['updates']:,} updates of {settings['batch']} examples ({settings['epochs']:g} epochs of {limit}), "
+    text = f"{kept['updates']:,} updates of {settings['batch']} examples (epochs: {settings['epochs']:g}, of {limit}), "
     text += f"learning rate up to {kept['lr']:g}, seed {kept['seed']}, matrix products in {dtype}."
     if not settings["teacher"]:
         return text
@@ -106,6 +106,7 @@ def _training(settings, kept, dtype):
 def _scores(runs, kept):
     summary, last = summarise(runs), kept["epochs"][-1]
     note = f"The model is the best of {len(runs)} training runs by its score on these examples"
+    note = "There was one training run" if len(runs) == 1 else note
     if summary["seeds"] > 1:
         note += f"; over {summary['seeds']} seeds the score has the median {summary['score']:.2f}, "
         note += f"from {summary['lowest']:.2f} to {summary['highest']:.2f}"
