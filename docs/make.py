@@ -17,26 +17,6 @@ PAGES = {  # file: (Markdown, name in the navigation)
     "distillation.html": ("minidistil/README.md", "The lesson of distillation"),
     "kernels.html": ("kernels/README.md", "The lesson of the kernels"),
 }
-STYLE = """
-:root { color-scheme: light dark; --ink: #24292f; --paper: #fff; --faint: #f3f5f7; --line: #d8dde2; --link: #0065b3 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #d8dde3; --paper: #14181d; --faint: #1e242b; --line: #39414a; --link: #6db3f2 } }
-html { -webkit-text-size-adjust: 100% }
-body { margin: 0 auto; max-width: 46rem; padding: 1rem; font: 1.02rem/1.6 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); overflow-wrap: break-word }
-a { color: var(--link) }
-nav { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding-bottom: .6rem; border-bottom: 1px solid var(--line) }
-nav [aria-current] { color: inherit; font-weight: 600; text-decoration: none }
-h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .8rem } h1 { font-size: 1.7rem } h2 { font-size: 1.3rem }
-pre, code { font: .86rem/1.5 ui-monospace, Menlo, Consolas, monospace; background: var(--faint) }
-code { padding: .1em .25em; border-radius: 4px } pre { padding: .8rem; border-radius: 6px; overflow-x: auto }
-pre code { padding: 0; white-space: pre }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-img { max-width: 100%; box-sizing: border-box; background: #fff; padding: .4rem; border-radius: 6px }
-details { margin: .6rem 0; padding: .4rem .8rem; border: 1px solid var(--line); border-radius: 6px }
-summary { cursor: pointer }
-"""
 
 
 def linked(target, source):
@@ -75,7 +55,7 @@ def html(page):
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style>\n<nav>{' '.join(links)}</nav>\n<main>\n{body}</main>\n</html>\n"
+        f'<link rel="stylesheet" href="style.css">\n<nav>{" ".join(links)}</nav>\n<main>\n{body}</main>\n</html>\n'
     )
 
 
