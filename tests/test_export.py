@@ -372,7 +372,7 @@ def run(*words):
 
 def test_a_bad_int8_file_is_refused(fragile):
     """One line says what it costs, which layer is to blame and a flag that mends it; nothing is written."""
-    words = "--model", fragile, "--to", "onnx-int8", "--data", fragile.parent / "text.txt", "--sentences", 300
+    words = "--model", fragile, "--to", "onnx-int8", "--data", fragile.parent / "text.txt", "--sentences", 150
     (fragile / "onnx").mkdir()
     (fragile / "onnx" / "model_quantized.onnx").write_bytes(b"an older one")
     done = run(*words)
