@@ -32,7 +32,7 @@ from minidistil.errors import UserError
 from minidistil.precision import precision
 from minidistil.student import parse_layers
 
-BATCH, ENCODE_BATCH, LR, WARMUP, LENGTH = 64, 128, 1e-4, 0.1, 128  # LENGTH as --seq-len of the other recipes
+BATCH, ENCODE_BATCH, LR, WARMUP, LENGTH = 64, 128, 1e-4, 0.1, 128  # LENGTH as --seq-len of the recipes of words
 
 
 @dataclasses.dataclass
