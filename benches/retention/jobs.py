@@ -132,7 +132,8 @@ def train(plan, recipe, steps, seed, out):
             seconds = summary["tokens"] / speed
         return {"steps": summary["steps"], "seconds": seconds}
 
-    return once(out.with_name(f"{out.name}.json"), [*map(str, words), *weights.digests(plan.teacher)], work)
+    asked = [*map(str, words), *weights.digests(plan.teacher), *map(files.sha256, plan.texts)]
+    return once(out.with_name(f"{out.name}.json"), asked, work)
 
 
 def probe(plan, recipe):
