@@ -164,14 +164,22 @@ def test_special_tokens_and_pairs(tokenizer, theirs):
     assert tokenizer.decode(tokenizer.encode(" The capital  of France.")) == "The capital of France."
 
 
-def test_offsets(tokenizer, theirs):
-    """Those of transformers, except that a mark of a word's start on its own is empty, not the first character."""
+def test_offsets(tokenizer, theirs, library):
+    """Those of transformers, except that a mark of a word's start on its own is empty, not the first character.
+
+    transformers rounds sums of scores otherwise than sentencepiece: |---|---| with pieces of two and four columns is a
+    tie, of which each has its own end.
+    """
     texts = [text for text in TEXTS if not set("<\0\u0301\u200b") & set(text)]
     texts += (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for text in texts:
         ids, starts, ends = tokenizer.encode_with_offsets(text)
+        assert ids == library(text) == tokenizer.encode(text)
         encoding = theirs._tokenizer.encode(text, add_special_tokens=False)
-        assert ids == encoding.ids == tokenizer.encode(text)
+        if set(text) <= set("|- :"):
+            assert sorted(ids) == sorted(encoding.ids), text
+            continue
+        assert ids == encoding.ids, text
         for i, *ours, expected in zip(ids, starts, ends, encoding.offsets, strict=True):
             if tokenizer.vocab[i] == "▁":
                 assert ours[0] == ours[1] and ours[0] in expected
