@@ -4,6 +4,7 @@
     python bench.py linear        the same with the vocabulary projection
     python bench.py layernorm     dropout + residual + LayerNorm
     python bench.py cosine        cosine distance of hidden states
+    python bench.py roofline      these four beside the limits of memory and arithmetic, a picture of kernels/README.md
     python bench.py step          updates of distillation, against the original script's way
     python bench.py prepare       2 GB of text to tokens: workers, memory, the same bytes after a kill
     python bench.py tokenizer     WordPiece and byte-level BPE on one thread, against the Rust package `tokenizers`
@@ -42,6 +43,7 @@ from benches import (
     lesson,
     prepare,
     retention,
+    roofline,
     step,
     temperature,
     tokenizer,
@@ -61,8 +63,8 @@ def kernel_case(case):
 
 CASES = {
     **{name: kernel_case(case) for name, case in KERNEL_CASES.items()},
-    "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "export": export, "demo": distil.DEMO,
-    "ablation": distil.ABLATION, "retention": retention, "lesson": lesson,
+    "roofline": roofline, "step": step, "prepare": prepare, "tokenizer": tokenizer, "infer": infer, "export": export,
+    "demo": distil.DEMO, "ablation": distil.ABLATION, "retention": retention, "lesson": lesson,
     "temperature": temperature,
 }  # fmt: skip
 # cases of a CPU; the others without --device run scripts, which choose it

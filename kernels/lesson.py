@@ -35,7 +35,7 @@ BLOCK, WARPS = 2048, 4  # logits of each model that a program loads at once, and
 
 
 # ---- 0. The definition
-# PyTorch's operators read and write everything in fp32, about 148 bytes for each pair of bf16 logits. Four would do.
+# PyTorch's operators read and write everything in fp32, about 160 bytes a pair of bf16 logits. Ten would do.
 
 
 def definition(s, t, labels, TAU):

@@ -15,7 +15,7 @@ import torch
 from pictures import svg_texts
 
 import bench
-from benches import RESULTS, ROOT, kernels, prepare, step, tokenizer
+from benches import RESULTS, ROOT, kernels, prepare, roofline, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt, fitted
 from data import docstrings
@@ -182,6 +182,25 @@ def test_kernels(case, tmp_path, capsys):
         assert r["max_error"] < kernels.WRONG[r["dtype"]]
     assert kernels.table(results).count("\n") == 1 + len(results)
     assert {*expected, "a copy's bandwidth"} <= set(svg_texts(tmp_path / f"{case}.svg"))
+
+
+def test_roofline(tmp_path, capsys):
+    """Each computation beside the lower of the two limits, whose bend is where they are equal."""
+    results = run("roofline", tmp_path, capsys)
+    by_name = {(r.get("computation"), r["provider"]): r for r in results}
+    assert by_name.keys() >= {(case, provider) for case in KERNEL_CASES for provider in ("eager", "ours")}
+    bandwidth, rate = roofline.limits(results)
+    for r in results[2:]:
+        assert 0 < r["ms"] and r["max_error"] < kernels.WRONG["float32"]
+        within = min(bandwidth * r["operations"] / r["bytes"], rate)
+        assert r["of_limit"] == pytest.approx(r["gflop_per_s"] / within, rel=0.3)  # rounded to three places
+    assert {"limit", "ours", "eager", "the loss on logits"} <= set(svg_texts(tmp_path / "roofline.svg"))
+    rows = dict(N=10, V=30522, C=768)
+    assert roofline.operations("linear", rows) - roofline.operations("loss", rows) == 10 * 30522 * (8 * 768 + 2)
+    known = [{"provider": "copy", "gb_per_s": 10}, {"provider": "matrix product", "gflop_per_s": 100}]
+    point = dict(computation="cosine", provider="ours", gflop_per_s=10, of_limit=0.2)
+    for per_byte, limited in ((9.9, "memory"), (10.1, "products")):
+        assert f"| {limited} | 20% |" in roofline.table([*known, dict(point, operations=per_byte, bytes=1)])
 
 
 def kernel_rows(case, out):

@@ -4,15 +4,16 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 SCRIPT = pathlib.Path(__file__).parent / "cross_compile.py"
 
-# What an H100 can issue while it moves bytes at 90 % of 3.35 TB/s: 29.7e12 / 3.0e12 = 9.85 thread-instructions a byte
+# What an H100 can issue while it moves bytes at 90 % of 3.35 TB/s: 29.7e12 / 3.0e12 = 9.83 thread-instructions a byte
 # (kernels/README.md). Bytes per pair of bf16 logits, or per element of a LayerNorm or of a cosine:
 BYTES = {
     "distill_kl forward": 4, "distill_kl backward": 6, "linear_distill_kl": 6, "layer_norm forward without": 8,
@@ -43,6 +44,28 @@ def compilations():
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
+
+
+def test_the_page_says_what_is_compiled(compilations):
+    """kernels/README.md, where it names cross_compile.py: instructions, and registers in its table."""
+    if not triton.__version__.startswith("3.9."):
+        pytest.skip("the page has the figures of Triton 3.9")
+    kernels = [json.loads(line) for line in compilations["sm_90"].stdout.splitlines()]
+    compiled = {str(k["instructions"]) for k in kernels if "bf16" in k["kernel"]}
+    text = (pathlib.Path(__file__).parent.parent / "kernels" / "README.md").read_text(encoding="utf-8")
+    named = [p for p in re.split(r"\n\n(?!\|)", text) if "tests/cross_compile.py sm_90" in p]
+    figures = {figure for p in named for figure in re.findall(r"\d+\.\d+", p.replace("Triton 3.9", ""))}
+    assert len(named) == 3 and len(figures) > 8 and figures <= compiled
+    rows = {k["kernel"]: [str(k["instructions"]), str(k["registers"])] for k in kernels}
+    ours = {"forward, padded": "forward, whole padded", "forward, rows 30,522 apart": "forward, whole contiguous rows"}
+    for line in re.findall(r"^\| `\w*distill_kl`.*", text, re.MULTILINE):
+        if line.count("|") < 6:
+            continue  # the list of files
+        name, _, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+        name = name.replace("`", "").removesuffix(", both passes").removesuffix(" (with its masked tail)")
+        for theirs, other in ours.items():
+            name = name.replace(theirs, other)
+        assert rows[f"{name.replace('rows 30,522 apart', 'contiguous rows')}, bf16"] == [cells[0], cells[2]], line
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -79,4 +102,4 @@ def test_kernels_compile_well(arch, compilations):
             assert k["shared"] == 0, name  # one warp owns a row: no sum goes through shared memory
         if arch == "sm_90" and "bf16" in name:
             (moved,) = [b for prefix, b in BYTES.items() if name.startswith((f"{prefix},", f"{prefix} "))]
-            assert k["instructions"] <= 9.85 * moved, (name, k["instructions"])
+            assert k["instructions"] <= 9.83 * moved, (name, k["instructions"])

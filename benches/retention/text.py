@@ -9,8 +9,8 @@ from minidistil import files
 from minidistil.downstream import glue
 from minidistil.errors import UserError
 
-# Bytes of the training texts of each task, repeated where it has less. STS-B's are not read: the zero-shot score is its.
-# SST-2 has less, since its phrases are parts of each other, and MRPC, which is news, more (LOG.md).
+# Bytes of the training texts of each task, repeated where it has fewer: less of SST-2, whose phrases are parts of each
+# other, and more of MRPC, which is news (LOG.md). STS-B's are not read, since it scores the vectors.
 THIRD = (1 << 20) // 3
 SHARES = {"imdb": 3 * THIRD, "sst2": 2 * THIRD, "mrpc": 5 * THIRD, "qnli": 3 * THIRD}
 
