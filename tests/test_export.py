@@ -365,27 +365,20 @@ def fragile(tmp_path_factory):
     return folder
 
 
-def run(*words):
-    """Runs export.py as a user does; returns the finished process."""
-    return subprocess.run([sys.executable, "export.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_a_bad_int8_file_is_refused(fragile):
+def test_a_bad_int8_file_is_refused(fragile, monkeypatch):
     """One line says what it costs, which layer is to blame and a flag that mends it; nothing is written."""
-    words = "--model", fragile, "--to", "onnx-int8", "--data", fragile.parent / "text.txt", "--sentences", 150
+    made = []  # the graph, of which both runs make their files
+    monkeypatch.setattr(export, "to_onnx", lambda graph: (made or made.append(to_onnx(graph)) or made)[0])
+    settings = export.Settings(str(fragile), "onnx-int8", str(fragile.parent / "text.txt"), sentences=150)
     (fragile / "onnx").mkdir()
     (fragile / "onnx" / "model_quantized.onnx").write_bytes(b"an older one")
-    done = run(*words)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("export.py: error: int8 loses ") and "--max-loss 1: layer.2" in done.stderr
-    assert "add --exclude layer.2 (loses " in done.stderr
+    with pytest.raises(UserError, match="^int8 loses .*--max-loss 1: layer.2.*add --exclude layer.2 .loses [^\n]*$"):
+        export.export(settings)
     assert [path.name for path in (fragile / "onnx").iterdir()] == ["model_quantized.onnx"]
     assert (fragile / "onnx" / "model_quantized.onnx").read_bytes() == b"an older one"
-    done = run(*words, "--exclude", "layer.2")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
+    record = export.export(dataclasses.replace(settings, exclude="layer.2"))
     ours, fp32, small = record["results"]
-    assert record["excluded"] == ["layer.2"] and ours["score"] - small["score"] <= 1
+    assert list(record["excluded"]) == ["layer.2"] and ours["score"] - small["score"] <= 1
     assert fp32["largest_difference"] <= 1e-4 and 2.4 * small["bytes"] < fp32["bytes"]
     size = (fragile / "onnx" / "model_quantized.onnx").stat().st_size
     assert size == small["bytes"] and record["file"].endswith("model_quantized.onnx")
@@ -437,17 +430,24 @@ def test_the_report(folders, glue, tmp_path):
     assert list(json.loads((folder / "onnx" / "report.json").read_text())["files"]) == ["model.onnx"]
 
 
-@pytest.mark.parametrize("words, says", [
-    (("--to", "onnx", "--max-loss", "-1"), "--max-loss is -1.0"),
-    (("--to", "onnx", "--exclude", "head"), "--exclude is for --to onnx-int8"),
-    (("--to", "onnx", "--sentences", "0"), "--sentences is 0"),
-    (("--to", "onnx", "--task", "sst2"), "--task sst2 needs its data"),
-    (("--to", "onnx-int8", "--exclude", "layer.9", "--data", "README.md"), "--exclude layer.9 is not part"),
-    (("--to", "onnx", "--data", "no-such-file"), "no-such-file"),
+@pytest.mark.parametrize("to, wrong, says", [
+    ("onnx", dict(max_loss=-1.0), "--max-loss is -1.0"),
+    ("onnx", dict(exclude="head"), "--exclude is for --to onnx-int8"),
+    ("onnx", dict(sentences=0), "--sentences is 0"),
+    ("onnx", dict(task="sst2"), "--task sst2 needs its data"),
+    ("onnx-int8", dict(exclude="layer.9", data="README.md"), "--exclude layer.9 is not part"),
 ])  # fmt: skip
-def test_a_wrong_command_is_one_line(folders, words, says):
-    done = run("--model", folders / "words", *words)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+def test_a_wrong_setting_is_one_line(folders, to, wrong, says):
+    with pytest.raises(UserError) as error:
+        export.export(export.Settings(str(folders / "words"), to, **wrong))
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (folders / "words" / "onnx").exists()
+
+
+def test_a_wrong_command_is_one_line(folders):
+    command = sys.executable, "export.py", "--model", folders / "words", "--to", "onnx", "--data", "no-such-file"
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no-such-file" in done.stderr, done.stderr
     assert not (folders / "words" / "onnx").exists()
 
 
