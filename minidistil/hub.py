@@ -17,7 +17,8 @@ VOCABULARIES = ("vocab.txt", "tokenizer.json", "merges.txt", *unigram_files.MODE
 TOKENIZER = [*VOCABULARIES, "vocab.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"]
 SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
-SENTENCES = ["modules.json", "*_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"]
+OLDER = "0_Transformer"  # where repositories of sentence-transformers had the model until its release 2
+SENTENCES = ["modules.json", "*_Pooling/config.json", "config_sentence_transformers.json"]
 # the Hub moved its first models from one-word names to these organisations; a cache may hold them under either name
 ORGANISATIONS = {
     "bert-": "google-bert/", "roberta-": "FacebookAI/", "xlm-roberta-": "FacebookAI/", "gpt2": "openai-community/",
@@ -51,7 +52,7 @@ def resolve(name):
         snapshot = _snapshot(place)
         missing = _missing(snapshot) if snapshot else "absent"
         if not missing:
-            return snapshot
+            return transformer_folder(snapshot)
         looked.append(f"{place.name}: {missing}")
     return _download(name, f"{cache_folder()} ({', '.join(looked)})")
 
@@ -94,7 +95,8 @@ def _snapshot(place):
 
 def _missing(folder):
     """Returns what a folder lacks of a complete model with its vocabulary, such as "no config.json", or ""."""
-    if not (folder / "config.json").is_file():
+    folder = transformer_folder(folder)
+    if folder is None:
         return "no config.json"
     try:
         weight_files(folder)
@@ -136,8 +138,10 @@ def _download(name, cache):
     try:
         # first, because it fails at once without a network or such a model, where the download retries for long
         info = huggingface_hub.HfApi().model_info(hub_name, timeout=TIMEOUT)
-        safe = any(re.fullmatch(r"model(-.*)?\.safetensors", file.rfilename) for file in info.siblings or [])
-        patterns = ["config.json", *TOKENIZER, *SENTENCES, *(SAFE if safe else PICKLED)]
+        of_model = rf"({OLDER}/)?model(-.*)?\.safetensors"
+        safe = any(re.fullmatch(of_model, file.rfilename) for file in info.siblings or [])
+        patterns = ["config.json", *TOKENIZER, "sentence_bert_config.json", *(SAFE if safe else PICKLED)]
+        patterns += [f"{OLDER}/{pattern}" for pattern in patterns] + SENTENCES
         folder = huggingface_hub.snapshot_download(
             hub_name, cache_dir=cache_folder(), allow_patterns=patterns, etag_timeout=TIMEOUT
         )
@@ -147,4 +151,4 @@ def _download(name, cache):
         raise UserError(f"{failed}, nor to be had from {source} ({reason}): {way}{ways}") from error
     if missing := _missing(pathlib.Path(folder)):
         raise UserError(f"{hub_name} has {missing} on the Hub: name another model")
-    return pathlib.Path(folder)
+    return transformer_folder(pathlib.Path(folder))

@@ -38,12 +38,13 @@ def hub_server(models, refusals=None):
                     return
             match = re.fullmatch(r"/api/models/(.+?)(/revision/main|/tree/\w+)?", path)
             if match and match[1] in models:
-                files = sorted(f for f in pathlib.Path(models[match[1]]).iterdir() if f.is_file())
-                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": etag(f)} for f in files]
-                info = {"id": match[1], "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files], "tags": []}
+                top = pathlib.Path(models[match[1]])
+                files = {f.relative_to(top).as_posix(): f for f in sorted(top.rglob("*")) if f.is_file()}
+                tree = [{"type": "file", "path": n, "size": f.stat().st_size, "oid": etag(f)} for n, f in files.items()]
+                info = {"id": match[1], "sha": COMMIT, "siblings": [{"rfilename": n} for n in files], "tags": []}
                 self.send_json(tree if (match[2] or "").startswith("/tree/") else info)
                 return
-            match = re.fullmatch(r"/(.+)/resolve/\w+/([^/]+)", path)
+            match = re.fullmatch(r"/(.+?)/resolve/\w+/(.+)", path)
             file = pathlib.Path(models[match[1]]) / match[2] if match and match[1] in models else None
             if file and file.is_file():
                 self.send(200, file.read_bytes(), ETag=f'"{etag(file)}"')

@@ -15,6 +15,7 @@ from minidistil import hub
 from minidistil.errors import UserError
 from minidistil.hub import cache_folder, resolve
 from minidistil.model import Config, LanguageModel
+from minidistil.pooling import read_pooling
 from minidistil.weights import save_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -268,6 +269,30 @@ def test_models_are_downloaded_into_the_cache(tmp_path):
     assert first[4][0] == "UserError" and f"{endpoint} (no such model there)" in first[4][1]
     assert [answer[0] for answer in again] == [first[0][0], first[0][0], first[1][0]]
     assert not any(answer[3] for answer in again)  # nor the library that would use it
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_model_of_0_transformer_is_downloaded(tmp_path, pickled):
+    """As repositories of sentence-transformers 1 are laid out; what is read of the pooling comes with it."""
+    top = tmp_path / "sentences"
+    make_model(top / "0_Transformer", pickled)
+    types = {"0_Transformer": "models.Transformer", "1_Pooling": "models.Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in types.items()]
+    (top / "modules.json").write_text(json.dumps(modules))
+    (top / "1_Pooling").mkdir()
+    (top / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (top / "0_Transformer" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 3}))
+    (top / "0_Transformer" / "tf_model.h5").write_text("not to be fetched")
+    with hub_server({"a/sentences": top}) as (endpoint, requests):
+        (folder, names, *_), (again, *_) = resolve_elsewhere(endpoint, "a/sentences", "a/sentences")
+    weights = "pytorch_model.bin" if pickled else "model.safetensors"
+    assert names == sorted(["config.json", weights, "sentence_bert_config.json", "vocab.txt"]) and again == folder
+    snapshot = cache_folder() / "models--a--sentences" / "snapshots" / COMMIT
+    assert pathlib.Path(folder) == snapshot / "0_Transformer" == resolve("a/sentences")
+    pooling = read_pooling(pathlib.Path(folder))
+    assert pooling.mode == "cls" and pooling.max_length == 3
+    (snapshot / "0_Transformer" / "vocab.txt").unlink()
+    refused("a/sentences", "models--a--sentences: no vocabulary")
 
 
 def test_a_model_that_may_not_be_read_is_not_absent(tmp_path):
