@@ -100,7 +100,7 @@ def prepare(
         np.save(folder / "counts.npy", train.counts)
         written = {file.path.name: file.hash.hexdigest() for split in (train, val) for file in split.files}
         meta = {
-            "format": 1,
+            "format": 1 if prefix is None else 2,
             "dtype": train.dtype.name,
             "vocab_size": len(tokenizer.vocab),
             "tokenizer": tokenizer.digest,

@@ -77,8 +77,9 @@ class Corpus:
             valid = False
         if not valid:
             raise UserError(f"{self.folder / 'meta.json'} is damaged: {AGAIN}")
-        if self.meta["format"] != 1:
-            raise UserError(f"{self.folder} has corpus format {self.meta['format']}, this program reads 1: {AGAIN}")
+        if self.meta["format"] not in (1, 2):  # 2: of sentences, which older programs would read as running text
+            what = f"corpus format {self.meta['format']}, this program reads 1 and 2"
+            raise UserError(f"{self.folder} has {what}: {AGAIN}")
         for name, digest in self.meta["sha256"].items():
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder / name} is missing: {AGAIN}")

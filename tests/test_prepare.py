@@ -27,6 +27,7 @@ from data.encode import HASHES, document_hash, pieces, token_dtype
 from data.prepare import prepare
 from data.workers import ordered_map
 from minidistil import files
+from minidistil.data import Corpus, meta_digest
 from minidistil.errors import UserError
 from minidistil.tokenizer import Tokenizer
 
@@ -82,7 +83,7 @@ def read(folder):
     train, val = (np.fromfile(folder / name, meta["dtype"]) for name in ("train.bin", "val.bin"))
     counts = np.load(folder / "counts.npy")
     tokenizer = Tokenizer.load(folder)
-    assert meta["format"] == 1 and meta["vocab_size"] == len(tokenizer.vocab) == len(counts)
+    assert meta["format"] == 1 + ("sentences" in meta) and meta["vocab_size"] == len(tokenizer.vocab) == len(counts)
     assert meta["tokenizer"] == tokenizer.digest
     assert meta["tokens"] == {"train": len(train), "val": len(val)}
     for side, ids in (("train", train), ("val", val)):
@@ -866,7 +867,7 @@ def test_any_number_of_workers_writes_the_same_sentences(tmp_path, vocab, prefix
     for name in names:
         assert files.sha256(tmp_path / "1" / name) == files.sha256(tmp_path / "2" / name)
     train, val, meta = read(tmp_path / "2")
-    assert meta["sentences"] == {"prefix": prefix}
+    assert meta["sentences"] == {"prefix": prefix} and meta["format"] == 2  # which older programs refuse
     assert set(meta["sha256"]) == {"train.bin", "val.bin", "counts.npy", "train.ends.bin", "val.ends.bin"}
     assert sum(meta["bytes"].values()) == sum(len(text) for parts in documents for text in parts)
     for side, found, (ids, ends) in zip(
@@ -892,6 +893,19 @@ def test_a_packed_corpus_is_what_it_was(tmp_path, monkeypatch):
         == [key.replace("created_by", "created by") for key in keys.split()]
     )
     assert not list((tmp_path / "out").glob("*.ends.bin"))
+
+
+def test_a_corpus_of_another_program_is_refused(tmp_path, vocab, documents):
+    source = tmp_path / "a.txt"
+    source.write_text("\n\n".join(documents))
+    prepare([source], vocab, tmp_path / "out", SHARE)
+    for number in (1, 2, 3):
+        meta = json.loads((tmp_path / "out" / "meta.json").read_text()) | {"format": number}
+        files.write_json(tmp_path / "out" / "meta.json", meta | {"meta_sha256": meta_digest(meta)})
+        if number < 3:
+            assert len(Corpus(tmp_path / "out").train) == meta["tokens"]["train"]
+    with pytest.raises(UserError, match="has corpus format 3, this program reads 1 and 2: "):
+        Corpus(tmp_path / "out")
 
 
 def test_few_sentences_hold_out_the_smallest_hashes(tmp_path, vocab):
