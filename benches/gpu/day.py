@@ -26,7 +26,7 @@ FILE_MIB = 15  # size of a file in --out, at most
 STAGES = {  # name: module of benches.gpu that has a function of this name
     "ceilings": "ceilings", "smoke": "smoke", "sweeps": "sweeps", "compare": "compare", "world": "steps",
     "step": "steps", "profile": "steps", "demo": "steps", "tests": "tools", "tool": "tools", "probe": "tools",
-    "pretend": "rehearsal",
+    "script": "tools", "pretend": "rehearsal",
 }  # fmt: skip
 SWEEPS = ("loss", "linear", "norm", "attention", "chunks", "cosine")
 
@@ -76,6 +76,8 @@ SECOND = [
     Stage("step:ours, masked rows@128", 40, need=20),
     Stage("step:original's way@128", 45, need=20),
     Stage("step:ours, all rows, --batch 5 as it comes", 45, need=25),
+    Stage("script:roofline", 40, need=15),
+    Stage("script:lesson", 60, need=20, silence=60),
     Stage("step:ours, masked rows, compiled", 75, need=35, silence=75),
 ]
 SKIPPED = "skipped: no time was left"

@@ -1,4 +1,4 @@
-"""pytest, ncu and compute-sanitizer, run on the kernels."""
+"""pytest, ncu and compute-sanitizer, run on the kernels, and the scripts of the lesson."""
 
 import csv
 import glob
@@ -15,6 +15,7 @@ from benches import ROOT
 from benches.kernel_cases import CASES
 from benches.kernels import both_passes
 
+SCRIPTS = {"roofline": ("bench.py", "roofline"), "lesson": ("kernels/lesson.py",)}  # what kernels/README.md refers to
 OTHERS = ("test_pretended_gpu", "test_gpu_day", "test_readme")  # they test what runs without a GPU
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum", "lts__t_sector_hit_rate.pct",
            "launch__registers_per_thread", "smsp__issue_active.avg.pct_of_peak_sustained_active",
@@ -48,6 +49,21 @@ def tests(run):
     if process.returncode:
         run.failed += 1
         run.record("pytest", "".join(last))
+
+
+def script(run):
+    """The script of SCRIPTS that the part names; its output is kept as PART.txt."""
+    command = [sys.executable, *SCRIPTS[run.part], *(["--out", str(run.out)] if run.part == "roofline" else [])]
+    command += ["--tiny"] if run.part == "roofline" and run.tiny else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    with open(run.out / f"{run.part}.txt", "w") as file:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            print(line, end="", file=file)
+    run.emit(unit=run.part, rc=process.wait())
+    if process.returncode and not run.null:  # whose numbers are wrong
+        run.failed += 1
+        run.record(run.part, (run.out / f"{run.part}.txt").read_text())
 
 
 def probe(run):
