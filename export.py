@@ -3,11 +3,12 @@
     python export.py --model runs/demo --to onnx             fp32: onnx/model.onnx in the model's folder
     python export.py --model runs/demo --to onnx-int8        int8: onnx/model_quantized.onnx
     python export.py --model runs/finetune-sst2/sst2 --to onnx-int8 --data GLUE    judged by its task's dev set
-    python export.py --model all-MiniLM-L6-v2 --to onnx-int8 --task stsb --data GLUE
+    python export.py --model all-MiniLM-L6-v2 --to onnx-int8 --task stsb --data GLUE    in runs/export/all-MiniLM-L6-v2
 
-These are the places and names where transformers.js and optimum look. The file and our model run on the same held-out
-items: differences, score, size and latency are printed, and kept in onnx/report.json. A file that loses more than
---max-loss is not written. The last line of stdout is one JSON object, what report.json says of the file.
+These are the places and names where transformers.js and optimum look. A folder other than the model's own (--out, or
+that of a downloaded model) gets config.json and the tokenizer, too: all that they need. The file and our model run on
+the same held-out items: differences, score, size and latency are printed, and kept in onnx/report.json. A file that
+loses more than --max-loss is not written. The last line of stdout is JSON: what report.json says of the file.
 """
 
 import dataclasses
@@ -31,15 +32,17 @@ from minidistil.export.gate import measure
 from minidistil.export.graphs import OPSET, Labels, Spans, open_graph, to_onnx
 from minidistil.export.held_out import from_corpus, from_task, from_texts
 from minidistil.export.session import library
+from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.tokenizer import Tokenizer
 
 FILES = {"onnx": "model.onnx", "onnx-int8": "model_quantized.onnx"}  # in the folder onnx
 FP32, INT8 = "ONNX, fp32", "ONNX, int8"
+CONFIG = "config.json"
 
 
 @dataclasses.dataclass
 class Settings:
-    model: str = option(None, "folder of the model, in which onnx/ is made", required=True)
+    model: str = option(None, "folder or name of the model", required=True)
     to: str = option(None, "fp32 or int8", choices=tuple(FILES), required=True)
     data: str = option(None, "held-out text: a folder of data/prepare.py, a file or folder of text; or a task's data "
                              "(default: the docs corpus, prepared once)")  # fmt: skip
@@ -48,6 +51,7 @@ class Settings:
     max_loss: float = option(1.0, "points of score that the file may cost; without a score, percent of agreement")
     exclude: str = option(None, "int8: groups that stay fp32, with commas: embeddings, layer.0, layer.1 ..., head")
     sentences: int = option(1000, "items of text that are compared, at most; of a task all")
+    out: str = option(None, "folder for onnx/ (default: the model's own; of a downloaded model runs/export/NAME)")
 
 
 def check_settings(settings):
@@ -62,6 +66,17 @@ def check_settings(settings):
         raise UserError(f"--task {settings.task} needs its data: name the folder with --data")
     for name in ("onnx", "onnxscript", "onnxruntime"):
         library(name)
+
+
+def destination(settings, folder):
+    """Returns the folder in which onnx/ is made; UserError where it holds another model."""
+    name = hub.published_name(settings.model)
+    out = settings.out or (pathlib.Path("runs", "export", name.rpartition("/")[2]) if name else folder)
+    out = pathlib.Path(out).expanduser()
+    if out.is_dir() and not out.samefile(folder) and (out / CONFIG).is_file():
+        if (out / CONFIG).read_bytes() != (folder / CONFIG).read_bytes():
+            raise UserError(f"{out} holds another model (its {CONFIG} differs): name another folder with --out")
+    return out
 
 
 def open_held_out(settings, folder, graph, tokenizer):
@@ -119,6 +134,7 @@ def export(settings):
     """Writes the file that `settings` describe; returns its record. Raises UserError where it is not good enough."""
     check_settings(settings)
     folder = hub.resolve(settings.model)
+    out = destination(settings, folder)
     graph, tokenizer = open_graph(folder), Tokenizer.load(folder)
     check_vocabulary("model", graph.config, tokenizer)
     held = open_held_out(settings, folder, graph, tokenizer)
@@ -139,14 +155,25 @@ def export(settings):
         "to": settings.to, "kind": graph.kind, "opset": OPSET, "excluded": exclude, "held_out": held.what,
         "results": rows, "device": device_name(torch.device("cpu")), "versions": versions(),
     }  # fmt: skip
-    write(folder, FILES[settings.to], data[INT8 if INT8 in data else FP32], record)
-    return {"file": str(folder / "onnx" / FILES[settings.to]), **record}
+    if not (out.is_dir() and out.samefile(folder)):
+        accompany(folder, out)
+    write(out, weights.digests(folder), FILES[settings.to], data[INT8 if INT8 in data else FP32], record)
+    return {"file": str(out / "onnx" / FILES[settings.to]), **record}
 
 
-def write(folder, name, data, record):
-    """Writes onnx/`name`, and its record into onnx/report.json beside those of the same weights' other file."""
+def accompany(folder, out):
+    """Copies what belongs to a model's ONNX file from its folder to another one: tokenizer, pooling, config.json."""
+    for name in (*hub.TOKENIZER, "generation_config.json", CONFIG):
+        if (folder / name).is_file():
+            with files.replacing(out / name) as temporary:
+                temporary.write_bytes((folder / name).read_bytes())
+    if modules_folder(folder):
+        write_pooling(out, read_pooling(folder), weights.read_config(folder))
+
+
+def write(folder, of, name, data, record):
+    """Writes onnx/`name`, and its record into onnx/report.json beside those of the other file `of` the same weights."""
     path, report = folder / "onnx" / name, folder / "onnx" / "report.json"
-    of = weights.digests(folder)
     known = weights.read_json(report) if report.is_file() else {}
     known = known if known.get("weights") == of else {"weights": of, "files": {}}
     with files.replacing(path, len(data)) as temporary:

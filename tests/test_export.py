@@ -26,7 +26,7 @@ from minidistil.export.held_out import HeldOut, from_corpus, from_task, from_tex
 from minidistil.export.session import Session
 from minidistil.export.tidy import DECODER, WORDS
 from minidistil.model import Config, LanguageModel
-from minidistil.pooling import Pooling, SentenceEncoder, write_pooling
+from minidistil.pooling import Pooling, SentenceEncoder, read_pooling, write_pooling
 from minidistil.tokenizer import Tokenizer
 
 onnx = pytest.importorskip("onnx", reason="pip install -r requirements-export.txt")
@@ -449,6 +449,30 @@ def test_a_wrong_command_is_one_line(folders):
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no-such-file" in done.stderr, done.stderr
     assert not (folders / "words" / "onnx").exists()
+
+
+def test_a_folder_of_its_own(folders, tmp_path, monkeypatch):
+    """A model of the cache stays as it is; its file is in a folder that has what transformers.js needs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "cache" / "models--some--vectors"
+    snapshot = shutil.copytree(folders / "vectors", place / "snapshots" / "11111111")
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("11111111")
+    (tmp_path / "text.txt").write_text("A cat. A dog. A house.")
+    before = sorted(snapshot.rglob("*"))
+    settings = export.Settings("some/vectors", "onnx", "text.txt")
+    record = export.export(settings)
+    out = tmp_path / "runs" / "export" / "vectors"
+    assert sorted(snapshot.rglob("*")) == before and record["file"] == "runs/export/vectors/onnx/model.onnx"
+    assert (out / "config.json").read_bytes() == (snapshot / "config.json").read_bytes()
+    assert Tokenizer.load(out).encode("a cat") == Tokenizer.load(snapshot).encode("a cat")
+    assert read_pooling(out) == read_pooling(snapshot) != Pooling()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="runs/export/vectors holds another model .*name another folder with --out"):
+        export.export(settings)
+    named = dataclasses.replace(settings, model=str(snapshot), out="here")
+    assert export.export(named)["file"] == "here/onnx/model.onnx" and (tmp_path / "here" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
