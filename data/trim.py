@@ -30,7 +30,7 @@ from minidistil.checks import check_vocabulary
 from minidistil.cli import option
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
-from minidistil.model import LanguageModel, num_params
+from minidistil.model import LanguageModel
 from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.safetensors import write_safetensors
 from minidistil.tokenizer import Tokenizer
@@ -87,12 +87,12 @@ def count_tokens(sources, tokenizer, workers, field, encoding):
 
 
 def cut_model(folder, out, ids):
-    """Writes a model folder whose vocabulary is these rows of another's; returns both Configs."""
+    """Writes a model folder whose vocabulary is these rows of another's; returns its Config and both sizes."""
     config = weights.read_config(folder)
     with torch.device("meta"):
         model = LanguageModel(config)
     tensors, names = weights.named_weights(folder, model)
-    rows = torch.tensor(ids)
+    rows, before = torch.tensor(ids), parameters(tensors)
     for ours in ("encoder.embeddings.words.weight", "head.bias"):
         for name in names.get(ours, ()):
             if name in tensors:  # an encoder has no head
@@ -110,7 +110,11 @@ def cut_model(folder, out, ids):
     values[FAMILIES[config.family].config_keys["vocab_size"]] = len(ids)
     write_safetensors(out / "model.safetensors", tensors)
     files.write_json(out / "config.json", values)
-    return config, weights.read_config(out)
+    return weights.read_config(out), {"before": before, "after": parameters(tensors)}
+
+
+def parameters(tensors):
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def main(argv):
@@ -135,14 +139,14 @@ def main(argv):
         raise UserError("the sources hold no text: name others")
     small, ids = tokenizer.cut(np.flatnonzero(used + held_out).tolist())
     small.save(out)
-    before, after = cut_model(folder, out, ids)
+    config, sizes = cut_model(folder, out, ids)
     if modules_folder(folder):  # of a sentence encoder
-        write_pooling(out, read_pooling(folder), after)
+        write_pooling(out, read_pooling(folder), config)
     summary = {
         "out": settings.out,
         "tokens": int(used.sum() + held_out.sum()),
         "pieces": {"before": len(tokenizer.vocab), "after": len(small.vocab)},
-        "parameters": {"before": num_params(before), "after": num_params(after)},
+        "parameters": sizes,
         "unseen_share": round(float(held_out[used == 0].sum() / max(1, held_out.sum())), 6),
         "seconds": round(time.perf_counter() - started, 2),
     }
