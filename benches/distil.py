@@ -15,10 +15,12 @@ from minidistil import plot
 from minidistil.cli import option
 from minidistil.run import read_metrics
 
-# name -> settings of train.py: the demo, longer, and its baselines with the same student, data and number of updates
+# name -> settings of train.py: the demo, longer, from other layers of its teacher, and its baselines with the same
+# student, data and number of updates
 VARIANTS = {
     "distilled": [],
     "distilled, 1,700 updates": ["--steps", "1700"],
+    "distilled, layers 0 and 1": ["--student-layers", "0,1"],
     "same start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0"],
     "random start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0", "--student-init", "random"],
 }
@@ -31,7 +33,10 @@ ABLATIONS = {
     "random start": (["--student-init", "random"], -3.69),
 }
 PUBLISHED_MASKS = ("--mask-share", "0.15")
-UNTRAINED = "student, layers alone, untrained"  # what no training has to earn
+UNTRAINED = {  # variant -> its row before the first update: what no training has to earn
+    "distilled": "student, layers alone, untrained",
+    "distilled, layers 0 and 1": "student, layers 0 and 1 alone, untrained",
+}
 METRICS = ("top1", "mlm_loss", "kl", "agreement")
 
 
@@ -107,10 +112,11 @@ def demo_table(results):
     lines = ["| | parameters | held-out top-1 | of the teacher's | masked-LM loss, nats | agrees with the teacher "
              "| seconds |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     lines.append(f"| teacher | {teacher['parameters']:,} | {teacher['top1']:.1%} | | {teacher['mlm_loss']:.3f} | | |")
-    for r in students[:1]:  # its curve begins before the first update
-        _, top1, loss = r["curve"][0]
-        row = [UNTRAINED, f"{r['parameters']:,}", f"{top1:.1%}", f"{top1 / teacher['top1']:.1%}", f"{loss:.3f}"]
-        lines.append(f"| {' | '.join(row)} | | |")
+    for r in students:
+        if name := UNTRAINED.get(r["provider"]):
+            _, top1, loss = r["curve"][0]  # which begins before the first update
+            row = [name, f"{r['parameters']:,}", f"{top1:.1%}", f"{top1 / teacher['top1']:.1%}", f"{loss:.3f}"]
+            lines.append(f"| {' | '.join(row)} | | |")
     for r in students:
         row = [f"student, {r['provider']}", f"{r['parameters']:,}", with_spread(r, "top1", ".1%")]
         row += [f"{r['top1'][0] / teacher['top1']:.1%}", with_spread(r, "mlm_loss", ".3f")]

@@ -15,7 +15,7 @@ import torch
 from pictures import svg_texts
 
 import bench
-from benches import RESULTS, ROOT, kernels, prepare, roofline, step, tokenizer
+from benches import RESULTS, ROOT, distil, kernels, prepare, roofline, step, tokenizer
 from benches.kernel_cases import CASES as KERNEL_CASES
 from benches.report import Report, attempt, fitted
 from data import docstrings
@@ -201,6 +201,16 @@ def test_roofline(tmp_path, capsys):
     point = dict(computation="cosine", provider="ours", gflop_per_s=10, of_limit=0.2)
     for per_byte, limited in ((9.9, "memory"), (10.1, "products")):
         assert f"| {limited} | 20% |" in roofline.table([*known, dict(point, operations=per_byte, bytes=1)])
+
+
+def test_the_demo_has_a_row_for_each_start():
+    """Each pair of layers that a student begins with is a row, as it is before the first update."""
+    teacher, first, *_ = bench.results_of(RESULTS, "demo")
+    other = {**first, "provider": "distilled, layers 0 and 1", "curve": [[0, teacher["top1"] / 2, 4.25]]}
+    lines = distil.demo_table([teacher, first, other]).splitlines()
+    names = [line.split("|")[1].strip() for line in lines[2:]]
+    assert names == ["teacher", *distil.UNTRAINED.values(), *(f"student, {name}" for name in distil.UNTRAINED)]
+    assert "| 50.0% | 4.250 | | |" in lines[4] and set(distil.UNTRAINED) <= set(distil.VARIANTS)
 
 
 def kernel_rows(case, out):
