@@ -16,6 +16,7 @@ import torch.nn as nn
 from minidistil import files, weights
 from minidistil.errors import UserError
 from minidistil.model import Encoder, initialise
+from minidistil.tokenizer import Tokenizer
 
 TYPES = "Transformer", "Pooling", "Normalize"  # of the modules, in their order
 MODES = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}  # mode -> its flag in 1_Pooling
@@ -92,6 +93,11 @@ def read_pooling(folder):
     length, settings = (_optional(place, name) for name in ("sentence_bert_config", "config_sentence_transformers"))
     if not length:  # of an older folder, beside the model
         length = _optional(pathlib.Path(folder), "sentence_bert_config")
+    if length.get("do_lower_case"):  # of the text, whatever the vocabulary does
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.encode("A") != tokenizer.encode("a"):
+            what = "sentence_bert_config.json has do_lower_case, and the vocabulary has capitals"
+            raise UserError(f"{folder}: {what}: make the text lower case, and do_lower_case false")
     longest = length.get("max_seq_length") or _optional(pathlib.Path(folder), "tokenizer_config").get(
         "model_max_length"
     )

@@ -73,6 +73,19 @@ def test_a_model_in_0_transformer(tiny, tmp_path):
     assert np.array_equal(embed(place, TEXTS), want)
 
 
+def test_text_that_the_library_would_make_lower_case(tiny, tmp_path):
+    """It does so before tokenisation: nothing new for a vocabulary without capitals, refused for any other."""
+    folder = write(tiny, tmp_path / "model", Pooling("mean", True, 8))
+    values = json.loads((folder / "sentence_bert_config.json").read_text()) | {"do_lower_case": True}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(values))
+    assert read_pooling(folder) == Pooling("mean", True, 8)
+    (folder / "tokenizer.json").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"do_lower_case": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the vocabulary has capitals: make the text lower case"):
+        read_pooling(folder)
+
+
 def test_a_folder_that_says_nothing_is_pooled_by_the_mean(tiny):
     assert read_pooling(tiny / "teacher") == Pooling("mean", False, None)
     ids = torch.tensor([[2, 9, 10, 3]])
