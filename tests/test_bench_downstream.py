@@ -115,6 +115,18 @@ def test_retention_repeats_no_finished_job(tiny, glue, scripts):
     assert [flag(words, "--seed") for words in new] == ["2"]
 
 
+def test_retention_of_another_text_trains_again(tiny, glue, scripts):
+    """Nothing is taken from students of the text as it was."""
+    given = dict(layers="2", minutes=1.0, recipes=f"vectors,{recipes.PEER}", task="", text="more.txt")
+    old = pathlib.Path("runs/retention/teacher-2-tiny/students/vectors-0/old")
+    for text_now, runs in (("A cat.", 3 * 2), ("A cat.", 0), ("A dog.", 3 * 2)):  # a probe and two seeds of each
+        pathlib.Path("more.txt").write_text(text_now)
+        done = len(scripts)
+        retained(tiny, glue, **given)
+        assert sum(words[0] != "data/prepare.py" for words in scripts[done:]) == runs and old.exists() == (runs == 0)
+        old.touch()
+
+
 def test_retention_without_tasks_scores_vectors_alone(tiny, glue, scripts):
     rows = retained(tiny, glue, layers="2", task="", recipes="undistilled,vectors")
     assert {words[0] for words in scripts} == {"data/prepare.py", "train.py"}
@@ -273,13 +285,13 @@ def test_qnli_without_a_training_set_is_halved(glue, tmp_path):
     assert text.with_qnli(folder, tmp_path / "other") == folder  # a whole one stays
 
 
-def test_texts_have_equal_shares(glue, tmp_path, monkeypatch):
+def test_texts_have_their_shares(glue, tmp_path, monkeypatch):
     """A short source is repeated, a long one cut; each text is written whole."""
     train, _ = tasks.load("sst2", glue)
     texts = list(dict.fromkeys(example.first for example in train))
     whole = sum(len(t) + 1 for t in texts)
     for limit in (whole // 3, 3 * whole // 2):
-        monkeypatch.setattr(text, "LIMIT", limit)
+        monkeypatch.setitem(text.SHARES, "sst2", limit)
         (path,) = text.write_texts(glue, tmp_path)
         content = pathlib.Path(path).read_text()
         assert limit - 100 < len(content) <= limit

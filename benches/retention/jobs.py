@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,9 +123,11 @@ def train(plan, recipe, steps, seed, out):
         words = ["train.py", "--teacher", plan.teacher, *plan.shape, "--data", plan.corpus, "--dtype", plan.dtype]
         words += shlex.split(f"{flags(recipe, plan.with_head)} {plan.settings.train or ''}")
     words += ["--steps", steps, "--seed", seed, "--out", out]
-    log = out.with_name(f"{out.name}.log")
+    log, result = out.with_name(f"{out.name}.log"), out.with_name(f"{out.name}.json")
 
     def work():
+        if result.is_file():  # of another text, or another time
+            shutil.rmtree(out, ignore_errors=True)
         resume = ["--resume"] if (out / CHECKPOINT).is_file() else []
         summary = script(log, plan.threads, *words, *resume)
         seconds = summary["seconds"]
@@ -133,7 +136,7 @@ def train(plan, recipe, steps, seed, out):
         return {"steps": summary["steps"], "seconds": seconds}
 
     asked = [*map(str, words), *weights.digests(plan.teacher), *map(files.sha256, plan.texts)]
-    return once(out.with_name(f"{out.name}.json"), asked, work)
+    return once(result, asked, work)
 
 
 def probe(plan, recipe):
