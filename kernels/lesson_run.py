@@ -73,6 +73,14 @@ def right(found, truth, eager):
 # ---- checks: each yields (what, where README.md treats it, whether it holds)
 
 
+def nan_check():
+    """Returns the name of the check for NaN, which an older interpreter cannot fail."""
+    import triton
+
+    older = DEVICE == "cpu" and triton.__version__.startswith("3.6.")
+    return "NaN" + older * " (where a GPU may lose it, the interpreter of Triton 3.6 does not: take a newer one)"
+
+
 def forward_checks(kernel, BLOCK, WARPS, definition):
     how = dict(BLOCK=BLOCK, WARPS=WARPS)
 
@@ -106,7 +114,7 @@ def forward_checks(kernel, BLOCK, WARPS, definition):
     s, t, labels = logits(4, BLOCK + 77)
     s[1, 9] = t[2, BLOCK + 50] = float("nan")
     kl, _ = forward(kernel, s, t, labels, 2, **how)
-    yield "NaN", "1, what can go wrong", kl.isnan().tolist() == [False, True, True, False]
+    yield nan_check(), "1, what can go wrong", kl.isnan().tolist() == [False, True, True, False]
 
     s, t, labels = logits(4, BLOCK - 40)
     labels[1:3] = torch.tensor([BLOCK - 40, -5])

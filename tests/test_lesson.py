@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+LOSES_NAN = not triton.__version__.startswith("3.6.")  # the interpreter's maximum, as a GPU's
 LESSON = pathlib.Path(__file__).parent.parent / "kernels" / "lesson.py"
 INF, STUDENT, NAN = "-inf", "-inf of the student alone", "NaN"
 LABEL, STRIDE = "a label outside the vocabulary", "row * stride in 32 bits, which end at 70,345 rows"
@@ -48,7 +49,8 @@ def ladder():
     ("6", [], 9), ("7", [], 5), ("8", [], 1),
 ])  # fmt: skip
 def test_each_rung_is_right_but_for_the_traps_of_later_ones(rung, wrong, right, ladder):
-    assert ladder[rung][:2] == [wrong, right]
+    kept = [name for name in wrong if name != NAN or LOSES_NAN]
+    assert ladder[rung][:2] == [kept, right + len(wrong) - len(kept)]
 
 
 def test_each_rung_executes_less(ladder):
@@ -72,7 +74,7 @@ def test_a_kernel_of_the_reader(tmp_path):
     assert status == 0 and [found[:2] for found in rungs.values()] == [[[], 9]], said
     mine.write_text(head.replace(", propagate_nan=tl.PropagateNan.ALL", "") + "\nforward = every_row\n")
     status, rungs, _ = run("check", mine)
-    assert status == 1 and [found[:2] for found in rungs.values()] == [[[NAN], 8]]
+    assert status == LOSES_NAN and [found[:2] for found in rungs.values()] == [[[NAN], 8] if LOSES_NAN else [[], 9]]
     mine.write_text(head + "\nforward = backward\n")
     status, _, said = run("check", mine)
     assert (
