@@ -101,8 +101,8 @@ def test_the_stopwatch_counts_all_updates_but_the_first():
 def test_kernels_can_be_left_out(tmp_path, monkeypatch):
     """`no kernels` launches none where they would serve: interpreted here, on a GPU there."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(cosine, "_forward", None)
-    monkeypatch.setattr(layer_norm, "_forward", None)
+    for module, name in ((cosine, "_forward"), (layer_norm, "_forward"), (layer_norm, "_forward_kernel")):
+        monkeypatch.setattr(module, name, None)
     monkeypatch.setattr(linear_distill_kl, "_loss_and_gradient_kernel", None)
     shape = step.TINY_STEP | dict(accum=1)
     step.make_world(tmp_path, shape, 20_000)
