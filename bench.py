@@ -71,7 +71,7 @@ CASES = {
 ON_CPU = ("prepare", "tokenizer", "infer", "export", "lesson", "temperature")
 # results that depend on the device by rounding at most
 QUALITY = ("demo", "ablation", "retention", "lesson", "temperature")
-PROCESSORS = (".", "zen4")  # folders in results/ of the README's tables, each of one processor
+FOLDERS = (".", "zen4", "retention-a")  # in results/, of the README's tables: by processor, by comparison
 # the README's tables, in its order
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer", "export")
 
@@ -137,7 +137,7 @@ def main(argv):
         if not any(folder.glob("*.json")):
             raise UserError(f"there are no results in {folder}: name the folder of the JSON files with --out")
         if name == "readme":
-            places = [(folder / name, case) for case in README for name in PROCESSORS]
+            places = [(folder / name, case) for case in README for name in FOLDERS]
             print("\n\n".join(table(case, results_of(place, case)) for place, case in places
                                if (place / f"{case}.json").exists()))  # fmt: skip
             return 0
