@@ -116,7 +116,7 @@ def test_retention_repeats_no_finished_job(tiny, glue, scripts):
     assert [flag(words, "--seed") for words in new] == ["2"]
 
 
-def test_retention_of_another_text_trains_again(tiny, glue, scripts):
+def test_retention_of_another_text_trains_again(tiny, glue, scripts, monkeypatch):
     """Nothing is taken from students of the text as it was."""
     given = dict(layers="2", minutes=1.0, recipes=f"vectors,{recipes.PEER}", task="", text="more.txt")
     old = pathlib.Path("runs/retention/teacher-2-tiny/students/vectors-0/old")
@@ -126,6 +126,18 @@ def test_retention_of_another_text_trains_again(tiny, glue, scripts):
         retained(tiny, glue, **given)
         assert sum(words[0] != "data/prepare.py" for words in scripts[done:]) == runs and old.exists() == (runs == 0)
         old.touch()
+    # what an interruption leaves of a student of yet another text is still there when it is resumed
+    pathlib.Path("more.txt").write_text("A house.")
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "script", lambda *words: pathlib.Path(flag(words, "--out")).mkdir(parents=True) or 1 / 0)
+        settings = retention.Settings(teacher=str(tiny / "teacher"), data=str(glue), tiny=True, **given)
+        plan = retention.open_plan(settings, ["vectors"])
+        with pytest.raises(ZeroDivisionError):
+            jobs.train(plan, "vectors", 240, 0, old.parent)
+    assert old.parent.is_dir() and not old.exists()
+    old.touch()
+    jobs.train(plan, "vectors", 240, 0, old.parent)
+    assert old.exists()
 
 
 def test_retention_without_tasks_scores_vectors_alone(tiny, glue, scripts):

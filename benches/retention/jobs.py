@@ -126,8 +126,9 @@ def train(plan, recipe, steps, seed, out):
     log, result = out.with_name(f"{out.name}.log"), out.with_name(f"{out.name}.json")
 
     def work():
-        if result.is_file():  # of another text, or another time
+        if result.is_file():  # of another text or other settings; without it, an interrupted run is resumed
             shutil.rmtree(out, ignore_errors=True)
+            result.unlink()
         resume = ["--resume"] if (out / CHECKPOINT).is_file() else []
         summary = script(log, plan.threads, *words, *resume)
         seconds = summary["seconds"]
