@@ -47,6 +47,7 @@ from minidistil.energy import Meter
 from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT, claimed, command, inheritable
 from minidistil.memory import keep_freed_memory, peak_rss_mib
+from minidistil.pooling import read_pooling
 from minidistil.precision import precision
 from minidistil.progress import Progress, lr_at
 from minidistil.rng import mix
@@ -63,6 +64,7 @@ class Settings:
     model: str = option(None, "model to fine-tune: folder, name on the Hugging Face Hub, or bilstm", required=True)
     data: str = option(None, "GLUE folder, folder of the task, or (imdb, squad) a single file")
     out: str = option(None, "output folder (default: runs/finetune-TASK, a new one each time)")
+    vectors: bool = option(False, "classify the vectors of a sentence encoder; it reads the texts of a pair one by one")
     words: str = option(None, "model that gives a bilstm its word vectors and vocabulary (default: the teacher)")
     # examples of your own: --task FILE, a .tsv, .csv or .jsonl
     columns: str = option(None, "columns of the text, or two texts, and of the label, with commas (default: by name)")
@@ -99,7 +101,7 @@ class Settings:
 # Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
 # contents of the files that they name, which are compared.
 PATHS = ("data", "dev", "model", "words", "teacher")
-MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every watts grams_per_kwh".split()}
+MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every watts grams_per_kwh vectors".split()}
 
 
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop, ranks):
@@ -203,9 +205,10 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
     teachers = settings.teacher.split(",") if settings.teacher else []
     own = table.read_table(settings.task, settings.columns, settings.dev, settings.held_out) if is_own else None
+    prefix = read_pooling(folder).prompt if settings.vectors else None
     identity = {
         **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
-        "model": "bilstm" if as_bilstm else "encoder",
+        "model": "bilstm" if as_bilstm else "vectors" if settings.vectors else "encoder",
         "weights": weights.digests(folder),
     }
     if settings.resume:
@@ -214,7 +217,7 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
         inherited = inheritable(dataclasses.asdict(settings), (*PATHS, "task") if own else PATHS)
         state = ranks.broadcast(lambda: scores.begin(inherited, identity, settings.dtype, device))
     for name in names:  # before hours go into the first
-        task, folders = outline(name, own), distil.find_teachers(teachers, outline(name, own))
+        folders = distil.find_teachers(teachers, task := outline(name, own, settings.vectors))
         if next_run(state["runs"].get(name, []), rates, settings.seed, settings.seeds) is not None:
             check_model(folder, config, tokenizer, task, as_bilstm)
             for teacher in folders:
@@ -232,7 +235,7 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
 
     with SignalFlag() as stop, Meter(device, settings.watts, before, ranks.print0) as meter:
         for name in names:
-            task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples, own)
+            task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples, own, prefix)
             if not as_bilstm:
                 check_positions(folder, config, task)
             scores.require_same_for(name, state, "data", digest(task.train), out)

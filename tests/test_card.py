@@ -47,9 +47,9 @@ def cached(monkeypatch, tmp_path, name, folder):
 
 
 def python_of(folder):
-    """The Python in a card, run in its folder."""
-    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """The Python in a card, run in its folder, with minidistil's checkout at hand."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -274,6 +274,17 @@ def test_cards_of_tasks(tiny, glue, tmp_path, monkeypatch):
         assert f"median {summary['tasks'][task]['score']:.2f}" in text and str(glue) not in text
         assert "score" in python_of(folder) and "Of 4 training runs on 2 tasks together: " in text
     assert state["energy"]["estimated_kwh"] > 0 and len(state["joules"]) == 5
+
+
+def test_cards_of_sentence_vectors(tiny, glue, tmp_path):
+    """They say how to get the vector, by the library, and the label or the score, by minidistil."""
+    pytest.importorskip("sentence_transformers")
+    tuned(tiny, glue, tmp_path / "out", "sst2,stsb", vectors=True, examples=24, epochs=1.0)
+    for task, labels in {"sst2": "('negative', 'positive')", "stsb": "('score',)"}.items():
+        head, _ = loaded(tmp_path / "out" / task)
+        assert (head["library_name"], head["pipeline_tag"]) == ("sentence-transformers", "text-classification")
+        assert f"{labels} [array([" in python_of(tmp_path / "out" / task)
+        assert command_of(tmp_path / "out" / task).endswith(" --vectors")
 
 
 def test_a_file_in_the_form_of_squad_is_no_squad(tiny, tmp_path):

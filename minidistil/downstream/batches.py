@@ -31,6 +31,16 @@ def encode_pair(tokenizer, first, second, T):
     return ids, [0] * (len(a) + 1 + len(between)) + [tokenizer.second_type] * (len(b) + 1)
 
 
+def encode_apart(tokenizer, first, second, T):
+    """Returns the item of texts that are encoded one by one: [CLS] first [SEP], then [CLS] second [SEP] of type 1.
+
+    Each has at most T tokens.
+    """
+    texts = [first] if second is None else [first, second]
+    rows = [[tokenizer.cls_id, *tokenizer.encode(text)[: T - 2], tokenizer.sep_id] for text in texts]
+    return sum(rows, []), [k for k, row in enumerate(rows) for _ in row]
+
+
 def batches(lengths, batch, seed, epoch):
     """Returns one epoch: a list of index arrays of `batch` items of similar length; one may be smaller."""
     n = len(lengths)

@@ -55,13 +55,14 @@ def card(folder):
     own = "columns" in state  # a table of one's own, whatever its name
     known = None if own else data_set(task, settings["data"])
     pair = len(state["columns"]["texts"]) == 2 if own else task in TASKS and TASKS[task].pair
-    bilstm, squad = settings["model"] == "bilstm", task == "squad" and not own
+    bilstm, squad, vectors = settings["model"] == "bilstm", task == "squad" and not own, settings.get("vectors")
     base = None if bilstm else hub.published_name(settings["model"])
+    library = None if bilstm else "sentence-transformers" if vectors else "transformers"
     name = f"{title_of(folder.resolve().parent)}-{task}"
     try:
         found = results(task, metrics, known) if known else []
         top = head(
-            base_model=base, base_model_relation=base and "finetune", library_name=None if bilstm else "transformers",
+            base_model=base, base_model_relation=base and "finetune", library_name=library,
             pipeline_tag="question-answering" if squad else "text-classification",
             datasets=[known[0]] if known else None, language="en" if known else None,
             metrics=sorted({result.metric_type for result in found}),
@@ -74,7 +75,7 @@ def card(folder):
         f"# {plain(name)}", _what(task, settings, base, known),
         "## Training", _training(settings, kept, state["dtype"]),
         "## Held-out examples", _scores(runs, kept),
-        "## How to load it", *_loading("FILE" if own else task, bilstm, squad, pair),
+        "## How to load it", *_loading("FILE" if own else task, bilstm, squad, vectors, pair),
         *of_energy(state["energy"], sum(map(len, state["runs"].values())), len(state["runs"])),
     ]) + "\n"  # fmt: skip
 
@@ -113,7 +114,7 @@ def _scores(runs, kept):
     return table([["metric", "percent"], *([name, f"{value:.2f}"] for name, value in last.items())]) + f"\n\n{note}."
 
 
-def _loading(task, bilstm, squad, pair):
+def _loading(task, bilstm, squad, vectors, pair):
     """Returns the parts of a card that say how to load the model; the code runs in its folder."""
     here = 'folder = "."  # this folder; elsewhere its path, or its name on the Hub'
     if squad:  # for which transformers 5 has no pipeline any more
@@ -126,13 +127,26 @@ def _loading(task, bilstm, squad, pair):
             "first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()",
             'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
         )  # fmt: skip
+    elif vectors:
+        yield code("python", "from sentence_transformers import SentenceTransformer", "", here,
+                   'print(SentenceTransformer(folder).encode("One sentence."))  # its vector')  # fmt: skip
+        texts = '"One sentence.", "Another one."' if pair else '"One sentence.", None'
+        yield "With minidistil, from its checkout, the classifier of these vectors, too:"
+        yield code(
+            "python", "import torch", "from minidistil.downstream.batches import encode_apart, predict",
+            "from minidistil.downstream.heads import load_finetuned", "from minidistil.tokenizer import Tokenizer", "",
+            here, "(model, labels), tokenizer = load_finetuned(folder), Tokenizer.load(folder)",
+            f"item = encode_apart(tokenizer, {texts}, 128)",
+            'print(labels, predict(model, [item], tokenizer.pad_id, torch.device("cpu")))',
+        )  # fmt: skip
     elif not bilstm:
         given = '{"text": "One sentence.", "text_pair": "Another one."}' if pair else '"One sentence."'
         yield code("python", "from transformers import pipeline", "", here,
                    'model = pipeline("text-classification", model=folder)', f"print(model({given}))")  # fmt: skip
     yield "With minidistil, from its checkout, as a teacher:"
     data = "" if task == "FILE" else " --data DATA"
-    yield code("", f"python finetune.py --task {task} --model STUDENT{data} --teacher FOLDER")
+    how = " --vectors" if vectors else ""
+    yield code("", f"python finetune.py --task {task} --model STUDENT{data} --teacher FOLDER{how}")
 
 
 def write_results(out, state):

@@ -26,6 +26,8 @@ def check_settings(settings):
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")
     if settings.words and settings.model != "bilstm":
         raise UserError("--words is for --model bilstm: leave it out")
+    if settings.vectors and (settings.model == "bilstm" or "squad" in str(settings.task).split(",")):
+        raise UserError("--vectors classifies sentence vectors, which neither a bilstm nor squad has: leave it out")
     if settings.resume and settings.out is None:
         raise UserError("--resume needs to know which run: name its folder with --out")
     if None in (settings.task, settings.model):

@@ -18,7 +18,7 @@ from kernels.distill_kl import distill_kl
 from minidistil.checks import check_vocabulary
 from minidistil.data import IGNORE
 from minidistil.downstream.batches import predict_shared
-from minidistil.downstream.heads import MASKED_LOGIT, Classifier, load_finetuned, read_finetuned
+from minidistil.downstream.heads import MASKED_LOGIT, SpanReader, VectorClassifier, load_finetuned, read_finetuned
 from minidistil.downstream.tasks import check_model, check_positions
 from minidistil.errors import UserError
 from minidistil.precision import cast_products
@@ -83,8 +83,10 @@ def check_teacher(folder, task, tokenizer):
     config, kind, labels = read_finetuned(folder)
     if kind is not task.kind:
         what = f"it is a ...{kind.hub_name}, not a ...{task.kind.hub_name}"
+        if VectorClassifier in (kind, task.kind):
+            what += ": teacher and student both learn with --vectors, or neither does"
         raise UserError(f"{folder} was not fine-tuned for {task.name} ({what}): give a model that was")
-    if kind is Classifier:
+    if kind is not SpanReader:
         label_order(folder, labels, task)
     if Tokenizer.load(folder).digest != tokenizer.digest:
         raise UserError(f"{folder} and the student have different vocabularies: they must agree word for word")
@@ -98,7 +100,7 @@ def load_teachers(folders, task):
     for folder in find_teachers(folders, task):
         model, labels = load_finetuned(folder)
         check_positions(f"the teacher {folder}", model.config, task)
-        if type(model) is Classifier:
+        if task.kind is not SpanReader:
             order = label_order(folder, labels, task)
             state = {name: t[order] if name.startswith("classify.") else t for name, t in model.state_dict().items()}
             model.load_state_dict(state, assign=True)

@@ -6,6 +6,7 @@
     train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
     dev = [items, ...]       one per held-out split
     teacher                  () or two lists with an array per training item: see `distil.ensemble`
+    length(item)             tokens of the longest sequence in an item
     evaluate(logits)         logits of `dev`, per split, from `predict` -> {"score", official metrics}
 """
 
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 from minidistil.downstream import glue, metrics, squad, table
-from minidistil.downstream.batches import encode_pair
-from minidistil.downstream.heads import Classifier, SpanReader
+from minidistil.downstream.batches import encode_apart, encode_pair
+from minidistil.downstream.heads import Classifier, SpanReader, VectorClassifier
 from minidistil.errors import UserError
 from minidistil.rng import mix
 
@@ -34,19 +35,23 @@ class Outline(typing.NamedTuple):
     pair: bool  # of texts, the second of which has token type 1
 
 
-def outline(name, own=None):
-    """Returns the Outline of the task of this name, or of one's own labels, as `table.read_table` returns them."""
+def outline(name, own=None, vectors=False):
+    """Returns the Outline of the task of this name, or of one's own labels, as `table.read_table` returns them.
+
+    `vectors`: whether sentence vectors are classified.
+    """
     if name == "squad" and not own:
         return Outline(name, SpanTask.kind, SpanTask.labels, pair=True)
     task = own[0] if own else glue.TASKS[name]
-    return Outline(name, SentenceTask.kind, task.labels or ("score",), task.pair)
+    return Outline(name, VectorClassifier if vectors else Classifier, task.labels or ("score",), task.pair)
 
 
 def check_model(role, config, tokenizer, task, words_only=False):
     """Raises UserError for a causal model, and where one lacks the second token type that a task of pairs needs.
 
-    `words_only`: a BiLSTM takes nothing but its words, so that their types do not matter.
+    A VectorClassifier has no pairs in a sequence. `words_only`: nor has a BiLSTM, which takes nothing but the words.
     """
+    words_only |= task.kind is VectorClassifier
     if config.causal:
         raise UserError(f"{role} is a {config.family}, which is not fine-tuned here: use a BERT or RoBERTa")
     if task.pair and not words_only and not config.has_type(tokenizer.second_type):
@@ -56,7 +61,7 @@ def check_model(role, config, tokenizer, task, words_only=False):
 
 def check_positions(role, config, task):
     """Raises UserError where an item of a task (with its data) is longer than a model reads."""
-    longest = max(len(ids) for items in (task.train[0], *task.dev) for ids, _ in items)
+    longest = max(task.length(item) for items in (task.train[0], *task.dev) for item in items)
     if longest > config.positions:
         raise UserError(f"{role} has {config.positions} positions: use --seq-len {config.positions} or less")
 
@@ -86,14 +91,16 @@ def compact(item):
 class SentenceTask:
     """A glue.Task with its training Examples and {split: Examples}; `limit`: number of training examples.
 
-    A model learns the scores of one's own regression as (score - shift) / scale, of mean 0 and variance 1, which any
-    learning rate reaches; STS-B's are learnt as they are, as published.
+    With a `prefix`, which may be "", texts are encoded one by one, each after it, for a VectorClassifier. A model
+    learns the scores of one's own regression as (score - shift) / scale, of mean 0 and variance 1, which any learning
+    rate reaches; STS-B's are learnt as they are, as published.
     """
 
-    kind, teacher = Classifier, ()
+    teacher = ()
 
-    def __init__(self, task, train, examples, tokenizer, T, limit=None):
+    def __init__(self, task, train, examples, tokenizer, T, limit=None, prefix=None):
         self.name, self.task, self.examples = task.name, task, examples
+        self.kind = Classifier if prefix is None else VectorClassifier
         self.labels = self.task.labels or ("score",)
         self.regression = not self.task.labels
         train = subsample(train, limit)
@@ -101,12 +108,21 @@ class SentenceTask:
         own = self.regression and task is not glue.TASKS["stsb"]
         self.shift, self.scale = (float(scores.mean()), float(scores.std()) or 1.0) if own else (0.0, 1.0)
 
+        def item(example):
+            if prefix is None:
+                return encode_pair(tokenizer, example.first, example.second, T)
+            return encode_apart(tokenizer, *(None if text is None else prefix + text for text in example[:2]), T)
+
         def items(examples):
-            return [compact(encode_pair(tokenizer, e.first, e.second, T)) for e in examples]
+            return [compact(item(example)) for example in examples]
 
         dtype = torch.float32 if self.regression else torch.int64
         self.train = items(train), torch.from_numpy((scores - self.shift) / self.scale).to(dtype)
         self.dev = [items(examples) for examples in self.examples.values()]
+
+    def length(self, item):
+        """Returns how many tokens of an item the encoder reads in a sequence."""
+        return len(item[0]) if self.kind is Classifier else int(np.bincount(item[1]).max())
 
     def evaluate(self, logits):
         per_split = {}
@@ -136,6 +152,9 @@ class SpanTask:
         self.windows = [squad.windows(q, tokenizer, T, T // 3) for q in self.questions]
         self.dev = [[compact((w.ids, w.types)) for group in self.windows for w in group]]
 
+    def length(self, item):
+        return len(item[0])
+
     def evaluate(self, logits):
         rows, answers = iter(logits[0]), {}
         for question, windows in zip(self.questions, self.windows, strict=True):
@@ -145,12 +164,15 @@ class SpanTask:
         return {"score": scores["f1"], **scores}
 
 
-def open_task(name, data, tokenizer, seq_len=None, limit=None, own=None):
-    """Returns the SentenceTask or SpanTask of this name, encoded: read from `data`, or `own`, a table read before."""
+def open_task(name, data, tokenizer, seq_len=None, limit=None, own=None, prefix=None):
+    """Returns the SentenceTask or SpanTask of this name, encoded: read from `data`, or `own`, a table read before.
+
+    `prefix`: None, or what stands before each sentence whose vector is classified.
+    """
     T = seq_len or SEQ_LEN.get(name, 128)
     if name == "squad" and not own:
         return SpanTask(data, tokenizer, T, limit)
-    return SentenceTask(*(own or (glue.TASKS[name], *glue.load(name, data))), tokenizer, T, limit)
+    return SentenceTask(*(own or (glue.TASKS[name], *glue.load(name, data))), tokenizer, T, limit, prefix)
 
 
 def task_names(text, data):
