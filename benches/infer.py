@@ -64,7 +64,8 @@ def open_models(settings, work):
             weights.save_model(folders[name], Classifier(config, 1, seed), id2label={"0": "score"})
         models[name], _ = load_finetuned(folders[name])
         if not isinstance(models[name], Classifier):
-            raise UserError(f"{folders[name]} does not classify sentences: fine-tune one on a task of GLUE")
+            way = "fine-tune one on a task of GLUE, without --vectors"
+            raise UserError(f"{folders[name]} is no classifier of [CLS]: {way}")
         config = models[name].config.student(max(1, models[name].config.layers // 2))
     return folders, models
 

@@ -220,7 +220,7 @@ def test_accuracy_is_that_of_its_own_task(world):
 
 
 def test_models_that_do_not_fit(world):
-    with pytest.raises(UserError, match="reader does not classify sentences"):
+    with pytest.raises(UserError, match="reader is no classifier"):
         measure(teacher=world / "reader")
     fewer = Classifier(Config(vocab_size=50, layers=1, heads=1, width=8, mlp_width=8), 2)
     weights.save_model(world / "fewer", fewer)

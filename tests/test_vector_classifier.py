@@ -17,6 +17,7 @@ from minidistil.downstream.heads import VectorClassifier, load_finetuned, split_
 from minidistil.downstream.models import build_model
 from minidistil.downstream.tasks import SentenceTask, compact, open_task
 from minidistil.errors import UserError
+from minidistil.export.graphs import Vectors, open_graph
 from minidistil.model import LanguageModel
 from minidistil.pooling import Pooling, read_pooling, write_pooling
 from minidistil.safetensors import read_safetensors
@@ -87,7 +88,7 @@ def test_learns_pairs_and_leaves_a_sentence_encoder(stsb, tiny, glue):
     task = open_task("stsb", glue, Tokenizer.load(folder), prefix="")
     kept = task.evaluate([predict(model, task.dev[0], 0, CPU)])
     assert kept["score"] == pytest.approx(summary["tasks"]["stsb"]["score"], abs=0.01)
-    assert read_pooling(folder).normalize
+    assert read_pooling(folder).normalize and isinstance(open_graph(folder), Vectors)  # export.py writes its encoder
     library = pytest.importorskip("sentence_transformers")
     text = official.load("stsb", glue)[1]["dev"][0].first
     theirs = library.SentenceTransformer(str(folder), device="cpu").encode(text, normalize_embeddings=True)
