@@ -1,8 +1,10 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 import pathlib
 
+import interpreter
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ if not torch.cuda.is_available():  # Triton decides once, when it is imported, w
     import kernels.layer_norm
     import kernels.linear_distill_kl  # noqa: F401
 
+    if importlib.util.find_spec("triton"):
+        interpreter.prepare_once_a_launch()
     del os.environ["TRITON_INTERPRET"]  # processes that tests start, and tests that do not ask for it, use no kernels
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -14,6 +14,8 @@ import sys
 import time
 import types
 
+import interpreter
+
 SOURCE = pathlib.Path(__file__).with_suffix(".cpp")
 MIB = 1 << 20
 
@@ -84,6 +86,8 @@ def load(path):
     if how == "idle":
         triton.runtime.interpreter.GridExecutor.__call__ = lambda self, *args, **options: None
         library.pretended_garbage(0)
+    else:
+        interpreter.prepare_once_a_launch()
     return library
 
 
