@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_finetune import interrupted_at, tuned
 
+import finetune
 from minidistil import weights
 from minidistil.downstream import glue as official
 from minidistil.downstream.batches import encode_apart, padded, predict
@@ -169,9 +170,15 @@ def test_pairs_need_neither_two_types_nor_room_for_both(tiny, glue, tmp_path):
         tuned(tiny, glue, tmp_path / "other", **settings)
 
 
-def test_a_prompt_stands_before_each_sentence(tiny):
+def test_a_prompt_stands_before_each_sentence(tiny, glue, tmp_path, monkeypatch):
+    """The default one of the model's folder, which the fine-tuned folder has, too."""
     tokenizer = Tokenizer.load(tiny / "teacher")
     prompt, word = tokenizer.vocab[50], tokenizer.vocab[60]
+    settings = {"prompts": {"query": f"{prompt} "}, "default_prompt_name": "query"}
+    model, opened = str(encoder(tiny, tmp_path / "model", settings=settings)), []
+    monkeypatch.setattr(finetune, "open_task", lambda *given: opened.append(given[-1]) or open_task(*given))
+    tuned(tiny, glue, tmp_path / "out", model=model, vectors=True, examples=16, epochs=1.0)
+    assert opened == [f"{prompt} "] == [read_pooling(tmp_path / "out" / "sst2").prompt]
     example = official.Example(word, word, 1.0)
     task = official.TASKS["stsb"]
     ids, types = SentenceTask(task, [example], {"dev": [example]}, tokenizer, 8, prefix=f"{prompt} ").train[0][0]
