@@ -140,6 +140,20 @@ def test_retention_of_another_text_trains_again(tiny, glue, scripts, monkeypatch
     assert old.exists()
 
 
+def test_retention_fine_tunes_anew_with_other_settings(tiny, glue, monkeypatch, tmp_path):
+    """What was fine-tuned otherwise is replaced; more seeds are added to what is there."""
+    monkeypatch.chdir(tmp_path)
+
+    def runs(seeds, **given):
+        settings = retention.Settings(teacher=str(tiny / "teacher"), data=str(glue), tiny=True, task="sst2", **given)
+        return jobs.finetune(retention.open_plan(settings, []), "teacher", tiny / "teacher", 0, seeds)["sst2"]
+
+    first = runs(1, finetune=FEW)
+    assert runs(2, finetune=FEW)[0] == first[0]
+    (other,) = runs(1, finetune=FEW.replace("--epochs 1", "--epochs 2"))
+    assert (first[0]["updates"], other["updates"]) == (2, 4)
+
+
 def test_retention_without_tasks_scores_vectors_alone(tiny, glue, scripts):
     rows = retained(tiny, glue, layers="2", task="", recipes="undistilled,vectors")
     assert {words[0] for words in scripts} == {"data/prepare.py", "train.py"}

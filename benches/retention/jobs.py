@@ -20,6 +20,7 @@ from benches import ROOT, last_line
 from benches.retention.recipes import PEER, RECIPES, flags
 from minidistil import files, weights
 from minidistil.downstream import glue, vectors
+from minidistil.errors import UserError
 from minidistil.folder import CHECKPOINT
 from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.student import build_student
@@ -207,8 +208,15 @@ def finetune(plan, name, folder, seed, seeds, more=""):
     words += shlex.split(f"{plan.settings.finetune or ''} {more}")
 
     def work():
-        resume = ["--resume"] if (out / "scores.json").is_file() else []
-        summary = script(out.with_name(f"{out.name}.log"), plan.threads, *words, *resume)
+        log = out.with_name(f"{out.name}.log")
+        try:
+            resume = ["--resume"] if (out / "scores.json").is_file() else []  # perhaps of fewer seeds or tasks
+            summary = script(log, plan.threads, *words, *resume)
+        except UserError as error:
+            if "was begun with other" not in str(error):
+                raise
+            shutil.rmtree(out)
+            summary = script(log, plan.threads, *words)
         runs = json.loads((out / "scores.json").read_text(encoding="utf-8"))["runs"]
         asked = range(seed, seed + seeds)
         return {task: [run for run in runs[task] if run["seed"] in asked] for task in summary["tasks"]}
