@@ -71,7 +71,7 @@ CASES = {
 ON_CPU = ("prepare", "tokenizer", "infer", "export", "lesson", "temperature")
 # results that depend on the device by rounding at most
 QUALITY = ("demo", "ablation", "retention", "lesson", "temperature")
-FOLDERS = (".", "zen4", "retention-a")  # in results/, of the README's tables: by processor, by comparison
+FOLDERS = (".", "zen4")  # in results/, of the README's tables, by processor
 # the README's tables, in its order
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer", "export")
 

@@ -73,7 +73,8 @@ def fitted(table, width):
     columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(len(rows[0]))]
     widths = [max(map(len, column)) for column in columns]
     least = [max(len(word) for cell in column for word in [*cell.split(), ""]) for column in columns]
-    while sum(widths) + 2 * (len(widths) - 1) > width and widths != least:
+    gap = 2 if sum(least) + 2 * (len(least) - 1) <= width else 1
+    while sum(widths) + gap * (len(widths) - 1) > width and widths != least:
         spare = [now - low and now for now, low in zip(widths, least, strict=True)]
         widths[spare.index(max(spare))] -= 1  # of the widest column that can be narrower
     text = []
@@ -81,7 +82,7 @@ def fitted(table, width):
         cells = [textwrap.wrap(cell, max(w, 1)) for cell, w in zip(row, widths, strict=True)]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
             first, *others = zip(parts, widths, strict=True)
-            text.append("  ".join([first[0].ljust(first[1]), *(part.rjust(w) for part, w in others)]).rstrip())
+            text.append((gap * " ").join([first[0].ljust(first[1]), *(part.rjust(w) for part, w in others)]).rstrip())
     return "\n".join(text)
 
 

@@ -98,7 +98,7 @@ def test_retention_has_a_row_for_each_recipe_and_baseline(tiny, glue, scripts):
     assert rows["vectors"]["zero_shot"] == [rows["teacher"]["zero_shot"][0]] * 3
     assert rows["vectors"]["retained_zero_shot"] == 100 != rows[recipes.UNTRAINED]["retained_zero_shot"]
     lines = retention.table(list(rows.values())).splitlines()
-    assert lines[0] == "| | zero-shot stsb | kept | sst2 | mean | kept | minutes |" and "| 1.0 |" in lines[4]
+    assert lines[0] == "| | zero-shot stsb | kept | sst2 | mean | kept |"
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(rows) + len(show.PUBLISHED)
     retention.draw("kept.svg", list(rows.values()))
     drawn = set(svg_texts(pathlib.Path("kept.svg")))
@@ -158,7 +158,7 @@ def test_retention_without_tasks_scores_vectors_alone(tiny, glue, scripts):
     rows = retained(tiny, glue, layers="2", task="", recipes="undistilled,vectors")
     assert {words[0] for words in scripts} == {"data/prepare.py", "train.py"}
     table = retention.table(list(rows.values())).splitlines()
-    assert table[0] == "| | zero-shot stsb | kept | minutes |" and len(table) == 2 + 4
+    assert table[0] == "| | zero-shot stsb | kept |" and len(table) == 2 + 4
 
 
 def test_retention_goes_on_without_a_recipe_that_fails(tiny, glue, scripts, monkeypatch):

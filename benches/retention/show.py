@@ -24,14 +24,14 @@ def spread(low, middle, high):
 
 
 def table(results):
-    """Markdown: a row per model; zero-shot, a column per task, the mean, each as a share of the teacher's, and minutes.
+    """Markdown: a row per model; zero-shot, a column per task, the mean, both also as a share of the teacher's.
 
     Columns without a figure are left out. The paper's models come last, with shares of their own teacher's.
     """
     results = measured(results)
     tasks = list(results[0].get("scores", {}))
-    zero_shot, trained = (any(name in r for r in results) for name in ("zero_shot", "steps"))
-    head = ["zero-shot stsb", "kept"] * zero_shot + [*tasks, *["mean", "kept"] * bool(tasks)] + ["minutes"] * trained
+    zero_shot = any("zero_shot" in r for r in results)
+    head = ["zero-shot stsb", "kept"] * zero_shot + [*tasks, *["mean", "kept"] * bool(tasks)]
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     base = None
     for r in results + [{"provider": name, "scores": scores} for name, scores in PUBLISHED.items() if tasks]:
@@ -48,8 +48,6 @@ def table(results):
                 x = scores[task]
                 cells.append(spread(runs[task]["lowest"], x, runs[task]["highest"]) if task in runs else f"{x:.1f}")
             cells += [f"{mean:.1f}", "" if mean == base else f"{mean / base:.1%}"]
-        if trained:
-            cells.append(f"{r['seconds'] / 60:.1f}" if "steps" in r else "")
         lines.append(f"| {r['provider']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
