@@ -348,7 +348,8 @@ def save_model(folder, model, **extra):
 
     A LanguageModel becomes a BertForMaskedLM or, by its family, another; the tied decoder is left out, and so is a
     projection to a teacher's width. A Classifier becomes a ...ForSequenceClassification, a SpanReader a
-    ...ForQuestionAnswering, a SentenceEncoder a BertModel; `extra` more keys.
+    ...ForQuestionAnswering, a VectorClassifier a ...ForSentenceVectors, a SentenceEncoder a BertModel; `extra` more
+    keys.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("projection.")}
     tensors, hub_name = {}, getattr(model, "hub_name", None)

@@ -132,6 +132,18 @@ def test_a_teacher_of_vectors(stsb, tiny, glue, tmp_path, capsys):
         tuned(tiny, glue, tmp_path / "third", "stsb", vectors=True, teacher=str(tmp_path / "pairs"))
 
 
+def test_a_teacher_of_other_texts(stsb, tiny, glue, tmp_path):
+    """Of pairs for a task of single texts, and the other way round: both are scores, by the same name."""
+    single = str(tmp_path / "single.csv")
+    (tmp_path / "single.csv").write_text("text,score\n" + "a,1.5\nb,2.5\n" * 8)
+    few = dict(data=None, vectors=True, epochs=1.0, dev=single)
+    tuned(tiny, glue, tmp_path / "out", single, **few)
+    with pytest.raises(UserError, match="classifies pairs of texts, which single has not"):
+        tuned(tiny, glue, tmp_path / "other", single, teacher=str(stsb[1] / "stsb"), **few)
+    with pytest.raises(UserError, match="classifies single texts, which stsb has not"):
+        tuned(tiny, glue, tmp_path / "third", "stsb", vectors=True, teacher=str(tmp_path / "out" / "single"))
+
+
 def test_resumed_is_uninterrupted(tiny, glue, tmp_path, monkeypatch):
     settings = dict(task="stsb", vectors=True, examples=48, epochs=2.0)
     tuned(tiny, glue, tmp_path / "whole", **settings)
@@ -179,6 +191,8 @@ def test_a_prompt_stands_before_each_sentence(tiny, glue, tmp_path, monkeypatch)
     monkeypatch.setattr(finetune, "open_task", lambda *given: opened.append(given[-1]) or open_task(*given))
     tuned(tiny, glue, tmp_path / "out", model=model, vectors=True, examples=16, epochs=1.0)
     assert opened == [f"{prompt} "] == [read_pooling(tmp_path / "out" / "sst2").prompt]
+    card = (tmp_path / "out" / "sst2" / "README.md").read_text()
+    assert f"encode_apart(tokenizer, '{prompt} One sentence.', None, 128)" in card
     example = official.Example(word, word, 1.0)
     task = official.TASKS["stsb"]
     ids, types = SentenceTask(task, [example], {"dev": [example]}, tokenizer, 8, prefix=f"{prompt} ").train[0][0]

@@ -8,6 +8,7 @@ from minidistil.card import code, head, of_energy, plain, table, title_of, write
 from minidistil.downstream.glue import GLUE, TASKS
 from minidistil.downstream.grid import summarise
 from minidistil.energy import describe
+from minidistil.pooling import read_pooling
 
 # our metric -> the Hub's name of it, and by how much ours is divided; a metric of one of several splits ends in _SPLIT
 METRICS = {
@@ -56,6 +57,7 @@ def card(folder):
     known = None if own else data_set(task, settings["data"])
     pair = len(state["columns"]["texts"]) == 2 if own else task in TASKS and TASKS[task].pair
     bilstm, squad, vectors = settings["model"] == "bilstm", task == "squad" and not own, settings.get("vectors")
+    prompt = read_pooling(folder).prompt if vectors else None
     base = None if bilstm else hub.published_name(settings["model"])
     library = None if bilstm else "sentence-transformers" if vectors else "transformers"
     name = f"{title_of(folder.resolve().parent)}-{task}"
@@ -75,7 +77,7 @@ def card(folder):
         f"# {plain(name)}", _what(task, settings, base, known),
         "## Training", _training(settings, kept, state["dtype"]),
         "## Held-out examples", _scores(runs, kept),
-        "## How to load it", *_loading("FILE" if own else task, bilstm, squad, vectors, pair),
+        "## How to load it", *_loading("FILE" if own else task, bilstm, squad, pair, prompt),
         *of_energy(state["energy"], sum(map(len, state["runs"].values())), len(state["runs"])),
     ]) + "\n"  # fmt: skip
 
@@ -114,8 +116,11 @@ def _scores(runs, kept):
     return table([["metric", "percent"], *([name, f"{value:.2f}"] for name, value in last.items())]) + f"\n\n{note}."
 
 
-def _loading(task, bilstm, squad, vectors, pair):
-    """Returns the parts of a card that say how to load the model; the code runs in its folder."""
+def _loading(task, bilstm, squad, pair, prompt):
+    """Returns the parts of a card that say how to load the model; the code runs in its folder.
+
+    `prompt` stands before each text whose vector is classified; None for other models.
+    """
     here = 'folder = "."  # this folder; elsewhere its path, or its name on the Hub'
     if squad:  # for which transformers 5 has no pipeline any more
         yield code(
@@ -127,10 +132,10 @@ def _loading(task, bilstm, squad, vectors, pair):
             "first, last = outputs.start_logits.argmax(), outputs.end_logits.argmax()",
             'print(tokenizer.decode(inputs["input_ids"][0, first : last + 1]))',
         )  # fmt: skip
-    elif vectors:
+    elif prompt is not None:
         yield code("python", "from sentence_transformers import SentenceTransformer", "", here,
                    'print(SentenceTransformer(folder).encode("One sentence."))  # its vector')  # fmt: skip
-        texts = '"One sentence.", "Another one."' if pair else '"One sentence.", None'
+        texts = f"{prompt + 'One sentence.'!r}, {prompt + 'Another one.' if pair else None!r}"
         yield "With minidistil, from its checkout, the classifier of these vectors, too:"
         yield code(
             "python", "import torch", "from minidistil.downstream.batches import encode_apart, predict",
@@ -145,7 +150,7 @@ def _loading(task, bilstm, squad, vectors, pair):
                    'model = pipeline("text-classification", model=folder)', f"print(model({given}))")  # fmt: skip
     yield "With minidistil, from its checkout, as a teacher:"
     data = "" if task == "FILE" else " --data DATA"
-    how = " --vectors" if vectors else ""
+    how = "" if prompt is None else " --vectors"
     yield code("", f"python finetune.py --task {task} --model STUDENT{data} --teacher FOLDER{how}")
 
 

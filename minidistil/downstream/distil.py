@@ -100,6 +100,9 @@ def load_teachers(folders, task):
     for folder in find_teachers(folders, task):
         model, labels = load_finetuned(folder)
         check_positions(f"the teacher {folder}", model.config, task)
+        if isinstance(model, VectorClassifier) and model.pair != task.task.pair:
+            what = "pairs of texts" if model.pair else "single texts"
+            raise UserError(f"{folder} classifies {what}, which {task.name} has not: give a teacher of this task")
         if task.kind is not SpanReader:
             order = label_order(folder, labels, task)
             state = {name: t[order] if name.startswith("classify.") else t for name, t in model.state_dict().items()}
