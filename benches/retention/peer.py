@@ -63,7 +63,10 @@ def distil(settings):
         raise UserError("sentence-transformers is not installed: pip install -r requirements-dev.txt") from None
     device = choose_device("auto")
     torch.manual_seed(settings.seed)
-    teacher, student = (SentenceTransformer(settings.teacher, device=str(device)) for _ in range(2))
+    in_fp32 = {"dtype": torch.float32}  # whatever the file holds: the library would train weights of two bytes
+    teacher, student = (
+        SentenceTransformer(settings.teacher, device=str(device), model_kwargs=in_fp32) for _ in range(2)
+    )
     model = student[0].auto_model
     if not hasattr(getattr(model, "encoder", None), "layer"):
         raise UserError(
