@@ -87,6 +87,7 @@ class Settings:
     alpha_ce: float = option(0.5, "weight of tau^2 KL to the teacher's distribution (stsb: of the squared difference)")
     alpha_mse: float = option(0.0, "weight of the squared difference of logits")
     augment: int = option(0, "copies of each example with masked or replaced words, labelled by the teacher alone")
+    unlabelled: int = option(0, "this many of the texts that --examples leaves out, labelled by the teacher alone")
     # hardware
     dtype: str = option("auto", "precision of matrix products", choices=("auto", "fp32", "bf16", "fp16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -98,10 +99,9 @@ class Settings:
     save_every: float = option(10.0, "minutes between checkpoints")
 
 
-# Settings that may differ when a run resumes: they do not affect the arithmetic of a single run, except through the
-# contents of the files that they name, which are compared.
+# Settings that may differ when a run resumes: they change nothing, or their examples and weights are compared instead.
 PATHS = ("data", "dev", "model", "words", "teacher")
-MAY_CHANGE_ON_RESUME = {*PATHS, *"task out seeds lr dtype resume save_every watts grams_per_kwh vectors".split()}
+MAY_CHANGE = {*PATHS, *"task vectors unlabelled out seeds lr dtype resume save_every watts grams_per_kwh".split()}
 
 
 def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop, ranks):
@@ -207,7 +207,7 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
     own = table.read_table(settings.task, settings.columns, settings.dev, settings.held_out) if is_own else None
     prefix = read_pooling(folder).prompt if settings.vectors else None
     identity = {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE},
         "model": "bilstm" if as_bilstm else "vectors" if settings.vectors else "encoder",
         "weights": weights.digests(folder),
     }
@@ -235,17 +235,17 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
 
     with SignalFlag() as stop, Meter(device, settings.watts, before, ranks.print0) as meter:
         for name in names:
-            task = open_task(name, settings.data, tokenizer, settings.seq_len, settings.examples, own, prefix)
+            limits = settings.examples, settings.unlabelled
+            task = open_task(name, settings.data, tokenizer, settings.seq_len, *limits, own, prefix)
             if not as_bilstm:
                 check_positions(folder, config, task)
-            scores.require_same_for(name, state, "data", digest(task.train), out)
+            scores.require_same_for(name, state, "data", digest(task), out)
             runs = state["runs"].setdefault(name, [])
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again
             ranks.print0(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}")
-            if settings.augment:
-                task.train = distil.with_copies(task, settings.augment, tokenizer)
             if teachers:
+                task.train = distil.with_unlabelled(task, settings.augment, tokenizer)
                 given = teachers, task, tokenizer, settings.temperature, device, state["dtype"], ranks
                 task.teacher = distil.teacher_logits(*given)
             save()

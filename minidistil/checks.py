@@ -9,7 +9,7 @@ from minidistil.families import FAMILIES
 # settings of train.py or finetune.py that say how a teacher is learnt from
 OF_MASKS = "mask_share", "mask_smoothing", "kd_rows"  # settings of train.py for masked tokens
 OF_TEACHER = (
-    "temperature", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_emb", "alpha_task", "augment", "kd_rows",
+    "temperature", "alpha_ce", "alpha_cos", "alpha_mse", "alpha_emb", "alpha_task", "augment", "unlabelled", "kd_rows",
     "student_width",
 )  # fmt: skip
 

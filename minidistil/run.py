@@ -34,7 +34,7 @@ PATHS = ("teacher", "data", "eval_data", "student_init", "student_config")  # se
 # Settings of train.py that may differ when a run resumes, because they do not affect the arithmetic of an update.
 # (epochs counts as steps; batch, accum and the number of ranks count as their product; the checkpoint holds the chosen
 # dtype.)
-MAY_CHANGE_ON_RESUME = {
+MAY_CHANGE = {
     "out", "resume", "epochs", "batch", "accum", "micro_batch", "dtype", "price_per_hour", "watts", "grams_per_kwh",
     "eval_every", "eval_data", "eval_tokens", "save_every", "time_limit",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
     named = settings.student_init not in (None, "teacher", "random")
     init, shape = hub.resolve(settings.student_init) if named else None, settings.student_config
     return {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE_ON_RESUME},
+        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE},
         "steps": total,
         "sequences in an update": G,
         "dropout's masks": "by sequence" if drops(student) else None,  # once they followed the micro-batch

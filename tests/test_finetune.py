@@ -14,6 +14,8 @@ import torch
 import finetune
 from finetune import Settings
 from minidistil import weights
+from minidistil.data import IGNORE
+from minidistil.downstream import distil
 from minidistil.downstream.batches import predict
 from minidistil.downstream.distil import TaskObjective, ensemble
 from minidistil.downstream.grid import learning_rates, next_run, summarise
@@ -211,17 +213,37 @@ def test_a_student_follows_its_teachers(tiny, glue, sst2, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_altered_copies_are_labelled_by_the_teacher(task, tiny, glue, tmp_path, capsys):
-    """A student that sees a sixth of the examples, and five augmented copies of each."""
+def test_altered_copies_and_other_texts_are_labelled_by_the_teacher(task, tiny, glue, tmp_path, capsys):
+    """A student that sees few of the examples, two augmented copies of each, and the texts of others."""
     tuned(tiny, glue, tmp_path / "teacher", task, epochs=2.0)
     few = dict(teacher=str(tmp_path / "teacher"), examples=24, epochs=1.0)
     tuned(tiny, glue, tmp_path / "few", task, **few)
-    tuned(tiny, glue, tmp_path / "many", task, **few, augment=5)
+    tuned(tiny, glue, tmp_path / "many", task, **few, augment=2, unlabelled=72)
     said = capsys.readouterr().out
-    assert "24 items of" in said and " and 5 augmented copies of each" in said
+    assert "24 items of" in said and " and 2 augmented copies of each and 72 unlabelled ones" in said
+    card = (tmp_path / "many" / task / "README.md").read_text(encoding="utf-8")
+    assert "2 augmented copies. The teacher labelled up to 72 other texts" in " ".join(card.split())
     updates = [json.loads((tmp_path / name / "scores.json").read_text())["runs"][task][0]["updates"]
                for name in ("few", "many")]  # fmt: skip
     assert updates[1] == 6 * updates[0]
+    with pytest.raises(UserError, match=f"begun with other data for {task}: give the same --data and --unlabelled"):
+        tuned(tiny, glue, tmp_path / "many", task, **few, augment=2, unlabelled=71, resume=True)
+
+
+def test_unlabelled_texts_are_the_others_without_their_labels(tiny, glue):
+    tokenizer = Tokenizer.load(tiny / "teacher")
+    whole, part, rest = (open_task("sst2", glue, tokenizer, limit=n, unlabelled=m)
+                         for n, m in ((None, 9), (24, 50), (24, 10**6)))  # fmt: skip
+    assert [len(task.unlabelled) for task in (whole, part, rest)] == [0, 50, len(whole.train[0]) - 24]
+
+    def seen(items):
+        return [tuple(ids.tolist()) for ids, _ in items]
+
+    assert sorted(seen(rest.train[0]) + seen(rest.unlabelled)) == sorted(seen(whole.train[0]))
+    assert set(seen(part.unlabelled)) <= set(seen(rest.unlabelled))
+    items, targets = distil.with_unlabelled(part, 1, tokenizer)
+    assert len(items) == len(targets) == 24 + 50 + 24 and (targets[24:] == IGNORE).all()
+    assert (targets[:24] == part.train[1]).all() and seen(items[:74]) == seen(part.train[0]) + seen(part.unlabelled)
 
 
 def test_a_task_that_is_done_asks_no_teacher(tiny, glue, sst2, tmp_path, capsys):
@@ -324,7 +346,8 @@ def test_squad(tiny, tmp_path):
     few = dict(model=str(tmp_path / "model"), data=str(path), seq_len=96)
     figures = tuned(tiny, None, tmp_path / "out", "squad", **few, epochs=2.0)["tasks"]["squad"]
     assert figures["score"] == figures["f1"] and 0 <= figures["em"] <= figures["f1"]
-    second = tuned(tiny, None, tmp_path / "second", "squad", **few, teacher=str(tmp_path / "out"), epochs=1.0)
+    taught = dict(teacher=str(tmp_path / "out"), examples=40, augment=1, unlabelled=20)
+    second = tuned(tiny, None, tmp_path / "second", "squad", **few, **taught, epochs=1.0)
     assert set(second["tasks"]["squad"]) >= {"em", "f1"}
 
 
@@ -345,6 +368,7 @@ def long_model(tiny):
     (dict(epochs=0.0), "--epochs is 0.0: it must be greater than 0"),
     (dict(alpha_ce=-1.0), "--alpha-ce is -1.0: it must not be negative"),
     (dict(augment=-1), "--augment is -1: it must not be negative"),
+    (dict(unlabelled=9, teacher="t"), "--unlabelled counts training texts that --examples leaves out"),
     (dict(warmup=2.0), "--warmup is 2.0"),
     (dict(seed=-1), "--seed is -1: it must be a whole number from 0 to 9223372036854775807"),
     (dict(seed=2**63 - 2, seeds=3), "from 0 to 9223372036854775805"),
@@ -371,7 +395,7 @@ def test_wrong_settings(wrong, words, tiny, glue, sst2, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--temperature", "--alpha-task", "--alpha-ce", "--alpha-mse", "--augment"])
+@pytest.mark.parametrize("flag", "--temperature --alpha-task --alpha-ce --alpha-mse --augment --unlabelled".split())
 def test_settings_of_a_teacher_need_one(flag):
     with pytest.raises(UserError, match=f"{flag} is for a teacher: name one with --teacher"):
         finetune.main(["--task", "sst2", "--model", "m", "--data", "d", flag, "1"])

@@ -123,7 +123,8 @@ def test_single_texts_and_labels(tiny, glue, tmp_path):
 
 def test_a_teacher_of_vectors(stsb, tiny, glue, tmp_path, capsys):
     """The second distillation: of vectors by vectors, and refused where one side reads pairs as one sequence."""
-    tuned(tiny, glue, tmp_path / "out", "stsb", vectors=True, teacher=str(stsb[1]), augment=1, epochs=1.0)
+    tuned(tiny, glue, tmp_path / "out", "stsb", vectors=True, teacher=str(stsb[1]), augment=1, epochs=1.0,
+          examples=32, unlabelled=16)  # fmt: skip
     assert f"teacher's dev score is {stsb[0]['tasks']['stsb']['score']:.2f}" in capsys.readouterr().out
     with pytest.raises(UserError, match="both learn with --vectors, or neither"):
         tuned(tiny, glue, tmp_path / "other", "stsb", teacher=str(stsb[1]))

@@ -102,8 +102,10 @@ def _training(settings, kept, dtype):
     if not settings["teacher"]:
         return text
     weights = f"task {settings['alpha_task']:g}, tau^2 KL {settings['alpha_ce']:g} (tau = {settings['temperature']:g})"
-    copies = f" Each example had {settings['augment']} augmented copies." if settings["augment"] else ""
-    return f"{text} Weights of the objective: {weights}, logits {settings['alpha_mse']:g}.{copies}"
+    text += f" Weights of the objective: {weights}, logits {settings['alpha_mse']:g}."
+    text += f" Each example had {settings['augment']} augmented copies." if settings["augment"] else ""
+    others = settings.get("unlabelled")
+    return text + (f" The teacher labelled up to {others:,} other texts of the training set." if others else "")
 
 
 def _scores(runs, kept):

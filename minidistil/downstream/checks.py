@@ -13,7 +13,7 @@ def check_settings(settings):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")
-    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "save_every", "grams_per_kwh"):
+    for name in ("alpha_task", "alpha_ce", "alpha_mse", "augment", "unlabelled", "save_every", "grams_per_kwh"):
         value = getattr(settings, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
@@ -21,6 +21,8 @@ def check_settings(settings):
         raise UserError(f"--warmup is {settings.warmup}: it is a share of the updates, between 0 and 1")
     if settings.seq_len is not None and settings.seq_len < 8:
         raise UserError(f"--seq-len is {settings.seq_len}: an example needs at least 8 tokens")
+    if settings.unlabelled and settings.examples is None:
+        raise UserError("--unlabelled counts training texts that --examples leaves out: give --examples too")
     check_seeds(settings.seed, settings.seeds)
     if settings.teacher and not settings.alpha_task + settings.alpha_ce + settings.alpha_mse:
         raise UserError("every weight of the objective is 0: give at least one --alpha- setting a positive value")

@@ -1,7 +1,8 @@
 """Distillation during fine-tuning: fine-tuned teachers, the loss, and data augmentation.
 
 A few thousand examples are a small sample of the teacher's behaviour. Learning the teacher's probabilities needs no
-true labels, so the teacher alone labels augmented copies of the examples, in which words are masked or replaced.
+true labels, so the teacher alone labels other texts of the kind, and augmented copies of the examples, in which words
+are masked or replaced.
 Source: Tang et al. 2019, arXiv 1903.12136, "Data augmentation for distillation", without its tagger and n-grams.
 """
 
@@ -48,9 +49,9 @@ def augment(items, copies, tokenizer):
     return result
 
 
-def with_copies(task, copies, tokenizer):
-    """Returns (items, targets) of a training set with augmented copies, whose targets mark them as unlabelled."""
-    items, targets = task.train[0] + augment(task.train[0], copies, tokenizer), task.train[1]
+def with_unlabelled(task, copies, tokenizer):
+    """Returns (items, targets) of a training set, its unlabelled texts and augmented copies, marked as unlabelled."""
+    items, targets = [*task.train[0], *task.unlabelled, *augment(task.train[0], copies, tokenizer)], task.train[1]
     no_label = math.nan if task.regression else IGNORE
     none = targets.new_full((len(items) - len(targets), *targets.shape[1:]), no_label)
     return items, torch.cat([targets, none])

@@ -49,5 +49,5 @@ def resume(out, identity, dtype):
 def require_same_for(task, state, what, contents, out):
     """Raises UserError where a task was begun with other contents of `what`, "data" or "teachers"; notes them else."""
     if state.setdefault(what, {}).setdefault(task, contents) != contents:
-        flag = "--" + what.removesuffix("s")
+        flag = {"data": "--data and --unlabelled", "teachers": "--teacher"}[what]
         raise UserError(f"{out} was begun with other {what} for {task}: give the same {flag}, or a new --out")

@@ -4,6 +4,7 @@
 
     name, labels            name of the task and of its labels; a regression has one
     train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
+    unlabelled               other items of the training set, for a teacher to label
     dev = [items, ...]       one per held-out split
     teacher                  () or two lists with an array per training item: see `distil.ensemble`
     length(item)             tokens of the longest sequence in an item
@@ -66,18 +67,21 @@ def check_positions(role, config, task):
         raise UserError(f"{role} has {config.positions} positions: use --seq-len {config.positions} or less")
 
 
-def subsample(examples, limit):
-    """Returns a fixed random subset of `limit` examples, in their order; all where there are no more."""
-    if limit is None or limit >= len(examples):
-        return examples
-    return [examples[i] for i in np.sort(np.argsort(mix(0, 9, np.arange(len(examples))), kind="stable")[:limit])]
+def subsample(examples, limit, more=0):
+    """Returns two fixed random subsets, each in order: `limit` of the examples, and `more` of the others.
+
+    All where there are no more; `limit` None: all examples, and none.
+    """
+    order = np.argsort(mix(0, 9, np.arange(len(examples))), kind="stable")
+    limit = len(examples) if limit is None else limit
+    return [[examples[i] for i in np.sort(part)] for part in (order[:limit], order[limit : limit + more])]
 
 
-def digest(train):
-    """SHA-256 of encoded training data: it must not change when a run resumes."""
-    items, targets = train
+def digest(task):
+    """SHA-256 of a task's encoded training data: it must not change when a run resumes."""
+    items, targets = task.train
     state = hashlib.sha256(np.ascontiguousarray(targets.numpy()).tobytes())
-    for ids, types in items:
+    for ids, types in (*items, *task.unlabelled):
         state.update(np.array([len(ids), *ids, *types], np.uint32).tobytes())
     return state.hexdigest()
 
@@ -89,8 +93,9 @@ def compact(item):
 
 
 class SentenceTask:
-    """A glue.Task with its training Examples and {split: Examples}; `limit`: number of training examples.
+    """A glue.Task with its training Examples and {split: Examples}.
 
+    `limit`: number of training examples; `unlabelled`: number of the others whose texts a teacher labels.
     With a `prefix`, which may be "", texts are encoded one by one, each after it, for a VectorClassifier. A model
     learns the scores of one's own regression as (score - shift) / scale, of mean 0 and variance 1, which any learning
     rate reaches; STS-B's are learnt as they are, as published.
@@ -98,12 +103,12 @@ class SentenceTask:
 
     teacher = ()
 
-    def __init__(self, task, train, examples, tokenizer, T, limit=None, prefix=None):
+    def __init__(self, task, train, examples, tokenizer, T, limit=None, unlabelled=0, prefix=None):
         self.name, self.task, self.examples = task.name, task, examples
         self.kind = Classifier if prefix is None else VectorClassifier
         self.labels = self.task.labels or ("score",)
         self.regression = not self.task.labels
-        train = subsample(train, limit)
+        train, others = subsample(train, limit, unlabelled)
         scores = np.array([e.label for e in train], np.float64)
         own = self.regression and task is not glue.TASKS["stsb"]
         self.shift, self.scale = (float(scores.mean()), float(scores.std()) or 1.0) if own else (0.0, 1.0)
@@ -118,6 +123,7 @@ class SentenceTask:
 
         dtype = torch.float32 if self.regression else torch.int64
         self.train = items(train), torch.from_numpy((scores - self.shift) / self.scale).to(dtype)
+        self.unlabelled = items(others)
         self.dev = [items(examples) for examples in self.examples.values()]
 
     def length(self, item):
@@ -139,16 +145,21 @@ class SentenceTask:
 
 
 class SpanTask:
-    """SQuAD v1.1: a question may have several windows; `limit`: number of training questions."""
+    """SQuAD v1.1: a question may have several windows; `limit` and `unlabelled` count training questions."""
 
     kind, name, labels, regression, teacher = SpanReader, "squad", (), False, ()
 
-    def __init__(self, data, tokenizer, T, limit=None):
+    def __init__(self, data, tokenizer, T, limit=None, unlabelled=0):
         train, self.questions = squad.load(data)
-        # published: windows of 384 tokens with a stride of 128; questions of at most 64
-        windows = (w for q in subsample(train, limit) for w in squad.windows(q, tokenizer, T, T // 3))
-        items, spans = zip(*((compact((w.ids, w.types)), w.span) for w in windows), strict=True)
+        train, others = subsample(train, limit, unlabelled)
+
+        def encoded(questions):  # published: windows of 384 tokens with a stride of 128; questions of at most 64
+            windows = (w for q in questions for w in squad.windows(q, tokenizer, T, T // 3))
+            return [(compact((w.ids, w.types)), w.span) for w in windows]
+
+        items, spans = zip(*encoded(train), strict=True)
         self.train = items, torch.tensor(spans)
+        self.unlabelled = [item for item, _ in encoded(others)]
         self.windows = [squad.windows(q, tokenizer, T, T // 3) for q in self.questions]
         self.dev = [[compact((w.ids, w.types)) for group in self.windows for w in group]]
 
@@ -164,15 +175,16 @@ class SpanTask:
         return {"score": scores["f1"], **scores}
 
 
-def open_task(name, data, tokenizer, seq_len=None, limit=None, own=None, prefix=None):
+def open_task(name, data, tokenizer, seq_len=None, limit=None, unlabelled=0, own=None, prefix=None):
     """Returns the SentenceTask or SpanTask of this name, encoded: read from `data`, or `own`, a table read before.
 
+    `limit` and `unlabelled` count its training examples and its other texts.
     `prefix`: None, or what stands before each sentence whose vector is classified.
     """
     T = seq_len or SEQ_LEN.get(name, 128)
     if name == "squad" and not own:
-        return SpanTask(data, tokenizer, T, limit)
-    return SentenceTask(*(own or (glue.TASKS[name], *glue.load(name, data))), tokenizer, T, limit, prefix)
+        return SpanTask(data, tokenizer, T, limit, unlabelled)
+    return SentenceTask(*(own or (glue.TASKS[name], *glue.load(name, data))), tokenizer, T, limit, unlabelled, prefix)
 
 
 def task_names(text, data):
@@ -200,5 +212,6 @@ def describe(task, augment):
     items = task.train[0]
     mean_length = sum(len(ids) for ids, _ in items) / len(items)
     copies = f" and {augment} augmented copies of each" if augment else ""
+    copies += f" and {len(task.unlabelled):,} unlabelled ones" if task.unlabelled else ""
     sizes = " + ".join(f"{len(split):,}" for split in task.dev)
     return f"{task.name}: {len(items):,} items of {mean_length:.0f} tokens{copies}, dev {sizes}"
