@@ -75,7 +75,7 @@ class Settings(Common):
     task: str = option("cola,sst2,stsb,mrpc,qnli,imdb", 'tasks to fine-tune on, with commas; "": sentence vectors only')
     rounds: int = option(3, "seeds")
     finetune: str = option(None, 'more settings of finetune.py, such as "--examples 2500 --lr 1e-4"')
-    taught: str = option(None, 'also distil the fine-tuned teacher into the best student: "--augment 4"')
+    taught: str = option(None, 'also distil the fine-tuned teacher into the best student: "--unlabelled 4000"')
 
 
 def chosen_recipes(settings):
