@@ -20,7 +20,7 @@ from minidistil.downstream.batches import predict
 from minidistil.downstream.distil import TaskObjective, ensemble
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.heads import Classifier, load_finetuned
-from minidistil.downstream.tasks import open_task
+from minidistil.downstream.tasks import check_positions, open_task
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.progress import lr_at
@@ -349,6 +349,8 @@ def test_squad(tiny, tmp_path):
     taught = dict(teacher=str(tmp_path / "out"), examples=40, augment=1, unlabelled=20)
     second = tuned(tiny, None, tmp_path / "second", "squad", **few, **taught, epochs=1.0)
     assert set(second["tasks"]["squad"]) >= {"em", "f1"}
+    runs = json.loads((tmp_path / "second" / "scores.json").read_text())["runs"]["squad"]
+    assert runs[0]["updates"] == (40 + 8 + 40) // FAST["batch"]  # each of the 48 questions has one window
 
 
 def long_model(tiny):
@@ -541,6 +543,13 @@ def test_examples_longer_than_the_model(tiny, glue, tmp_path):
         (path / f"{name}.tsv").write_text("sentence\tlabel\n" + "a " * 80 + "\t0\n")
     with pytest.raises(UserError, match="has 32 positions: use --seq-len 32 or less"):
         tuned(tiny, path.parent, tmp_path / "out")
+    rows = ["a " * 80 + "\t0\n", "a\t0\n"]
+    (path / "dev.tsv").write_text("sentence\tlabel\na\t0\n")
+    for some in (rows, rows[::-1]):  # whichever has no label
+        (path / "train.tsv").write_text("sentence\tlabel\n" + "".join(some))
+        task = open_task("sst2", path.parent, Tokenizer.load(tiny / "teacher"), None, 1, 1)
+        with pytest.raises(UserError, match="has 32 positions"):
+            check_positions("the model", weights.read_config(tiny / "teacher"), task)
 
 
 def test_another_run_is_not_written_over(tiny, glue, sst2):

@@ -62,7 +62,7 @@ def check_model(role, config, tokenizer, task, words_only=False):
 
 def check_positions(role, config, task):
     """Raises UserError where an item of a task (with its data) is longer than a model reads."""
-    longest = max(task.length(item) for items in (task.train[0], *task.dev) for item in items)
+    longest = max(task.length(item) for items in (task.train[0], task.unlabelled, *task.dev) for item in items)
     if longest > config.positions:
         raise UserError(f"{role} has {config.positions} positions: use --seq-len {config.positions} or less")
 
