@@ -5,13 +5,12 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 import types
 
 import pytest
 import torch
+from forked import call
 from pictures import svg_texts
 
 import bench
@@ -347,7 +346,7 @@ def test_the_device_stands_in_the_corner(tmp_path, capsys):
     (["loss", "--tiny", "--out", "results"], 1, "name another --out"), (["step", "--profile"], 2, "unrecognized"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_refused(arguments, code, said):
-    done = subprocess.run([sys.executable, "bench.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = call(["bench.py", *arguments], cwd=ROOT)
     assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import test_causal
 import test_finetune
 import test_sentence_distillation
+from forked import call
 from test_causal import causal  # noqa: F401
 from test_finetune import tuned
 from test_sentence_distillation import world  # noqa: F401
@@ -94,9 +96,9 @@ def test_a_card_says_what_its_run_says(plain_run, tiny):
 def test_its_code_and_command_run(plain_run):
     pytest.importorskip("transformers")
     assert "token_str" in python_of(plain_run)
-    command = command_of(plain_run).replace("python", sys.executable, 1) + " --teacher none"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python, *command = shlex.split(command_of(plain_run))
+    done = call([*command, "--teacher", "none"], cwd=ROOT)
+    assert python == "python" and done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", [

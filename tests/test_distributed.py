@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from forked import Script, call, call_ranks, ranks
 from same_layers import assert_same_layers
 
 import train
@@ -34,20 +35,18 @@ def flags(tiny, out, **settings):
     return [word for pair in words for word in pair]
 
 
-def torchrun(tiny, out, start=subprocess.run, ranks=2, **settings):
-    """Starts train.py on two ranks."""
-    return launch("train.py", flags(tiny, out, **settings), start, ranks)
+def words(tiny, out, **settings):
+    return [ROOT / "train.py", *flags(tiny, out, **settings)]
 
 
-def launch(script, words, start=subprocess.run, ranks=2):
-    """Starts a script on `ranks` ranks, by `start` of subprocess."""
+def torchrun(tiny, out, start=subprocess.run, **settings):
+    """Starts train.py on two ranks as users do, by `start` of subprocess."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(port), str(ROOT / script), *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return start(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return start([*command, *words(tiny, out, **settings)], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def parameters(out):
@@ -146,10 +145,9 @@ def test_whoever_waits_says_so_and_can_be_interrupted(rank, tiny, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, tmp_path / "out", batch=2, accum=1)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = Script(words(tiny, tmp_path / "out", batch=2, accum=1), environment)
     line = f"rank {rank} of 2 waits for the others at 127.0.0.1:{port}; start them, or press Ctrl-C\n"
     assert line in iter(process.stderr.readline, "")
     process.send_signal(signal.SIGINT)
@@ -161,8 +159,7 @@ def test_a_place_that_is_taken_is_said(tiny, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **address}
-        command = [sys.executable, str(ROOT / "train.py"), *flags(tiny, tmp_path / "out", batch=2, accum=1)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = call(words(tiny, tmp_path / "out", batch=2, accum=1), env=environment)
     (ours,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
     assert "rank 0 of 2 has not met the others at 127.0.0.1:" in ours
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -212,7 +209,7 @@ def test_no_buffers():
 def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
     """With dropout: SIGTERM to torchrun, which passes it on; the same bits as without. Then once more on one rank."""
     few = dict(batch=4, accum=2, steps=60)
-    assert torchrun(tiny, tmp_path / "a", **few).returncode == 0
+    assert call_ranks(words(tiny, tmp_path / "a", **few)).returncode == 0
     process = torchrun(tiny, tmp_path / "b", subprocess.Popen, **few)
     for line in process.stdout:
         if re.match(r" *\d+/60  loss", line):
@@ -224,7 +221,7 @@ def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
     assert re.search(r"resume with: torchrun --nproc-per-node 2 \S*train.py --out \S*b --resume", said)
     _, info = parameters(tmp_path / "b")
     assert 0 < info["update"] < 60
-    assert torchrun(tiny, tmp_path / "b", resume=True, **few).returncode == 0
+    assert call_ranks(words(tiny, tmp_path / "b", resume=True, **few)).returncode == 0
     (a, _), (b, _) = parameters(tmp_path / "a"), parameters(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -232,16 +229,14 @@ def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
 def test_a_rank_that_is_killed(tiny, tmp_path):
     """The other says so in one line within 30 s; one rank, with the same update, goes on from the last checkpoint."""
     few = dict(batch=4, steps=20000, save_every=0.001)
-    process = torchrun(tiny, tmp_path / "out", subprocess.Popen, accum=2, **few)
+    first, other = ranks(words(tiny, tmp_path / "out", accum=2, **few))
     saved = tmp_path / "out" / CHECKPOINT
-    while process.poll() is None and not (saved.exists() and load_checkpoint(tmp_path / "out")[0]["update"] > 0):
+    while first.poll() is None and not (saved.exists() and load_checkpoint(tmp_path / "out")[0]["update"] > 0):
         time.sleep(0.1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    (rank_1,) = (w for w in workers if b"\0RANK=1\0" in pathlib.Path(f"/proc/{w}/environ").read_bytes())
     began = time.monotonic()
-    os.kill(int(rank_1), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - began < 30 and process.returncode != 0
+    other.kill()
+    _, stderr = first.communicate(timeout=60)
+    assert time.monotonic() - began < 30 and first.returncode != 0
     ours = [line for line in stderr.splitlines() if line.startswith("train.py: error:")]
     assert len(ours) == 1 and "rank 0 has lost another rank" in ours[0], stderr
     assert re.search("resume from the last checkpoint with: torchrun .* --resume$", ours[0])
@@ -252,7 +247,7 @@ def test_a_rank_that_is_killed(tiny, tmp_path):
 
 def test_one_line_for_a_mistake(tiny, tmp_path):
     """Which rank 0 sees while the others wait for it."""
-    done = torchrun(tiny, tmp_path / "out", batch=4, accum=2, data="nowhere")
+    done = call_ranks(words(tiny, tmp_path / "out", batch=4, accum=2, data="nowhere"))
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     ours = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
     assert len(ours) == 1 and "nowhere is no corpus" in ours[0]

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import call
 
 import export
 from benches import export as bench
@@ -445,8 +445,7 @@ def test_a_wrong_setting_is_one_line(folders, to, wrong, says):
 
 
 def test_a_wrong_command_is_one_line(folders):
-    command = sys.executable, "export.py", "--model", folders / "words", "--to", "onnx", "--data", "no-such-file"
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = call(["export.py", "--model", folders / "words", "--to", "onnx", "--data", "no-such-file"], cwd=ROOT)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no-such-file" in done.stderr, done.stderr
     assert not (folders / "words" / "onnx").exists()
 

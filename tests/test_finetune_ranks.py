@@ -1,16 +1,17 @@
-"""finetune.py on two processes under torchrun is the same program."""
+"""finetune.py on two processes is the same program."""
 
 import json
+import pathlib
 import re
 import signal
-import subprocess
 
 import pytest
 import torch
+from forked import call_ranks, ranks
 from same_layers import assert_same_layers
-from test_distributed import launch
 from test_finetune import FAST, tuned
 
+import finetune
 from minidistil import weights
 from minidistil.model import Config, LanguageModel
 from minidistil.safetensors import read_safetensors
@@ -32,7 +33,7 @@ def words(world, glue, out, **settings):
     flags = [
         [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])] for name, value in values.items()
     ]
-    return [word for flag in flags for word in flag]
+    return [pathlib.Path(finetune.__file__), *(word for flag in flags for word in flag)]
 
 
 def parameters(out, task="sst2"):
@@ -44,7 +45,7 @@ def test_two_ranks_are_one(calm, glue, tmp_path):
     """With a teacher; of an epoch's last update, one rank has the only example."""
     tuned(calm, glue, tmp_path / "teacher")
     few = dict(teacher=str(tmp_path / "teacher"), examples=43, epochs=2.0, augment=2)
-    done = launch("finetune.py", words(calm, glue, tmp_path / "two", **few))
+    done = call_ranks(words(calm, glue, tmp_path / "two", **few))
     assert done.returncode == 0, done.stderr
     one, lines = tuned(calm, glue, tmp_path / "one", **few), done.stdout.splitlines()
     two = json.loads(lines[-1])
@@ -56,18 +57,18 @@ def test_two_ranks_are_one(calm, glue, tmp_path):
 
 
 def test_stopped_and_resumed_is_uninterrupted(tiny, glue, tmp_path):
-    """With dropout, and two seeds: SIGTERM to torchrun, which passes it on; the same bits as without."""
+    """With dropout, and two seeds: SIGTERM to one rank alone, which ends both; the same bits as without."""
     few = dict(seeds=2, epochs=2.0)
-    assert launch("finetune.py", words(tiny, glue, tmp_path / "a", **few)).returncode == 0
-    process = launch("finetune.py", words(tiny, glue, tmp_path / "b", **few), subprocess.Popen)
-    for line in process.stdout:
+    assert call_ranks(words(tiny, glue, tmp_path / "a", **few)).returncode == 0
+    first, other = ranks(words(tiny, glue, tmp_path / "b", **few))
+    for line in first.stdout:
         if re.search(r"seed 1: update ", line):
-            process.send_signal(signal.SIGTERM)
+            other.send_signal(signal.SIGTERM)
             break
-    said = process.stdout.read()
-    process.wait(60)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM and other.wait(60) in (0, 128 + signal.SIGTERM)
     assert re.search(r"saved within sst2 lr 0.003 seed 1; resume with: torchrun --nproc-per-node 2 .*finetune.py", said)
-    resumed = launch("finetune.py", words(tiny, glue, tmp_path / "b", **few, resume=True))
+    resumed = call_ranks(words(tiny, glue, tmp_path / "b", **few, resume=True))
     assert resumed.returncode == 0 and re.search("seed 1: resumes after update [1-9]", resumed.stdout)
     a, b = (json.loads((tmp_path / name / "scores.json").read_text())["runs"]["sst2"] for name in "ab")
     assert [run["epochs"] for run in a] == [run["epochs"] for run in b] and len(a) == 2
@@ -76,6 +77,6 @@ def test_stopped_and_resumed_is_uninterrupted(tiny, glue, tmp_path):
 
 
 def test_one_line_for_a_mistake(tiny, glue, tmp_path):
-    done = launch("finetune.py", words(tiny, glue, tmp_path / "out", data="nowhere"))
+    done = call_ranks(words(tiny, glue, tmp_path / "out", data="nowhere"))
     ours = [line for line in done.stderr.splitlines() if line.startswith("finetune.py: error:")]
     assert done.returncode != 0 and len(ours) == 1 and "nowhere" in ours[0] and not (tmp_path / "out").exists()

@@ -3,12 +3,11 @@
 import importlib
 import json
 import os
-import subprocess
-import sys
 import types
 
 import pytest
 import torch
+from forked import call
 
 import bench
 from benches.gpu import Settings, day, prepare, run, smoke, steps, sweeps, targets, variants
@@ -99,8 +98,7 @@ def test_every_stage_is_there():
 
 def test_the_command_line(tmp_path):
     def error_of(*words):
-        command = [sys.executable, "bench.py", "gpu", *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=day.ROOT)
+        done = call(["bench.py", "gpu", *words], cwd=day.ROOT)
         return done.returncode, done.stderr
 
     assert error_of() == (1, "bench.py: error: there is no folder for the results: name one with --out\n")

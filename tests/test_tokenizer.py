@@ -99,7 +99,7 @@ def random_texts(seed, count):
 
 @pytest.fixture(scope="module")
 def many_texts():
-    return list(random_texts(seed=20181011, count=200_000))
+    return list(random_texts(seed=20181011, count=60_000))
 
 
 def vocabulary_of(texts):
@@ -124,8 +124,8 @@ def test_ids_of_imdb(assets, settings):
     tokenizer = Tokenizer.load(assets / "vocab" / f"bert-base-{kind}.txt")
     assert tokenizer.lowercase == settings[0]  # guessed from the vocabulary
     with gzip.open(assets / "imdb" / "train.tsv.gz", "rt", encoding="utf-8", newline="\n") as file:
-        texts = [line.rstrip("\n").split("\t")[3] for line in itertools.islice(file, 1, None)]
-    assert len(texts) == 25_000
+        texts = [line.rstrip("\n").split("\t")[3] for line in itertools.islice(file, 1, None, 5)]
+    assert len(texts) == 5_000
     assert differences(tokenizer, oracle(tokenizer.vocab, *settings), texts) == []
 
 

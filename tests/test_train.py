@@ -9,13 +9,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
 
 import pytest
 import torch
+from forked import Script, call
 from pictures import svg_texts
 from same_layers import assert_same_layers
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -292,15 +292,7 @@ def command(tiny, out, *more):
     arguments = dict(teacher=tiny / "teacher", data=tiny / "corpus", out=out, steps=12, batch=4, accum=3, dtype="fp32")
     arguments |= {"seq-len": 32, "save-every": 0, "eval-tokens": 256, "eval-every": 5}
     flags = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, str(ROOT / "train.py"), *flags, *more]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def call(arguments):
-    return subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
+    return [ROOT / "train.py", *flags, *more]
 
 
 def comparable(folder):
@@ -328,8 +320,8 @@ def test_killed_20_times_and_resumed_is_bitwise_the_same(tiny, uninterrupted, tm
     whole, _ = uninterrupted
     script = tmp_path / "run.py"
     script.write_text(KILLER)
-    arguments = command(tiny, tmp_path / "run")[2:]
-    done = call([sys.executable, str(script), str(ROOT), json.dumps(arguments), str(tmp_path / "run"), "20"])
+    arguments = command(tiny, tmp_path / "run")[1:]
+    done = call([script, ROOT, json.dumps(arguments), tmp_path / "run", "20"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     kills = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kill')]
     assert len(kills) == 20 and len({k["killed_at"] for k in kills}) > 5
@@ -385,8 +377,7 @@ while kills < wanted or resume:
 def test_signal_saves_and_says_how_to_go_on(tiny, uninterrupted, tmp_path, number):
     whole, _ = uninterrupted
     out = tmp_path / "out"
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command(tiny, out, "--save-every", "60"), env=environment(), **pipes)
+    process = Script(command(tiny, out, "--save-every", "60"))
     metrics = out / "metrics.jsonl"
     while not metrics.exists() or '"step": 3' not in metrics.read_text():
         assert process.poll() is None, process.stderr.read()
@@ -401,7 +392,7 @@ def test_signal_saves_and_says_how_to_go_on(tiny, uninterrupted, tmp_path, numbe
     checkpoint = load_checkpoint(out)[1]
     assert all(torch.equal(value, checkpoint[f"student.{name}"]) for name, value in halfway.items())
     *_, last = stdout.splitlines()
-    done = call(shlex.split(last.removeprefix("resume with: ")))
+    done = call(shlex.split(last.removeprefix("resume with: python ")))
     assert done.returncode == 0, done.stderr
     assert same_bits(whole, out) and comparable(out) == comparable(whole)
 
@@ -490,7 +481,7 @@ def test_a_run_that_ended_before_its_result_gets_it(tiny, uninterrupted, tmp_pat
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
     (copy / "run.json").unlink()
-    again = call([sys.executable, str(ROOT / "train.py"), "--out", str(copy), "--resume"])
+    again = call([ROOT / "train.py", "--out", copy, "--resume"])
     assert again.returncode == 0, again.stderr
     then, now = (json.loads((folder / "run.json").read_text()) for folder in (whole, copy))
     assert now["summary"]["student"] == then["summary"]["student"] and same_bits(whole, copy)
@@ -509,7 +500,7 @@ def test_out_and_resume_are_enough(tiny, uninterrupted, tmp_path, monkeypatch, m
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["ended_by"], record["planned_steps"], record["evaluated_after"]) == ("time limit", 12, 1)
     monkeypatch.chdir(tmp_path)
-    done = call([sys.executable, str(ROOT / "train.py"), "--out", "out", "--resume", *more])
+    done = call([ROOT / "train.py", "--out", "out", "--resume", *more])
     assert done.returncode == 0, done.stderr
     assert same_bits(whole, tmp_path / "out")
     evaluated = [m["step"] for m in read_metrics(tmp_path / "out" / "metrics.jsonl") if "held_out" in m]
@@ -521,9 +512,8 @@ def test_out_and_resume_are_enough(tiny, uninterrupted, tmp_path, monkeypatch, m
 def test_two_runs_at_once_have_two_folders(tiny, tmp_path):
     """Runs that start together without --out."""
     words = [word for word in command(tiny, "unnamed") if word not in ("--out", "unnamed")]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=tmp_path)
-    runs = [subprocess.Popen(words, **pipes) for _ in range(3)]
-    outs = {json.loads(run.communicate(timeout=300)[0].splitlines()[-1])["out"] for run in runs}
+    runs = [Script(words, cwd=tmp_path) for _ in range(3)]
+    outs = {json.loads(run.communicate()[0].splitlines()[-1])["out"] for run in runs}
     assert outs == {os.path.join("runs", name) for name in ("teacher", "teacher-2", "teacher-3")}
 
 
@@ -596,7 +586,7 @@ def test_out_is_chosen_afresh(tiny, tmp_path, monkeypatch):
 
 def refused(arguments, contains):
     """Runs train.py, expects exit 1 and one line on stderr."""
-    done = call([sys.executable, str(ROOT / "train.py"), *map(str, arguments)])
+    done = call([ROOT / "train.py", *arguments])
     assert done.returncode == 1 and done.stderr.startswith("train.py: error: "), (done.returncode, done.stderr)
     assert done.stderr.count("\n") == 1 and contains in done.stderr, done.stderr
 
@@ -686,9 +676,9 @@ def test_seeds_are_refused_or_different(tiny, tmp_path):
 
 
 def test_wrong_command_line():
-    done = call([sys.executable, str(ROOT / "train.py"), "--flags"])
+    done = call([ROOT / "train.py", "--flags"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--flags" in done.stderr
-    done = call([sys.executable, str(ROOT / "train.py"), "--help"])
+    done = call([ROOT / "train.py", "--help"])
     assert done.returncode == 0
     for field in dataclasses.fields(train.Settings):
         assert "--" + field.name.replace("_", "-") in done.stdout
@@ -832,9 +822,9 @@ def test_disk_full_loses_nothing(tiny, uninterrupted, tmp_path):
     before = (out / CHECKPOINT).read_bytes()
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
-    limited += f"sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r}); "
-    limited += "import train; train.run_script(train.main)"
-    full = call([sys.executable, "-c", limited, *command(tiny, out, "--resume")[2:]])
+    limited += f"sys.path.insert(0, {str(ROOT)!r}); import train; train.run_script(train.main)"
+    (tmp_path / "train.py").write_text(limited)
+    full = call([tmp_path / "train.py", *command(tiny, out, "--resume")[1:]])
     assert full.returncode == 1 and full.stderr.count("\n") == 1 and "train.py: error: " in full.stderr, full.stderr
     wanted = re.search(r"for ([\d,]+) bytes \((.*)\):", full.stderr)  # a few digits of seconds more or less
     assert abs(int(wanted[1].replace(",", "")) - len(before)) <= 64 and wanted[2] == str(out / CHECKPOINT)
