@@ -243,7 +243,7 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
             runs = state["runs"].setdefault(name, [])
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again
-            ranks.print0(f"{describe(task, settings.augment)}; {state['dtype']} on {device}; {out}")
+            ranks.print0(f"{describe(task, settings.augment, settings.unlabelled)}; {state['dtype']} on {device}; {out}")
             if teachers:
                 task.train = distil.with_unlabelled(task, settings.augment, tokenizer)
                 given = teachers, task, tokenizer, settings.temperature, device, state["dtype"], ranks

@@ -20,7 +20,7 @@ from minidistil.downstream.batches import predict
 from minidistil.downstream.distil import TaskObjective, ensemble
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.heads import Classifier, load_finetuned
-from minidistil.downstream.tasks import check_positions, open_task
+from minidistil.downstream.tasks import check_positions, describe, open_task
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.progress import lr_at
@@ -234,7 +234,11 @@ def test_unlabelled_texts_are_the_others_without_their_labels(tiny, glue):
     tokenizer = Tokenizer.load(tiny / "teacher")
     whole, part, rest = (open_task("sst2", glue, tokenizer, limit=n, unlabelled=m)
                          for n, m in ((None, 9), (24, 50), (24, 10**6)))  # fmt: skip
-    assert [len(task.unlabelled) for task in (whole, part, rest)] == [0, 50, len(whole.train[0]) - 24]
+    left = len(whole.train[0]) - 24
+    assert [len(task.unlabelled) for task in (whole, part, rest)] == [0, 50, left]
+    assert " and 50 unlabelled ones, dev" in describe(part, 0, 50)
+    assert f" and {left:,} unlabelled ones, all that there are, dev" in describe(rest, 0, 10**6)
+    assert " and 0 unlabelled ones, all that there are, dev" in describe(whole, 0, 9)
 
     def seen(items):
         return [tuple(ids.tolist()) for ids, _ in items]

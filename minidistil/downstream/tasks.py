@@ -207,11 +207,13 @@ def task_names(text, data):
     return names
 
 
-def describe(task, augment):
-    """Returns one line about a task with its data."""
+def describe(task, augment, unlabelled):
+    """Returns one line about a task with its data, of which so many copies and unlabelled texts were asked for."""
     items = task.train[0]
     mean_length = sum(len(ids) for ids, _ in items) / len(items)
     copies = f" and {augment} augmented copies of each" if augment else ""
-    copies += f" and {len(task.unlabelled):,} unlabelled ones" if task.unlabelled else ""
+    if unlabelled:
+        fewer = ", all that there are" if len(task.unlabelled) < unlabelled else ""
+        copies += f" and {len(task.unlabelled):,} unlabelled ones{fewer}"
     sizes = " + ".join(f"{len(split):,}" for split in task.dev)
     return f"{task.name}: {len(items):,} items of {mean_length:.0f} tokens{copies}, dev {sizes}"
