@@ -71,7 +71,7 @@ CASES = {
 ON_CPU = ("prepare", "tokenizer", "infer", "export", "lesson", "temperature")
 # results that depend on the device by rounding at most
 QUALITY = ("demo", "ablation", "retention", "lesson", "temperature")
-FOLDERS = (".", "zen4")  # in results/, of the README's tables, by processor
+FOLDERS = (".", "zen4", "e5-6", "e5-3", "width")  # in results/, of the README's tables: by processor, or by student
 # the README's tables, in its order
 README = ("demo", "ablation", "retention", "step", "loss", "prepare", "tokenizer", "infer", "export")
 
