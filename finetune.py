@@ -235,15 +235,15 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
 
     with SignalFlag() as stop, Meter(device, settings.watts, before, ranks.print0) as meter:
         for name in names:
-            limits = settings.examples, settings.unlabelled
-            task = open_task(name, settings.data, tokenizer, settings.seq_len, *limits, own, prefix)
+            examples, unlabelled = settings.examples, settings.unlabelled
+            task = open_task(name, settings.data, tokenizer, settings.seq_len, examples, unlabelled, own, prefix)
             if not as_bilstm:
                 check_positions(folder, config, task)
             scores.require_same_for(name, state, "data", digest(task), out)
             runs = state["runs"].setdefault(name, [])
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again
-            ranks.print0(f"{describe(task, settings.augment, settings.unlabelled)}; {state['dtype']} on {device}; {out}")
+            ranks.print0(f"{describe(task, settings.augment, unlabelled)}; {state['dtype']} on {device}; {out}")
             if teachers:
                 task.train = distil.with_unlabelled(task, settings.augment, tokenizer)
                 given = teachers, task, tokenizer, settings.temperature, device, state["dtype"], ranks
