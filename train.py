@@ -312,7 +312,7 @@ def distil(settings, out, device, ranks):
             evaluate()
         ended_by = "signal" if interrupted else "completion" if progress.done else "time limit"
         state.energy = ranks.sum(*meter.read())
-        ranks.leave()  # before rank 0 writes its results: no rank keeps a connection that others have closed
+        distiller.leave()  # before rank 0 writes its results: no rank keeps a connection that others have closed
         summary = report.finish(tokenizer, ended_by, how_to_resume) if ranks.first else None
     if interrupted:
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))

@@ -42,6 +42,11 @@ class Distiller:
         """Makes the backward pass average gradients over all ranks."""
         self.run_student = self.ranks.wrap(self.run_student, self.device)
 
+    def leave(self):
+        """Leaves the other ranks, after the last update."""
+        self.run_student = self.student  # `Distributed.leave` says why
+        self.ranks.leave()
+
     def backward(self, batch, denominators, seed, first):
         """Adds the gradient of a micro-batch, tensors (B, T) as `Sequences` or `Sentences` make them, to the gradients.
 

@@ -64,6 +64,12 @@ class Distributed:
             timer.cancel()
 
     def leave(self):
+        """Leaves the process group and ends gloo's threads; no wrapped model may be left.
+
+        A thread of gloo needs Python's lock (the GIL) to release the tensor that it has exchanged. Whoever drops the
+        last reference to the group waits for the threads: Python gives up the lock meanwhile, a wrapped model does not,
+        and then both wait for ever. Source: https://github.com/pytorch/pytorch/issues/56297.
+        """
         if self.size > 1:
             dist.destroy_process_group()
 

@@ -88,6 +88,7 @@ def ranks(words, size=2):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = dict(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    shared["OMP_NUM_THREADS"] = 1  # as torchrun has it: ranks with more threads than cores wait for each other's
     places = [shared | dict(RANK=rank, LOCAL_RANK=rank) for rank in range(size)]
     return [Script(words, os.environ | {name: str(value) for name, value in place.items()}) for place in places]
 

@@ -206,6 +206,29 @@ def test_no_buffers():
     assert not [*LanguageModel(config).buffers()] and not [*LanguageModel(config.student(1)).buffers()]
 
 
+def test_no_thread_of_gloo_is_left(tiny, tmp_path):
+    """Such a thread would release its last tensor once it has Python's lock, which whoever waits for it may hold."""
+    script = tmp_path / "threads.py"
+    script.write_text(f"""import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from minidistil.distributed import Distributed
+
+def leave(ranks, leave=Distributed.leave):
+    for when in "before", "after":
+        names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+        print(when, names.count("pt_gloo_runloop"))
+        leave(ranks) if when == "before" else None
+
+Distributed.leave = leave
+train.main(sys.argv[1:])
+""")
+    done = call_ranks([script, *flags(tiny, tmp_path / "out", batch=4, accum=2)])
+    assert done.returncode == 0, done.stderr
+    before, after = (re.findall(f"^{when} ([0-9]+)$", done.stdout, re.M) for when in ("before", "after"))
+    assert len(before) == len(after) == 2 and "0" not in before and after == ["0", "0"]
+
+
 def test_stopped_and_resumed_is_uninterrupted(tiny, tmp_path):
     """With dropout: SIGTERM to torchrun, which passes it on; the same bits as without. Then once more on one rank."""
     few = dict(batch=4, accum=2, steps=60)
