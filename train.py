@@ -39,6 +39,7 @@ from minidistil.losses import TERMS, Denominators, Objective, counts
 from minidistil.memory import keep_freed_memory
 from minidistil.micro_batch import choose_micro_batch
 from minidistil.model import LanguageModel
+from minidistil.narrow import Projection
 from minidistil.pooling import SentenceEncoder, read_pooling
 from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
@@ -139,6 +140,8 @@ def load_models(settings, objective, ranks):
         raise UserError(f"{init} and {settings.teacher} have different vocabularies: they must agree word for word")
     shape = settings.student_layers, settings.student_config, settings.seed, settings.dropout
     student = build_student(teacher, init or settings.student_init, *shape, settings.student_width)
+    if teacher and student.config.width != teacher.config.width:
+        student.projection = Projection(teacher, student, objective.alpha_cos > 0, objective.alpha_emb > 0)
     check_family(teacher, student, settings)
     for role, model in (("teacher", teacher), ("student" if teacher else "model", student)):
         if model:

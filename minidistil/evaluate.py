@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minidistil.data import IGNORE
-from minidistil.narrow import to_teacher
+from minidistil.narrow import to_student
 
 ROWS = 256  # rows of logits at a time, at most: 256 x 30,522 fp32 is 31 MB
 LOGIT_BYTES = 128 << 20  # at most, of one model's fp32 logits at a time, of which five such tensors exist
@@ -89,7 +89,7 @@ class HeldOutVectors:
     """Fixed held-out sentences, whose vectors by the teacher are computed once; with `words`, a HeldOut of them, too.
 
     ids (n, T) int64, mask (n, T) bool from `Sentences.batch` without masking. `emb` is the mean squared distance of
-    student's and teacher's vectors, both of length 1: from 0 to 4, and 2 for unrelated ones.
+    student's and teacher's vectors, both of length 1 and of the student's width: from 0 to 4, and 2 for unrelated ones.
     """
 
     def __init__(self, ids, mask, teacher, pooling, words=None, device="cpu", batch=16):
@@ -100,14 +100,16 @@ class HeldOutVectors:
 
     @torch.no_grad()
     def _vectors(self, model):
-        """Returns the vectors (n, C_t) of length 1, through a student's projection where it has one."""
+        """Returns the vectors (n, C) of a model."""
         vectors = []
         for part, hidden in hidden_states(model, self.ids, self.mask, self.device, self.batch):
             pooled = self.pooling(hidden, self.mask[part, : hidden.shape[1]].to(self.device))
-            vectors.append(to_teacher(model, pooled))
-        return F.normalize(torch.cat(vectors), dim=-1)
+            vectors.append(pooled)
+        return torch.cat(vectors)
 
     def evaluate(self, student):
         """Returns {"emb"}, and before it the metrics of `words`."""
-        distance = (self._vectors(student) - self.teacher_vectors).square().sum(-1).mean().item()
+        both = self._vectors(student), to_student(student, self.teacher_vectors)
+        a, b = (F.normalize(vectors, dim=-1) for vectors in both)
+        distance = (a - b).square().sum(-1).mean().item()
         return {**(self.words.evaluate(student) if self.words else {}), "emb": round(distance, 6)}

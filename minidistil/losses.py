@@ -11,7 +11,7 @@ published recipe) or the masked ones (`kd_rows`: all | masked). In a causal mode
 label is the next one. The denominator of every mean is that of the *whole update*, so the gradient does not depend on
 the split into micro-batches. The factor tau^2 undoes the 1 / tau^2 by which the softened gradient shrinks:
 d(tau^2 KL)/ds = tau (softmax(s / tau) - softmax(t / tau)). The squared distance of two vectors of length 1 is twice
-1 - cos of them. A student of another width is compared through its projection (student.py); padding never counts.
+1 - cos of them. A student of another width is compared as narrow.py says; padding never counts.
 
 Legend:  B batch   T tokens per sequence   N rows   C width   s, t student and teacher   tau temperature
 """
@@ -23,7 +23,7 @@ import torch
 from kernels.cosine import cosine_distance
 from kernels.linear_distill_kl import linear_distill_kl
 from minidistil.data import IGNORE
-from minidistil.narrow import to_teacher
+from minidistil.narrow import to_student, to_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def distillation_loss(
     rows, row_labels = (h_s.flatten(0, 1), None if h_t is None else h_t.flatten(0, 1)), labels.flatten()
     emb = cos = kl = ce = mse = h_s.new_zeros((), dtype=torch.float32)
     if objective.alpha_emb:
-        v_s, v_t = to_teacher(student, pooling(h_s, mask)), pooling(h_t, mask)
+        v_s, v_t = pooling(h_s, mask), to_student(student, pooling(h_t, mask))
         emb = 2 * cosine_distance(v_s, v_t) / denominators.sequences
     if mask is not None:
         rows, row_labels = _chosen(mask.flatten(), real, rows, row_labels)

@@ -1,4 +1,4 @@
-"""A student narrower than its teacher: its start, and the projection through which the two are compared.
+"""A student narrower than its teacher: its start, and how the two are compared.
 
 The teacher's word vectors are U S V^T. The C_s columns of V with the largest singular values keep most of them, and a
 hidden state h of the teacher becomes h V. The narrow model computes in these directions what the wide one does:
@@ -10,7 +10,9 @@ hidden state h of the teacher becomes h V. The narrow model computes in these di
 LayerNorm alone knows no directions. Its weights become the root mean square of what they do along each, times what the
 lost directions had of the length.
 
-The same V is the start of the projection h_s V^T, which is learnt beside the student and is no part of it.
+Hidden states of the student are compared in the teacher's width, h_s W^T, where W starts as V and is learnt beside the
+student. Sentence vectors are compared in the student's width, with v_t V: angles between the student's own vectors are
+what people use, and a W learnt beside them would take over a part of the distances that they should have.
 
 Legend:  C_t, C_s width of teacher and student   V (C_t, C_s), orthonormal   D head width
 """
@@ -82,14 +84,30 @@ def _narrow_mlp(wide, narrow, V):
     narrow.down.bias.copy_(wide.down.bias @ V)
 
 
-def projection_to(teacher, student):
-    """Returns the projection, a bias-free Linear from the student's width to the teacher's that starts as V^T."""
-    projection = torch.nn.Linear(student.config.width, teacher.config.width, bias=False, device="meta")
-    projection.load_state_dict({"weight": leading_directions(teacher, student.config.width)}, assign=True)
-    return projection.requires_grad_()
+class Projection(torch.nn.Module):
+    """Between the widths of teacher and student; both parts are in checkpoints, none is saved with the student.
+
+    weight: W (C_t, C_s) fp32, learnt, or None where no hidden states are compared. directions: V (C_t, C_s) fp32,
+    fixed, or None where no vectors are. A student wider than its teacher has columns of zeros in both.
+    """
+
+    def __init__(self, teacher, student, of_states, of_vectors):
+        super().__init__()
+        C_s = student.config.width
+        V = leading_directions(teacher, min(C_s, teacher.config.width))
+        V = torch.nn.functional.pad(V, (0, C_s - V.shape[1]))
+        self.weight = torch.nn.Parameter(V.clone()) if of_states else None
+        self.directions = torch.nn.Parameter(V, requires_grad=False) if of_vectors else None
 
 
-def to_teacher(model, x):
-    """Returns x (..., C_s), hidden states or vectors of a model, in its teacher's width."""
-    projection = getattr(model, "projection", None)
-    return x if projection is None else projection(x)
+def to_teacher(student, h):
+    """Returns h (..., C_s), hidden states of a student, in its teacher's width, (..., C_t)."""
+    projection = getattr(student, "projection", None)
+    return h if projection is None else torch.nn.functional.linear(h, projection.weight)
+
+
+def to_student(student, v):
+    """Returns v (..., C_t), vectors of a teacher, in its student's width, (..., C_s)."""
+    projection = getattr(student, "projection", None)
+    with torch.autocast(v.device.type, enabled=False):
+        return v if projection is None else v @ projection.directions

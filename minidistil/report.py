@@ -119,7 +119,8 @@ class RunReport:
             self.ranks.print0(
                 f"{self.flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {progress.total} "
                 f"updates take\n{cost['device_hours']:,.3g} device-hours, the published recipe's 12.6 billion tokens "
-                f"{cost['published_device_hours']:,.0f}{published}\n" + conclusion(summary)
+                f"{cost['published_device_hours']:,.0f}{published}\n"
+                + conclusion(summary, of_other_width=hasattr(self.student, "projection"))
             )
         else:
             reason, done = "--time-limit" if ended_by == "time limit" else "a signal", progress.update
@@ -152,7 +153,7 @@ def folded(line):
     return "\n".join(lines)
 
 
-def conclusion(summary):
+def conclusion(summary, of_other_width=False):
     """Returns what a finished run has achieved, where it is, and what to run next, as text."""
     student, teacher, out = summary["student"], summary["teacher"], summary["out"]
     causal = "perplexity" in student
@@ -166,6 +167,7 @@ def conclusion(summary):
     if "emb" in student:
         what += ";\n" if "top1" in student else ""
         what += f"its vectors of held-out sentences have cosine {1 - student['emb'] / 2:.3f} with the teacher's"
+        what += ", reduced to its width" if of_other_width else ""
     if causal:
         what += f";\nits perplexity is {student['perplexity']:.4g}"
         what += f", the teacher's {teacher['perplexity']:.4g}" if teacher else ""

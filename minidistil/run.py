@@ -58,6 +58,7 @@ def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
         "data": corpus.meta["sha256"]["train.bin"],
         "sentences": corpus.meta.get("sentences"),
         "pooling": pooling and pooling.mode,
+        "vectors' width": "the student's" if pooling and hasattr(student, "projection") else None,  # once the teacher's
         "teacher": teacher_folder and weights.digests(teacher_folder),
         "student_init": weights.digests(init) if init else settings.student_init,
         "student_config": shape and dataclasses.asdict(weights.read_config(shape)),

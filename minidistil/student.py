@@ -7,7 +7,7 @@ import torch
 from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.model import LanguageModel
-from minidistil.narrow import narrowed, narrower, projection_to
+from minidistil.narrow import narrowed, narrower
 
 
 def student_layers(teacher_layers, k=None):
@@ -84,8 +84,6 @@ def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout
         else:
             raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
         student = kind(config, seed=seed)
-    if teacher and student.config.width != teacher.config.width:
-        student.projection = projection_to(teacher, student)
     if dropout is not None:
         set_dropout(student, dropout)
     return student.train()
