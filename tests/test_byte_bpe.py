@@ -436,6 +436,23 @@ def test_another_end_of_text(tmp_path, name):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_token_for_padding(tmp_path, name):
+    """GPT-2 has none: who fine-tuned a model added one, and its student's folder pads with it, too."""
+    transformers = pytest.importorskip("transformers")
+    only(tmp_path, learned("gpt2"), "vocab.json", "merges.txt")
+    (tmp_path / name).write_text(json.dumps({"pad_token": {"content": "[PAD]"}, "unk_token": END_OF_TEXT}))
+    ours = pickle.loads(pickle.dumps(Tokenizer.load(tmp_path)))
+    ours.save(tmp_path / "again", "gpt2")
+    (tmp_path / "again" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (theirs.pad_token, theirs.pad_token_id) == ("[PAD]", ours.ids["[PAD]"]) and theirs.eos_token == END_OF_TEXT
+    padded = theirs(["a", "a b c"], padding=True)["input_ids"]
+    assert padded[0] == ours.encode("a") + [ours.ids["[PAD]"]] * (len(padded[1]) - 1)
+    ends = {f"{name}_token": END_OF_TEXT for name in ("bos", "eos")}
+    assert Tokenizer.load(tmp_path / "again").purposes == ours.purposes | ends
+
+
 def in_json(change, name="tokenizer.json"):
     def breaks(folder):
         data = json.loads((folder / name).read_text(encoding="utf-8"))

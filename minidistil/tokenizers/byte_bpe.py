@@ -75,11 +75,12 @@ class ByteBPE(BaseTokenizer):
 
     vocab: tokens in the order of their ids, spelled as in the files; all bytes are among them. merges: pairs of tokens,
     the first is merged first. added: AddedTokens, which may name special tokens; those that the vocabulary lacks follow
-    its last id. A vocabulary with <mask> is RoBERTa's. Any other is GPT-2's, whose one special token is `sep`. Raises
-    UserError where a special token is missing.
+    its last id. A vocabulary with <mask> is RoBERTa's. Any other is GPT-2's, whose one special token is `sep`.
+    purposes: {"pad_token": "<pad>" ...}, which change no id and are saved for transformers. Raises UserError where a
+    special token is missing.
     """
 
-    def __init__(self, vocab, merges, added=(), sep=END_OF_TEXT, max_length=None):
+    def __init__(self, vocab, merges, added=(), sep=END_OF_TEXT, max_length=None, purposes=()):
         self.base, self.merges, self.listed = list(vocab), [*map(tuple, merges)], list(added)
         known = set(self.base)
         self.vocab = self.base + [token.content for token in self.listed if token.content not in known]
@@ -92,6 +93,7 @@ class ByteBPE(BaseTokenizer):
                 of = "RoBERTa" if self.masked else "GPT-2"
                 raise UserError(f"the vocabulary has no {token}: use the vocab.json and merges.txt of a {of} model")
         self.set_special(special)
+        self.purposes = dict(purposes)
         self.max_length = max_length or (512 if self.masked else 1024)
         flags = {token: AddedToken(token, lstrip=token == special.get("mask")) for token in special.values()}
         flags |= {token.content: token for token in self.listed}
@@ -115,7 +117,7 @@ class ByteBPE(BaseTokenizer):
         self._located = Cache(self._locate, CACHE_ENTRIES // 4)  # chunk -> its pieces: heavier entries
 
     def __reduce__(self):  # a worker process starts with an empty cache
-        return ByteBPE, (self.base, self.merges, self.listed, self.special["sep"], self.max_length)
+        return ByteBPE, (self.base, self.merges, self.listed, self.special["sep"], self.max_length, self.purposes)
 
     def _matched(self, tokens):
         return [(token.content, self.ids[token.content], token.single_word) for token in tokens]

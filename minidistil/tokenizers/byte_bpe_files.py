@@ -61,7 +61,8 @@ def read_folder(folder):
     in_config = kind not in ("PreTrainedTokenizerFast", "TokenizersBackend")
     added, special = _read_added(folder, vocab, data, config, in_config)
     _check_merges(merges_path, merges, ids, special.values(), {token.content for token in added})
-    settings = {"added": added, "sep": special["eos_token"]} | longest_sequence(config_path, config)
+    settings = {"added": added, "sep": special["eos_token"], "purposes": _read_purposes(folder, config)}
+    settings |= longest_sequence(config_path, config)
     return path, vocab, [*merges.values()], settings
 
 
@@ -141,6 +142,14 @@ def _read_added(folder, vocab, data, config, in_config):
     return read_added_tokens(folder, list(vocab), data, config, in_config, special, "GPT-2"), special
 
 
+def _read_purposes(folder, config):
+    """{"pad_token": "<pad>" ...}: the tokens that a folder names for a purpose."""
+    if config.get("added_tokens_decoder") is None:
+        config = config | read_json(folder / "special_tokens_map.json")
+    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    return {key: added_token(folder / "tokenizer_config.json", value).content for key, value in named.items()}
+
+
 def _check_merges(path, merges, ids, special, added):
     """Raises UserError where merges and vocabulary do not belong together, as where a file was cut short."""
     made = {left + right for left, right in merges.values()}
@@ -171,8 +180,9 @@ def write_folder(folder, tokenizer):
     """Writes the five files of a ByteBPE, from which transformers makes the same ids."""
     special = tokenizer.special
     named = {"bos_token": special.get("cls", special["sep"]), "eos_token": special["sep"]}
+    named["unk_token"] = special["sep"]  # as in GPT-2, which needs none
     named |= {f"{name}_token": token for name, token in special.items()} if tokenizer.masked else {}
-    named.setdefault("unk_token", special["sep"])  # as in GPT-2, which needs none
+    named |= tokenizer.purposes
     tokens = {str(i): dataclasses.asdict(token) for i, token in tokenizer.tokens.items()}
     config = {
         "tokenizer_class": "RobertaTokenizer" if tokenizer.masked else "GPT2Tokenizer",
