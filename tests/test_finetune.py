@@ -337,7 +337,7 @@ def test_squad(tiny, tmp_path):
     words, rng = (tiny / "teacher" / "vocab.txt").read_text().split()[5:], random.Random(0)
     articles = []
     for a in range(60):
-        context = rng.sample(words, 12)
+        context = rng.sample(words, 80)
         place = rng.randrange(11)
         start = len(" ".join(context[:place])) + (place > 0)
         qa = {"id": str(a), "question": context[place], "answers": [{"text": context[place], "answer_start": start}]}
@@ -355,6 +355,11 @@ def test_squad(tiny, tmp_path):
     assert set(second["tasks"]["squad"]) >= {"em", "f1"}
     runs = json.loads((tmp_path / "second" / "scores.json").read_text())["runs"]["squad"]
     assert runs[0]["updates"] == (40 + 8 + 40) // FAST["batch"]  # each of the 48 questions has one window
+    tokenizer = Tokenizer.load(tiny / "teacher")
+    for asked, fewer in ((8, ""), (9, ", all that there are")):  # questions are counted, not their windows
+        task = open_task("squad", str(path), tokenizer, 72, 40, asked)
+        assert len(task.unlabelled) > asked
+        assert f" and {len(task.unlabelled)} unlabelled ones{fewer}, dev" in describe(task, 0, asked)
 
 
 def long_model(tiny):

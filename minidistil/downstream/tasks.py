@@ -5,6 +5,7 @@
     name, labels            name of the task and of its labels; a regression has one
     train = (items, targets) targets (n,) int64, (n,) fp32 of a regression, (n, 2) int64 first and last token of a span
     unlabelled               other items of the training set, for a teacher to label
+    others                   of how many examples these are
     dev = [items, ...]       one per held-out split
     teacher                  () or two lists with an array per training item: see `distil.ensemble`
     length(item)             tokens of the longest sequence in an item
@@ -123,7 +124,7 @@ class SentenceTask:
 
         dtype = torch.float32 if self.regression else torch.int64
         self.train = items(train), torch.from_numpy((scores - self.shift) / self.scale).to(dtype)
-        self.unlabelled = items(others)
+        self.unlabelled, self.others = items(others), len(others)
         self.dev = [items(examples) for examples in self.examples.values()]
 
     def length(self, item):
@@ -159,7 +160,7 @@ class SpanTask:
 
         items, spans = zip(*encoded(train), strict=True)
         self.train = items, torch.tensor(spans)
-        self.unlabelled = [item for item, _ in encoded(others)]
+        self.unlabelled, self.others = [item for item, _ in encoded(others)], len(others)
         self.windows = [squad.windows(q, tokenizer, T, T // 3) for q in self.questions]
         self.dev = [[compact((w.ids, w.types)) for group in self.windows for w in group]]
 
@@ -213,7 +214,7 @@ def describe(task, augment, unlabelled):
     mean_length = sum(len(ids) for ids, _ in items) / len(items)
     copies = f" and {augment} augmented copies of each" if augment else ""
     if unlabelled:
-        fewer = ", all that there are" if len(task.unlabelled) < unlabelled else ""
+        fewer = ", all that there are" if task.others < unlabelled else ""
         copies += f" and {len(task.unlabelled):,} unlabelled ones{fewer}"
     sizes = " + ".join(f"{len(split):,}" for split in task.dev)
     return f"{task.name}: {len(items):,} items of {mean_length:.0f} tokens{copies}, dev {sizes}"
