@@ -12,6 +12,7 @@ Its rows:
                                        without the KL where the teacher has no masked-LM head
     masked words (30 %)                the same with twice as many masked words
     vectors                            squared distance of sentence vectors to the teacher's, alone
+    vectors from a random start        the same, from random weights
     vectors + cosine                   and the cosine of hidden states
     vectors + cosine + masked words    and a small share of the published recipe's other terms
     sentence-transformers              that library's own recipe: peer.py
