@@ -485,8 +485,8 @@ def test_a_run_that_ended_before_its_result_gets_it(tiny, uninterrupted, tmp_pat
     assert again.returncode == 0, again.stderr
     then, now = (json.loads((folder / "run.json").read_text()) for folder in (whole, copy))
     assert now["summary"]["student"] == then["summary"]["student"] and same_bits(whole, copy)
-    speed = load_checkpoint(whole)[0]["seconds"] / (12 * 4 * 3 * 32)
-    assert now["summary"]["tokens_per_second"] == pytest.approx(1 / speed, rel=0.1)
+    seconds, saved = 12 * 4 * 3 * 32 / now["summary"]["tokens_per_second"], load_checkpoint(whole)[0]["seconds"]
+    assert 0.99 * saved < seconds < saved + 1  # and what it takes to go on
 
 
 @pytest.mark.parametrize("more", [[], ["--eval-every", "4"]])
