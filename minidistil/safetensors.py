@@ -39,8 +39,8 @@ def read_safetensors(path, checksum=False):
     With `checksum`, the file must contain the digest of `write_safetensors(checksum=True)` and match it. Raises
     UserError, with file and fault, for anything that the format forbids.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # once, since a run may replace the file meanwhile
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start == b"version ":
             raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
@@ -48,11 +48,11 @@ def read_safetensors(path, checksum=False):
         if len(start) < 8 or length > HEADER_LIMIT or 8 + length > size:
             raise damaged(path, f"a header of {length} bytes in a file of {size}")
         header = file.read(length)
+        data = torch.from_numpy(np.memmap(file, mode="c"))  # torch.from_file takes no name that is not UTF-8
     try:
         metadata, entries = _parse_header(header, size - 8 - length)
     except ValueError as error:
         raise damaged(path, error) from None
-    data = torch.from_numpy(np.memmap(path, mode="c"))  # torch.from_file takes no name that is not UTF-8
     if checksum:
         _verify(path, start + header, data[8 + length :], metadata.get("sha256", ""))
     tensors = {}

@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,6 +247,22 @@ def test_reading_is_lazy_and_never_changes_the_file(folder):
         with torch.no_grad():
             parameter.add_(1)
     assert path.read_bytes() == before
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """As by a run that saves: whoever has opened the file reads its old contents to the end."""
+    path, map_file = tmp_path / "x.safetensors", np.memmap
+    old, new = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
+    write_safetensors(path, old, checksum=True)
+
+    def replaced_first(*given, **named):
+        write_safetensors(path, new, checksum=True)
+        return map_file(*given, **named)
+
+    monkeypatch.setattr(np, "memmap", replaced_first)
+    assert torch.equal(read_safetensors(path, checksum=True)[0]["a"], old["a"])
+    monkeypatch.undo()
+    assert torch.equal(read_safetensors(path, checksum=True)[0]["a"], new["a"])
 
 
 def test_checksum_is_demanded(folder):
