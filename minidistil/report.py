@@ -167,7 +167,7 @@ def conclusion(summary, of_other_width=False):
     if "emb" in student:
         what += ";\n" if "top1" in student else ""
         what += f"its vectors of held-out sentences have cosine {1 - student['emb'] / 2:.3f} with the teacher's"
-        what += ", reduced to its width" if of_other_width else ""
+        what += ", in its own width" if of_other_width else ""
     if causal:
         what += f";\nits perplexity is {student['perplexity']:.4g}"
         what += f", the teacher's {teacher['perplexity']:.4g}" if teacher else ""

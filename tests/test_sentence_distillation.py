@@ -191,7 +191,7 @@ def test_a_narrower_student_starts_from_the_leading_directions(world):
     assert not torch.equal(random.encoder.embeddings.words.weight, student.encoder.embeddings.words.weight)
 
 
-def test_a_student_wider_than_its_teacher(world, tmp_path):
+def test_a_student_wider_than_its_teacher(world, tmp_path, capsys):
     """From a folder or a config: the directions it has too many stay empty, and the vectors come closer."""
     teacher = weights.load_model(world / "teacher", kind=SentenceEncoder)
     wide = SentenceEncoder(dataclasses.replace(teacher.config, width=48, heads=6, layers=2))
@@ -206,6 +206,7 @@ def test_a_student_wider_than_its_teacher(world, tmp_path):
     history = [record["held_out"]["emb"] for record in read_metrics(tmp_path / "out" / "metrics.jsonl")
                if "held_out" in record]  # fmt: skip
     assert history[-1] < 0.7 * history[0] and weights.read_config(tmp_path / "out").width == 48
+    assert "with the teacher's, in its own width\n" in capsys.readouterr().out
 
 
 def test_the_layers_of_a_narrower_student_are_the_teachers(world):
