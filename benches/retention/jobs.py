@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 from benches import ROOT, last_line
 from benches.retention.recipes import PEER, RECIPES, flags
@@ -26,7 +27,8 @@ from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.student import build_student
 from minidistil.tokenizer import Tokenizer
 
-RUNNING = set()  # processes, which end with the bench
+RUNNING, STARTING = set(), threading.Lock()  # processes, which end with the bench
+ENDING = threading.Event()  # while it is set, none starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,12 @@ def pool(workers):
         yield executor.submit
     finally:  # on success no job is left
         executor.shutdown(wait=False, cancel_futures=True)
+        with STARTING:  # a job may be reading what its script is asked
+            ENDING.set()
         for process in list(RUNNING):
             process.terminate()
         executor.shutdown()
+        ENDING.clear()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -89,8 +94,11 @@ def script(log, threads, *words):
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(log, "a", encoding="utf-8") as file:
         print(f"$ {shlex.join(map(str, words))}", file=file, flush=True)
-        process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, env=environment)
-    RUNNING.add(process)
+        with STARTING:
+            if ENDING.is_set():
+                raise InterruptedError("the bench has ended")
+            process = subprocess.Popen([*map(str, command)], stdout=file, stderr=file, env=environment)
+            RUNNING.add(process)
     code = process.wait()
     RUNNING.discard(process)
     said = log.read_text(encoding="utf-8", errors="replace")
