@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import threading
 import time
 import types
 
@@ -189,6 +190,24 @@ def test_an_exception_ends_the_processes(tmp_path):
     assert time.monotonic() - began < 30 and isinstance(first.exception(), UserError) and second.cancelled()
 
 
+def test_no_process_starts_while_the_bench_ends(tmp_path):
+    """The job of a script that was about to start, still reading files, when the bench was interrupted."""
+    (tmp_path / "late.py").write_text(f"open({str(tmp_path / 'begun')!r}, 'w')")
+
+    def job():
+        started.set()
+        assert jobs.ENDING.wait(30)
+        jobs.script(tmp_path / "log", 1, tmp_path / "late.py")
+
+    started = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        with jobs.pool(1) as submit:
+            late = submit(job)
+            started.wait()
+            raise KeyboardInterrupt
+    assert isinstance(late.exception(), InterruptedError) and not (tmp_path / "begun").exists()
+
+
 def test_a_recipe_without_a_head_has_no_kl():
     for recipe in ("masked words", "vectors + cosine + masked words"):
         weights = [recipes.flags(recipe, with_head).split("--alpha-ce ")[-1].split()[0] for with_head in (True, False)]
@@ -311,7 +330,7 @@ def test_qnli_without_a_training_set_is_halved(glue, tmp_path):
     assert len(train) + len(dev["dev"]) == 80 and min(map(len, questions)) > 8 and not set.intersection(*questions)
     assert tasks.load("sst2", folder) == tasks.load("sst2", data)
     assert text.with_qnli(data, tmp_path / "data") == folder  # once more, as on resumption
-    paths = text.write_texts(folder, tmp_path / "text")
+    paths = text.write_texts(folder, tmp_path / "text", minutes=5)
     assert [pathlib.Path(path).name for path in paths] == ["sst2.txt", "qnli.txt"]
     assert not questions[1] & set(pathlib.Path(paths[1]).read_text().splitlines())  # only the training half
     assert text.with_qnli(folder, tmp_path / "other") == folder  # a whole one stays
@@ -324,11 +343,22 @@ def test_texts_have_their_shares(glue, tmp_path, monkeypatch):
     whole = sum(len(t) + 1 for t in texts)
     for limit in (whole // 3, 3 * whole // 2):
         monkeypatch.setitem(text.SHARES, "sst2", limit)
-        (path,) = text.write_texts(glue, tmp_path)
+        (path,) = text.write_texts(glue, tmp_path, minutes=5)
         content = pathlib.Path(path).read_text()
         assert limit - 100 < len(content) <= limit
         lines = content.splitlines()
         assert lines == (texts * 2)[: len(lines)]
+
+
+def test_the_largest_text_grows_with_the_time(glue, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "SHARES", {"rte": 500, "sst2": 1000})
+    monkeypatch.setattr(text, "GROWS", "sst2")
+    sizes = {}
+    for minutes in (5, 10, 25):
+        paths = text.write_texts(glue, tmp_path, minutes)
+        sizes[minutes] = {pathlib.Path(path).stem: pathlib.Path(path).stat().st_size for path in paths}
+    assert sizes[5] == sizes[10] and sizes[25]["rte"] == sizes[10]["rte"] <= 500
+    assert 900 < sizes[10]["sst2"] <= 1000 and 3150 < sizes[25]["sst2"] <= 1000 + 1500 * 1.5
 
 
 def test_published_scores_keep_what_the_paper_says():

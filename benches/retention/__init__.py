@@ -101,7 +101,7 @@ def open_plan(settings, recipes):
     names = [pathlib.Path(settings.teacher).absolute().name, *shape[1::2], *(["tiny"] if settings.tiny else [])]
     folder = RUNS / (pathlib.Path(settings.out).name if settings.out else jobs.slug("-".join(names)))
     data = with_qnli(settings.data, folder / "data")
-    texts = write_texts(data, folder / "text") + (settings.text or "").split(",") if recipes else []
+    texts = write_texts(data, folder / "text", settings.minutes) + (settings.text or "").split(",") if recipes else []
     device = choose_device("auto")
     dtype = jobs.once(folder / "dtype.json", str(device), lambda: choose_dtype("auto", device)[0])
     return jobs.Plan(

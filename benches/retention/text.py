@@ -9,10 +9,12 @@ from minidistil import files
 from minidistil.downstream import glue
 from minidistil.errors import UserError
 
-# Bytes of the training texts of each task, repeated where it has fewer: less of SST-2, whose phrases are parts of each
-# other, and more of MRPC, which is news (LOG.md). STS-B's are not read, since it scores the vectors.
+# Bytes of the training texts of each task for up to ten minutes, repeated where it has fewer: less of SST-2, whose
+# phrases are parts of each other, and more of MRPC, which is news (LOG.md). For more time there is as much more of
+# IMDb, the largest, so that no sentence comes often. STS-B's are not read, since it scores the vectors.
 THIRD = (1 << 20) // 3
 SHARES = {"imdb": 3 * THIRD, "sst2": 2 * THIRD, "mrpc": 5 * THIRD, "qnli": 3 * THIRD}
+MINUTES, GROWS = 10, "imdb"
 
 
 def with_qnli(data, folder):
@@ -39,13 +41,14 @@ def with_qnli(data, folder):
     return folder.resolve()
 
 
-def write_texts(data, folder):
-    """Writes the texts of the training sets in `data`, a text a line: SHARES of each set, repeated if short.
+def write_texts(data, folder, minutes):
+    """Writes the texts of the training sets in `data`, a text a line, for students that train for so many minutes.
 
     Returns the paths as text.
     """
-    paths = []
+    paths, more = [], int(max(0, minutes / MINUTES - 1) * sum(SHARES.values()))
     for name, share in SHARES.items():
+        share += more if name == GROWS else 0
         if (data / glue.TASKS[name].folder).is_dir():
             train, _ = glue.load(name, data)
             texts = dict.fromkeys(text.replace("\n", " ") for example in train for text in example[:2] if text)
