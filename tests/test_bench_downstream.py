@@ -13,9 +13,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from forked import call
 from pictures import svg_texts
 
-from benches import distil, retention
+from benches import distil, last_line, retention
 from benches.retention import jobs, peer, recipes, show, text
 from minidistil import weights
 from minidistil.downstream import glue as tasks
@@ -44,6 +45,22 @@ def retained(tiny, glue, **given):
     names = dict(teacher=str(tiny / "teacher"), data=str(glue), task="sst2", rounds=2, finetune=FEW, tiny=True)
     rows = last_rows(retention.bench(retention.Settings(**names | given)))
     return {row["provider"]: row for row in rows}
+
+
+@pytest.fixture
+def forked(monkeypatch, tmp_path):
+    """The bench's scripts themselves, in processes that have imported PyTorch, and in a folder of their own."""
+
+    def script(log, threads, *words):
+        words = [*map(str, words)]
+        done = call([f"{jobs.ROOT}/{words[0]}", *words[1:]], env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            print("$", *words, done.stdout, done.stderr, file=file)
+        return last_line(done)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "script", script)
 
 
 @pytest.fixture
@@ -141,9 +158,8 @@ def test_retention_of_another_text_trains_again(tiny, glue, scripts, monkeypatch
     assert old.exists()
 
 
-def test_retention_fine_tunes_anew_with_other_settings(tiny, glue, monkeypatch, tmp_path):
+def test_retention_fine_tunes_anew_with_other_settings(tiny, glue, forked):
     """What was fine-tuned otherwise is replaced; more seeds are added to what is there."""
-    monkeypatch.chdir(tmp_path)
 
     def runs(seeds, **given):
         settings = retention.Settings(teacher=str(tiny / "teacher"), data=str(glue), tiny=True, task="sst2", **given)
@@ -214,9 +230,8 @@ def test_a_recipe_without_a_head_has_no_kl():
         assert float(weights[0]) > 0 and weights[1] == "0"
 
 
-def test_retention_distils_scores_and_fine_tunes(tiny, glue, tmp_path, monkeypatch):
+def test_retention_distils_scores_and_fine_tunes(tiny, glue, forked, tmp_path):
     """The scripts themselves, with one recipe and one seed; an interrupted run goes on."""
-    monkeypatch.chdir(tmp_path)
     small = "--seq-len 32 --batch 8 --device cpu"
     given = dict(layers="2", minutes=0.005, recipes="vectors", rounds=1, train=small, taught="--augment 1")
     rows = retained(tiny, glue, **given)
@@ -237,8 +252,7 @@ def test_retention_distils_scores_and_fine_tunes(tiny, glue, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("sentence_transformers"), reason="needs sentence-transformers")
-def test_their_own_recipe_trains_a_student_that_ours_reads(tiny, glue, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_their_own_recipe_trains_a_student_that_ours_reads(tiny, glue, forked, tmp_path):
     rows = retained(tiny, glue, layers="2", minutes=0.01, recipes=recipes.PEER, rounds=1, task="")
     student = rows[recipes.PEER]
     assert "error" not in student and student["steps"] > 2 and student["seconds"] > 0
@@ -272,8 +286,7 @@ def test_their_recipe_learns_in_half_precision(tiny, tmp_path, monkeypatch):
     assert distances[1] < 0.5 * distances[0]
 
 
-def test_finished_students_are_compared(tiny, glue, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_finished_students_are_compared(tiny, glue, forked, tmp_path):
     shutil.copytree(tiny / "teacher", tmp_path / "half")
     rows = retained(tiny, glue, student="half", task="sst2,rte", taught="--augment 2")
     assert list(rows) == ["teacher", "half", "half, taught"]

@@ -369,6 +369,7 @@ def test_a_bad_int8_file_is_refused(fragile, monkeypatch):
     """One line says what it costs, which layer is to blame and a flag that mends it; nothing is written."""
     made = []  # the graph, of which both runs make their files
     monkeypatch.setattr(export, "to_onnx", lambda graph: (made or made.append(to_onnx(graph)) or made)[0])
+    monkeypatch.setattr(blame, "ITEMS", 30)
     settings = export.Settings(str(fragile), "onnx-int8", str(fragile.parent / "text.txt"), sentences=150)
     (fragile / "onnx").mkdir()
     (fragile / "onnx" / "model_quantized.onnx").write_bytes(b"an older one")
