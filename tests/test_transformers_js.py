@@ -39,21 +39,19 @@ DTYPES = {"fp32": "model.onnx", "q8": "model_quantized.onnx"}
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
-    """Folders of each kind, exported in fp32 and int8: four of the demo's encoder, a random RoBERTa and a GPT-2."""
+    """Folders of each kind, exported in fp32 and int8: four of a student's encoder, a random RoBERTa and a GPT-2."""
     top = tmp_path_factory.mktemp("models")
     demo, text = ROOT / "data" / "demo", str(tiny / "text.txt")
     tokenizer = Tokenizer.load(demo)
-    teacher = weights.load_model(demo)
-    student = student_from_teacher(teacher, [0, 3])
-    sentences = weights.load_model(demo, kind=SentenceEncoder)
-    labels, spans = load_pretrained(demo, Classifier, 3), load_pretrained(demo, SpanReader, 2)
+    weights.save_model(top / "words", student_from_teacher(weights.load_model(demo), [0, 3]))
+    words, sentences = (weights.load_model(top / "words", kind=kind) for kind in (LanguageModel, SentenceEncoder))
+    labels, spans = load_pretrained(top / "words", Classifier, 3), load_pretrained(top / "words", SpanReader, 2)
     with torch.no_grad():  # heads with opinions
         labels.pool.weight.mul_(10), labels.classify.weight.mul_(10), spans.answer.weight.mul_(20)
     named = {"id2label": {"0": "red", "1": "green", "2": "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
     for name, model, extra in (
-        ("words", student, {}), ("sentences", sentences, {}), ("labels", labels, named), ("spans", spans, {}),
+        ("words", words, {}), ("sentences", sentences, {}), ("labels", labels, named), ("spans", spans, {}),
     ):  # fmt: skip
-        (top / name).mkdir()
         weights.save_model(top / name, model, **extra)
         tokenizer.max_length = model.config.positions
         tokenizer.save(top / name, model.config.family)
