@@ -32,7 +32,7 @@ from minidistil.downstream.tasks import open_task
 from minidistil.errors import UserError
 from minidistil.export import int8
 from minidistil.export.graphs import open_graph, to_onnx
-from minidistil.export.session import Session
+from minidistil.export.session import Session, library
 from minidistil.model import BERT_BASE, Config
 from minidistil.tokenizer import Tokenizer
 
@@ -75,6 +75,7 @@ class Exported(torch.nn.Module):
 
     def __init__(self, folder):
         super().__init__()
+        library("onnxruntime")  # missing, it is missed before the export, which takes seconds
         data = int8.quantised(to_onnx(open_graph(folder))).SerializeToString()
         self.bytes, self.session = len(data), Session(data, torch.get_num_threads())
 
