@@ -28,7 +28,7 @@ DISTILBERT = BERT.student(2)
 GPT2 = dataclasses.replace(BERT, family="gpt2", token_types=0, norm_eps=1e-5)
 ROBERTA = dataclasses.replace(BERT, family="roberta", token_types=1, pad_id=1, norm_eps=1e-5)
 BOTH = pytest.mark.parametrize("config", [BERT, DISTILBERT], ids=["bert", "distilbert"])
-MUTATIONS = 1000  # of each kind of file
+MUTATIONS = 500  # of each kind of file
 
 
 def random_model(config, seed=0):
