@@ -173,7 +173,7 @@ def test_teacher_by_name_from_the_cache(clone, bert, tmp_path):
     shutil.copytree(bert, snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("abc")
-    output = interrupted(clone, 2, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    output = interrupted(clone, 1, HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     assert "for the published result take Wikipedia + books: python data/prepare.py wikipedia:" in output
     assert "updates of 64 x 5 x 512 = 163,840 tokens" in output
     assert re.search(r"tokens/s .* left\n", output)
