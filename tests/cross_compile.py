@@ -1,6 +1,7 @@
 """Compiles every shipped kernel for GPUs that are not here, and reads off what they would execute.
 
     python tests/cross_compile.py [ARCH ...]      one JSON line a kernel and architecture: sm_80 sm_90 sm_100 gfx942
+    python tests/cross_compile.py --bf16 [ARCH ...]      of the kernels for bf16 alone
 
 kernels/machine_code.py says how they are counted.
 """
@@ -19,6 +20,7 @@ from kernels.machine_code import figures  # noqa: E402
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 LOGITS = {2: "*bf16", 4: "*fp32"}  # by bytes
+BF16 = "--bf16"
 
 
 def shipped():
@@ -75,6 +77,9 @@ def shipped():
 
 
 if __name__ == "__main__":
-    for architecture in sys.argv[1:] or ARCHITECTURES:
+    words = [word for word in sys.argv[1:] if word != BF16]
+    for architecture in words or ARCHITECTURES:
         for name, *what in shipped():
+            if BF16 in sys.argv and "bf16" not in name:
+                continue
             print(json.dumps({"kernel": name, "arch": architecture, **figures(*what, architecture)}), flush=True)
