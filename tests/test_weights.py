@@ -19,6 +19,7 @@ from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.hub import resolve
 from minidistil.model import BERT_BASE, Config, LanguageModel, num_params
+from minidistil.pooling import SentenceEncoder
 from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.student import student_from_teacher, student_layers
 from minidistil.weights import load_model, read_config, read_weights, save_model, write_config
@@ -691,6 +692,22 @@ def test_what_differs_between_the_files_of_gpt2(tmp_path):
     refused(lambda: load_model(tmp_path), "lm_head.weight differs from transformer.wte.weight")
     rewrite(tmp_path, tensors | {"transformer.h.0.mlp.c_fc.weight": tensors["transformer.h.0.mlp.c_fc.weight"].t()})
     refused(lambda: load_model(tmp_path), "c_fc.weight has shape (6, 4), but config.json asks for (4, 6)")
+
+
+@pytest.mark.parametrize("config", [BERT, DISTILBERT, ROBERTA, GPT2], ids=lambda config: config.family)
+def test_a_decoder_of_its_own_is_missed(config, tmp_path):
+    """transformers would fill it with random numbers; equal to the word vectors, it may be there."""
+    save_model(tmp_path, random_model(config))
+    edited(tmp_path, tie_word_embeddings=False)
+    (copy, words), *_ = FAMILIES[config.family].tied
+    refused(lambda: load_model(tmp_path), f"lacks {copy}, which its config.json says is not tied")
+    tensors = stored(tmp_path)
+    rewrite(tmp_path, tensors | {copy: tensors[words].clone()})
+    assert_same(load_model(tmp_path), random_model(config))
+    if config.family != "gpt2":  # without a head nothing is missed
+        heads = ("cls.", "lm_head.", "vocab_")
+        rewrite(tmp_path, {name: tensor for name, tensor in tensors.items() if not name.startswith(heads)})
+        assert load_model(tmp_path, fresh_head=True).fresh_head and load_model(tmp_path, kind=SentenceEncoder)
 
 
 @pytest.mark.parametrize("key, value", [
