@@ -21,9 +21,8 @@ Its rows:
 
 Each recipe of recipes.py has the same text, layers, minutes and threads: a short run of each, the probe, measures the
 time of an update, from which its number of updates follows, the same for all seeds. The text is that of training sets,
-without labels (text.py); for more than ten minutes there is more of it, and vectors have larger updates. `zero_shot` is
-the Spearman correlation of the cosine of two sentences' vectors with STS-B's scores, on its dev set. Each seed of a
-student is fine-tuned once; the models that have no seeds, once for each.
+without labels (text.py). `zero_shot` is the Spearman correlation of the cosine of two sentences' vectors with STS-B's
+scores, on its dev set. Each seed of a student is fine-tuned once; the models that have no seeds, once for each.
 
 An interrupted bench goes on where it was: the same command finds what is finished in runs/retention/NAME, named after
 --out or after the teacher, and resumes what is not. Files:
@@ -168,7 +167,7 @@ def described(plan, name, seeds):
     row = {"parameters": num_params(weights.read_config(seeds[0]["folder"])), "seeds": len(seeds)}
     if "steps" in seeds[0]:
         more = "" if name == PEER else plan.settings.train or ""
-        row["settings"] = f"{flags(name, plan.with_head, plan.settings.minutes)} {more}".strip()
+        row["settings"] = f"{flags(name, plan.with_head)} {more}".strip()
         row |= {"steps": seeds[0]["steps"], "seconds": round(seeds[0]["seconds"], 1)}
     if seeds[0]["zero_shot"] is not None:
         found = [seed["zero_shot"] for seed in seeds]

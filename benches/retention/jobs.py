@@ -130,7 +130,7 @@ def train(plan, recipe, steps, seed, out):
         words = [RECIPES[PEER], *plan.texts, "--teacher", teacher, *plan.shape, "--dtype", plan.dtype, *plan.prefix]
     else:
         words = ["train.py", "--teacher", plan.teacher, *plan.shape, "--data", plan.corpus, "--dtype", plan.dtype]
-        words += shlex.split(f"{flags(recipe, plan.with_head, plan.settings.minutes)} {plan.settings.train or ''}")
+        words += shlex.split(f"{flags(recipe, plan.with_head)} {plan.settings.train or ''}")
     words += ["--steps", steps, "--seed", seed, "--out", out]
     log, result = out.with_name(f"{out.name}.log"), out.with_name(f"{out.name}.json")
 

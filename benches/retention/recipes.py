@@ -8,9 +8,8 @@ from minidistil.model import LanguageModel
 UNTRAINED = "layers alone, untrained"
 PEER = "sentence-transformers"
 # "masked words" is as published (Sanh et al. 2019). It needs many words in an update; vectors learn more from many
-# small updates of short sentences, and where there is time for more of them, from larger ones (LOG.md).
+# small updates of short sentences (LOG.md).
 WORDS, VECTORS = "--batch 64 --seq-len 128 --lr 5e-4", "--batch 16 --seq-len 20 --lr 3.5e-4"
-MINUTES, LONGER = 10, "--batch 32 --lr 5e-4"  # of vectors, in more than so many minutes
 ALONE = "--alpha-emb 1 --alpha-cos 0 --alpha-ce 0 --alpha-mlm 0"
 SHARED = "--accum 1 --dropout 0 --eval-tokens 8192"
 RECIPES = {
@@ -34,10 +33,8 @@ def has_head(folder):
     return any(name in source for ours in names if ours.startswith("head.") for name in names[ours])
 
 
-def flags(recipe, with_head, minutes):
+def flags(recipe, with_head):
     """Returns a recipe's settings of train.py as text, without the KL where the teacher has no head for it."""
     if recipe == PEER:
         return RECIPES[PEER]
-    longer = [LONGER] if minutes > MINUTES and RECIPES[recipe].startswith(VECTORS) else []
-    # the last of equal flags counts
-    return " ".join([SHARED, RECIPES[recipe], *longer, *([] if with_head else [NO_HEAD])])
+    return " ".join([SHARED, RECIPES[recipe], *([] if with_head else [NO_HEAD])])  # the last of equal flags counts
