@@ -75,7 +75,7 @@ class Exported(torch.nn.Module):
 
     def __init__(self, folder):
         super().__init__()
-        library("onnxruntime")  # missing, it is missed before the export, which takes seconds
+        library("onnxruntime")  # where it is missing, say so before the export, which takes seconds
         data = int8.quantised(to_onnx(open_graph(folder))).SerializeToString()
         self.bytes, self.session = len(data), Session(data, torch.get_num_threads())
 

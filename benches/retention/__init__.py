@@ -21,8 +21,9 @@ Its rows:
 
 Each recipe of recipes.py has the same text, layers, minutes and threads: a short run of each, the probe, measures the
 time of an update, from which its number of updates follows, the same for all seeds. The text is that of training sets,
-without labels (text.py). `zero_shot` is the Spearman correlation of the cosine of two sentences' vectors with STS-B's
-scores, on its dev set. Each seed of a student is fine-tuned once; the models that have no seeds, once for each.
+without labels (text.py), for more than ten minutes more of it. `zero_shot` is the Spearman correlation of the cosine of
+two sentences' vectors with STS-B's scores, on its dev set. Each seed of a student is fine-tuned once; the models that
+have no seeds, once for each.
 
 An interrupted bench goes on where it was: the same command finds what is finished in runs/retention/NAME, named after
 --out or after the teacher, and resumes what is not. Files:
