@@ -108,6 +108,9 @@ def cut_model(folder, out, ids):
         if key.endswith("_token_id") and type(value) is int:
             values[key] = places.get(value, value)
     values[FAMILIES[config.family].config_keys["vocab_size"]] = len(ids)
+    if any(name in tensors for name in names["head.bias"]):
+        weights.check_decoder(folder, config)
+        values["tie_word_embeddings"] = True  # it was equal to the words, and is not written
     write_safetensors(out / "model.safetensors", tensors)
     files.write_json(out / "config.json", values)
     return weights.read_config(out), {"before": before, "after": parameters(tensors)}

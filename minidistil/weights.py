@@ -238,17 +238,18 @@ def load_model(folder, fresh_head=False, kind=LanguageModel):
             raise UserError(f"{folder} has no masked-LM head: {way}")
         fresh = _fresh_head(config)
     elif kind is LanguageModel:
-        _check_decoder(folder, config, source)
+        check_decoder(folder, config)
     model.fresh_head = bool(fresh)
     return fill(folder, model, source, names, fresh).eval()
 
 
-def _check_decoder(folder, config, source):
+def check_decoder(folder, config):
     """Raises UserError where config.json says that the decoder has weights of its own, and no file holds them."""
     (name, words), *_ = FAMILIES[config.family].tied
-    if name not in source and read_json(pathlib.Path(folder) / "config.json").get("tie_word_embeddings") is False:
-        way = f"take whole weights, or remove tie_word_embeddings if it equals {words}"
-        raise UserError(f"{folder} lacks {name}, which its config.json says is not tied: {way}")
+    if read_json(pathlib.Path(folder) / "config.json").get("tie_word_embeddings") is False:
+        if not any(_canonical(theirs).endswith(name) for theirs in read_weights(folder)):
+            way = f"take whole weights, or remove tie_word_embeddings if it equals {words}"
+            raise UserError(f"{folder} lacks {name}, which its config.json says is not tied: {way}")
 
 
 def named_weights(folder, model):
@@ -302,7 +303,7 @@ def _layout(config, name):
 
 
 def _by_their_names(folder, tensors, places):
-    """Returns the tensors by the names `places`, and tied ones; UserError names an unknown tensor."""
+    """Returns the tensors by the names `places` without tied and ignored ones; UserError names an unknown tensor."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_canonical(name): name for name in places + [copy for copy, _ in tied]}
     # what all names begin with, up to a dot: where a module of its user's held the model
@@ -320,7 +321,7 @@ def _by_their_names(folder, tensors, places):
         way = "correct config.json if the model needs it, or save the weights without it"
         raise UserError(f"{folder} holds {_some(unknown)}, which is not in the model of its config.json: {way}")
     for copy, original in tied:
-        if (tensor := found.get(copy)) is not None:
+        if (tensor := found.pop(copy, None)) is not None:
             other = found.setdefault(original, tensor)
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -12,6 +13,7 @@ from test_unigram import MODEL, train
 from data import trim
 from minidistil import weights
 from minidistil.errors import UserError
+from minidistil.families import FAMILIES
 from minidistil.model import Config, LanguageModel, num_params
 from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.tokenizer import Tokenizer
@@ -113,6 +115,22 @@ def test_processes_and_an_encoder_without_a_head(teacher, text, tmp_path, capsys
     head = config.width**2 + 3 * config.width + config.vocab_size
     assert first["parameters"]["before"] - second["parameters"]["before"] == head
     assert second["parameters"]["after"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_decoder_that_is_written_out_is_cut_with_the_words(teacher, text, tmp_path, capsys):
+    """It equals the words, which are written alone; one that is said not to be tied, and is not there, is missed."""
+    shutil.copytree(teacher, tmp_path / "whole")
+    tensors, _ = read_safetensors(teacher / "model.safetensors")
+    (copy, words), *_ = FAMILIES[weights.read_config(teacher).family].tied
+    config = json.loads((teacher / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(UserError, match=f"lacks {copy}"):
+        run(tmp_path / "whole", text, tmp_path / "none", capsys)
+    write_safetensors(tmp_path / "whole" / "model.safetensors", tensors | {copy: tensors[words].clone()})
+    run(tmp_path / "whole", text, tmp_path / "out", capsys)
+    run(teacher, text, tmp_path / "usual", capsys)
+    cut, usual = (weights.load_model(tmp_path / name).state_dict() for name in ("out", "usual"))
+    assert all(torch.equal(cut[name], usual[name]) for name in usual)
 
 
 def test_pieces_that_no_other_document_uses(tmp_path):
