@@ -19,7 +19,7 @@ import pathlib
 
 import torch
 
-from data.cached import docs_corpus
+from data.cached import docstring_corpus
 from data.sentence_split import sentences
 from data.sources import batches, check
 from minidistil import files, hub, weights
@@ -45,7 +45,7 @@ class Settings:
     model: str = option(None, "folder or name of the model", required=True)
     to: str = option(None, "fp32 or int8", choices=tuple(FILES), required=True)
     data: str = option(None, "held-out text: a folder of data/prepare.py, a file or folder of text; or a task's data "
-                             "(default: the docs corpus, prepared once)")  # fmt: skip
+                             "(default: the docstring corpus, prepared once)")  # fmt: skip
     task: str = option(None, "judge by this task's dev set (default: the one that the model was fine-tuned for, if "
                              "--data is a folder, but no corpus)")  # fmt: skip
     max_loss: float = option(1.0, "points of score that the file may cost; without a score, percent of agreement")
@@ -80,10 +80,11 @@ def destination(settings, folder):
 
 
 def open_held_out(settings, folder, graph, tokenizer):
-    """Returns the HeldOut that --data and --task name, or that of the docs corpus."""
+    """Returns the HeldOut that --data and --task name, or that of the docstring corpus."""
     n, data = settings.sentences, settings.data
     if data is None:
-        return from_corpus(docs_corpus(tokenizer.digest, folder), graph, tokenizer, folder, n, "the docs corpus")
+        corpus = docstring_corpus(tokenizer.digest, folder)
+        return from_corpus(corpus, graph, tokenizer, folder, n, "the docstring corpus")
     if settings.task:
         return from_task(settings.task, data, folder, graph, tokenizer)
     if (pathlib.Path(data) / "meta.json").is_file():

@@ -55,7 +55,7 @@ from minidistil.tokenizer import Tokenizer
 class Settings:
     # models and data
     teacher: str = option("demo", "folder, name on the Hugging Face Hub, demo, or none (training on the text alone)")
-    data: str = option(None, "folder that data/prepare.py wrote (default: the docs corpus, prepared once "
+    data: str = option(None, "folder that data/prepare.py wrote (default: the docstring corpus, prepared once "
                         "in the folder $MINIDISTIL_CACHE or data/cache)")  # fmt: skip
     out: str = option(None, "output folder (default: runs/NAME, a new one each time)")
     # length
@@ -150,20 +150,21 @@ def load_models(settings, objective, ranks):
 
 
 def open_corpus(settings, tokenizer, tokenizer_folder):
-    """Opens --data, or prepares (once) and opens the docs corpus, tokenised with this tokenizer."""
+    """Opens --data, or prepares (once) and opens the docstring corpus, tokenised with this tokenizer."""
     if settings.data:
         corpus = Corpus(settings.data)
     else:
         if settings.teacher != "demo":
             print(
-                f"no --data: training on the docs corpus with the vocabulary of {tokenizer_folder}; for the published "
-                "result take Wikipedia + books: python data/prepare.py wikipedia:enwiki-latest-pages-articles.xml.bz2 "
-                f"BOOKS_FOLDER --vocab {tokenizer_folder} --out data/wikibooks, then add --data data/wikibooks",
+                f"no --data: training on the docstring corpus with the vocabulary of {tokenizer_folder}; for the "
+                "published result take Wikipedia + books: python data/prepare.py "
+                f"wikipedia:enwiki-latest-pages-articles.xml.bz2 BOOKS_FOLDER --vocab {tokenizer_folder} "
+                "--out data/wikibooks, then add --data data/wikibooks",
                 flush=True,
             )
-        from data.cached import docs_corpus
+        from data.cached import docstring_corpus
 
-        corpus = Corpus(docs_corpus(tokenizer.digest, tokenizer_folder))
+        corpus = Corpus(docstring_corpus(tokenizer.digest, tokenizer_folder))
     corpus.check_tokenizer(tokenizer, tokenizer_folder)
     return corpus
 

@@ -21,11 +21,11 @@ from minidistil.errors import UserError
 Settings = Common
 
 GIGABYTES, TINY_GIGABYTES = 2.1, 0.004
-VARIED = 0.05  # share of the words that each repetition of the docs corpus redraws
+VARIED = 0.05  # share of the words that each repetition of the docstring corpus redraws
 
 
 def write_text(path, size, seed=0):
-    """Writes at least `size` bytes of English, a document per line: varied repetitions of the docs corpus."""
+    """Writes at least `size` bytes of English, a document per line: varied repetitions of the docstring corpus."""
     rng, written = np.random.default_rng(seed), 0
     texts = docstrings.harvest(docstrings.python_files())
     words = np.array(" \n ".join(" ".join(text.split()) for text in texts).split(" "), dtype=object)

@@ -1,4 +1,4 @@
-"""The `docs` corpus: English from the documentation strings of installed Python packages.
+"""The `docstrings` corpus: English from the documentation strings of installed Python packages.
 
 Extracted with `ast` from the standard library, torch, numpy, sympy and networkx, in sorted order, so the same versions
 give the same text on every run. Only prose is kept: no doctests, code and formula blocks, tables or reStructuredText
@@ -22,7 +22,7 @@ _MINIMUM_WORDS = 5
 
 
 def python_files():
-    """Returns the sorted paths of the source files of `docs`, without packages that are not installed."""
+    """Returns the sorted paths of the source files of `docstrings`, without packages that are not installed."""
     roots = [sysconfig.get_path("stdlib")]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)

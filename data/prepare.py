@@ -1,6 +1,6 @@
 """Text -> token file: streams any amount of text in constant memory; the result does not depend on the workers.
 
-    python data/prepare.py docs --vocab data/demo --out runs/docs
+    python data/prepare.py docstrings --vocab data/demo --out runs/docs
     python data/prepare.py books/ wikipedia:enwiki-pages-articles.xml.bz2 --vocab vocab.txt --out runs/corpus
     python data/prepare.py books/ --vocab vocab.txt --sentences --out runs/sentences
 
@@ -55,7 +55,7 @@ SMALLEST_VAL = 2048  # tokens: a small corpus holds out more than its share to r
 @dataclasses.dataclass
 class Settings:
     source: str = option(
-        dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
+        dataclasses.MISSING, "file or folder of text, docstrings, wikipedia:DUMP, hf:NAME[:CONFIG[:COLUMN]]", nargs="+"
     )
     vocab: str = option(None, "model: folder, name on the Hugging Face Hub, or demo; or a vocab.txt", required=True)
     out: str = option(None, "folder to write; must not exist", required=True)

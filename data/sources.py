@@ -15,6 +15,7 @@ from data.formats import batches_of, layout_of, listed
 from data.stored import OPENERS, Stored, codec, is_zip, members, package, whole
 from minidistil.errors import UserError
 
+DOCSTRINGS = "docstrings"  # the source of that name
 _TEXT_ENDINGS = (".txt", ".jsonl", ".ndjson", ".json", ".tsv", ".csv", ".parquet", ".zip", *OPENERS)
 _NO_TEXT = set(
     ".7z .arrow .avi .db .doc .docx .epub .feather .gif .h5 .htm .html .jpeg .jpg .mobi .mp3 .mp4 .npy .npz .odt .pdf "
@@ -26,10 +27,10 @@ _NO_TEXT = set(
 def check(sources):
     """Returns the stored bytes of all sources (0 where unknown); raises UserError for a missing source."""
     if not sources:
-        raise UserError("no source of text: name files, folders, `docs`, `wikipedia:DUMP` or `hf:DATASET`")
+        raise UserError("no source of text: name files, folders, `docstrings`, `wikipedia:DUMP` or `hf:DATASET`")
     total = 0
     for source in map(str, sources):
-        if source == "docs":
+        if source == DOCSTRINGS:
             total += sum(map(os.path.getsize, docstrings.python_files()))
         elif source.startswith("wikipedia:"):
             total += _size(source.removeprefix("wikipedia:"))
@@ -43,12 +44,12 @@ def check(sources):
 
 
 def paths_first(sources):
-    """Returns the sources of a command line: what exists as a path, such as a folder `docs`, is meant as a path."""
+    """Returns the sources of a command line: what exists as a path, such as a folder `docstrings`, is that path."""
     return [os.path.join(os.curdir, s) if _is_keyword(s) and os.path.exists(s) else s for s in sources]
 
 
 def _is_keyword(source):
-    return source == "docs" or source.startswith(("wikipedia:", "hf:"))
+    return source == DOCSTRINGS or source.startswith(("wikipedia:", "hf:"))
 
 
 def files_of(sources):
@@ -100,7 +101,7 @@ def text_files(path):
     """Returns `path` itself, or the text files below it in sorted order, without hidden files and folders."""
     if not os.path.isdir(path):
         if not os.path.exists(path):
-            raise UserError(f"{path} does not exist: check the path, or use docs, wikipedia:DUMP, hf:NAME")
+            raise UserError(f"{path} does not exist: check the path, or use docstrings, wikipedia:DUMP, hf:NAME")
         return [str(path)]
     files = [file for file in _visible_files(path) if file.lower().endswith(_TEXT_ENDINGS) or _is_extracted(file)]
     if not files:
@@ -143,8 +144,8 @@ def batches(sources, field="text", encoding="utf-8"):
     """
     encoding = codec(encoding)
     for source in map(str, sources):
-        if source == "docs":
-            yield from _docs()
+        if source == DOCSTRINGS:
+            yield from _docstrings()
         elif source.startswith("wikipedia:"):
             yield from _wikipedia(source.removeprefix("wikipedia:"))
         elif source.startswith("hf:"):
@@ -155,7 +156,7 @@ def batches(sources, field="text", encoding="utf-8"):
                     yield from batches_of(path, member, field, encoding)
 
 
-def _docs():
+def _docstrings():
     """Yields batches of Python files, about two megabytes of code (0.4 of prose) each."""
     paths, size = [], 0
     for path in docstrings.python_files():

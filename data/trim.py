@@ -43,7 +43,7 @@ HELD_OUT = 0.02  # share of the documents on which unseen_share is computed; the
 class Settings:
     teacher: str = option(None, "model: folder or name on the Hugging Face Hub", required=True)
     data: str = option(
-        None, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+", required=True
+        None, "file or folder of text, docstrings, wikipedia:DUMP, hf:NAME[:CONFIG[:COLUMN]]", nargs="+", required=True
     )
     out: str = option(None, "folder of the new teacher; must not exist", required=True)
     workers: int = option(None, "processes (default: the cores of this computer)")

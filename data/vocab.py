@@ -1,13 +1,13 @@
 """Learns a vocabulary from text with sentencepiece, as a BERT model's vocab.txt or GPT-2's or RoBERTa's tokenizer.
 
-    python data/vocab.py docs --size 8192 --out runs/vocab.txt
-    python data/vocab.py docs --size 8192 --byte-level gpt2 --out runs/gpt2    # vocab.json and merges.txt
+    python data/vocab.py docstrings --size 8192 --out runs/vocab.txt
+    python data/vocab.py docstrings --size 8192 --byte-level gpt2 --out runs/gpt2    # vocab.json and merges.txt
 
 Documents are those of data/prepare.py, a long one cut in the same places; memory grows only with the distinct words.
 
 Byte-pair encoding (Sennrich et al. 2016) over the counts of words, as our tokenizer splits them before it looks for
 pieces. For WordPiece it learns three tenths more pieces than needed and drops those that the greedy longest match uses
-least, which are merges that only led to longer pieces. Tokens per word of held-out `docs`, 8,192 entries, November
+least, which are merges that only led to longer pieces. Tokens per word of held-out docstrings, 8,192 entries, November
 2026: 1.052 without dropping, 1.040 with it; sentencepiece's unigram model 1.150 and 1.144. Byte-level BPE, which needs
 every merge, keeps the first ones.
 """
@@ -46,7 +46,7 @@ _WORD_START = "\u2581"  # sentencepiece's mark of a word start
 @dataclasses.dataclass
 class Settings:
     source: str = option(
-        dataclasses.MISSING, "file or folder of text, docs, wikipedia:DUMP, hf:DATASET[:CONFIG[:COLUMN]]", nargs="+"
+        dataclasses.MISSING, "file or folder of text, docstrings, wikipedia:DUMP, hf:NAME[:CONFIG[:COLUMN]]", nargs="+"
     )
     out: str = option(None, "vocab.txt to write, or a folder for it and its configuration", required=True)
     size: int = option(8192, "entries, special tokens included")

@@ -19,10 +19,12 @@ SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensor
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 OLDER = "0_Transformer"  # where repositories of sentence-transformers had the model until its release 2
 SENTENCES = ["modules.json", "*_Pooling/config.json", "config_sentence_transformers.json"]
-# the Hub moved its first models from one-word names to these organisations; a cache may hold them under either name
+# The Hub moved its first models from one-word names to these organisations; a cache may hold them under either name.
+# The library sentence-transformers looks for one-word names in its own.
 ORGANISATIONS = {
     "bert-": "google-bert/", "roberta-": "FacebookAI/", "xlm-roberta-": "FacebookAI/", "gpt2": "openai-community/",
     "distilbert-": "distilbert/", "distilroberta-": "distilbert/", "distilgpt2": "distilbert/",
+    **dict.fromkeys(("all-", "multi-qa-", "paraphrase-", "msmarco-"), "sentence-transformers/"),
 }  # fmt: skip
 NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # of a model or a data set on the Hub
 TIMEOUT = 10  # seconds for a server to answer

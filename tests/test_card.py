@@ -167,7 +167,7 @@ def test_names_on_the_hub(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source, data_set, shown, language", [
-    ("docs", None, "documentation strings", "en"),
+    ("docstrings", None, "documentation strings", "en"),
     ("wikipedia:/home/me/dewiki-latest-pages-articles.xml.bz2", None, "a dump of Wikipedia (de)", "de"),
     ("wikipedia:/home/me/secret/dump.xml", None, "a dump of Wikipedia", None),
     ("hf:Salesforce/wikitext:wikitext-2-raw-v1", "Salesforce/wikitext", "[Salesforce/wikitext]", None),
@@ -183,7 +183,7 @@ def test_sources_of_text(source, data_set, shown, language, tmp_path, monkeypatc
 
 
 def test_languages_are_named_where_all_are_known(plain_run, tmp_path):
-    for sources, language in ((["docs"], ["en"]), (["docs", "books.txt"], None)):
+    for sources, language in ((["docstrings"], ["en"]), (["docstrings", "books.txt"], None)):
         folder = tmp_path / str(len(sources))
         shutil.copytree(plain_run, folder)
         run = json.loads((folder / "run.json").read_text())

@@ -280,11 +280,11 @@ def test_flags_of_a_causal_model_are_its_own(tiny, causal):
 
 def test_a_run_without_data_says_whose_vocabulary_it_has(tiny, monkeypatch, capsys):
     """data/gpt2.json alone is trained with the demo's words, not with byte-level BPE."""
-    monkeypatch.setattr("data.cached.docs_corpus", lambda *_: tiny / "corpus")
+    monkeypatch.setattr("data.cached.docstring_corpus", lambda *_: tiny / "corpus")
     for teacher in ("none", str(tiny / "teacher")):
         train.open_corpus(train.Settings(teacher=teacher), Tokenizer.load(tiny / "teacher"), tiny / "teacher")
         said = capsys.readouterr().out
-        assert f"training on the docs corpus with the vocabulary of {tiny / 'teacher'}; for" in said
+        assert f"training on the docstring corpus with the vocabulary of {tiny / 'teacher'}; for" in said
         assert f"BOOKS_FOLDER --vocab {tiny / 'teacher'} --out" in said
 
 

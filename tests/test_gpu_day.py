@@ -256,7 +256,7 @@ def test_prepare(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(docstrings, "python_files", lambda: files)
     bench.main(["gpu", "--prepare"])
     printed = capsys.readouterr().out
-    (docs,) = (tmp_path / "data" / "cache").glob("docs-*")
+    (docs,) = (tmp_path / "data" / "cache").glob("docstrings-*")
     assert f'carry ["data/cache/gpu-day", "data/cache/{docs.name}"]' in printed
     assert "limit 530 s" in printed and "limit 210 s" in printed
     assert "python3 bench.py gpu --out $OUT --budget 500\n" in printed

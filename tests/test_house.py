@@ -54,7 +54,7 @@ def imports(module):
 
 GRAPH = {module: imports(module) for module in MODULES}
 
-# what each layer may import besides its own modules; train.py runs data.cached for the docs corpus
+# what each layer may import besides its own modules; train.py runs data.cached for the docstring corpus
 ALLOWED = {
     "kernels": set(),
     "minidistil": {"kernels"},

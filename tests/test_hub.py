@@ -113,6 +113,8 @@ def test_cache_is_where_huggingface_hub_puts_it(tmp_path, monkeypatch, settings,
         ("distilbert/distilbert-base-uncased", "distilbert-base-uncased"),
         ("someone/bert-base-uncased", "someone/bert-base-uncased"),
         ("gpt2", "gpt2"),
+        ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("multi-qa-MiniLM-L6-cos-v1", "sentence-transformers/multi-qa-MiniLM-L6-cos-v1"),
     ],
 )
 def test_cache_is_searched_under_both_names(name, cached):

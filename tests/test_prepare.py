@@ -474,18 +474,23 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, vocab, monkeypatch, na
             prepare([path], vocab, tmp_path / "out", workers=1)
 
 
+def test_no_path_of_this_repository_hides_a_source(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert sources.paths_first([sources.DOCSTRINGS]) == [sources.DOCSTRINGS]
+
+
 def test_what_is_read_and_skipped_is_said(tmp_path, vocab, documents):
-    folder = tmp_path / "docs"  # the path is meant, not the keyword
+    folder = tmp_path / "docstrings"  # the path is meant, not the source of that name
     folder.mkdir()
     write_lines(folder / "a.txt", documents[:50])
     (folder / "b.md").write_text("the dog\n")
     (folder / "Makefile").write_text("the dog\n")
-    done = run("docs", "--vocab", vocab, "--out", "out", "--workers", 1, cwd=tmp_path)
+    done = run("docstrings", "--vocab", vocab, "--out", "out", "--workers", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "files read: 1 .txt; skipped, as of no known kind of text: 1 .md, 1 without ending" in done.stdout
     _, _, meta = read(tmp_path / "out")
     assert meta["files"] == {"read": {".txt": 1}, "skipped": {".md": 1, "without ending": 1}}
-    assert sum(meta["documents"].values()) == 50 and meta["sources"] == ["./docs"]
+    assert sum(meta["documents"].values()) == 50 and meta["sources"] == ["./docstrings"]
 
 
 def test_half_a_surrogate_pair_is_no_obstacle(tmp_path, vocab):
@@ -555,7 +560,7 @@ def test_sources_that_are_not_there_are_refused_at_once(tmp_path, vocab):
         prepare([], vocab, tmp_path / "out")
     for options in ({"val_share": 0}, {"val_share": 1.5}, {"workers": 0}):
         with pytest.raises(UserError, match="--"):
-            prepare(["docs"], vocab, tmp_path / "out", **options)
+            prepare(["docstrings"], vocab, tmp_path / "out", **options)
 
 
 def test_hugging_face_datasets(tmp_path, vocab, monkeypatch):
@@ -652,7 +657,7 @@ def test_documentation_of_this_computer(tmp_path, vocab, monkeypatch):
     assert text == docstrings.harvest(some) and sum(map(len, text)) > 100_000
     assert not any(">>>" in document or "::" in document.split("\n")[0] for document in text)
     monkeypatch.setattr(docstrings, "python_files", lambda: some + some[::-1])
-    prepare(["docs"], vocab, tmp_path / "out", workers=1)
+    prepare(["docstrings"], vocab, tmp_path / "out", workers=1)
     _, _, meta = read(tmp_path / "out")
     assert sum(meta["documents"].values()) == len(set(text))  # each document once
 

@@ -591,7 +591,7 @@ def refused(arguments, contains):
     assert done.stderr.count("\n") == 1 and contains in done.stderr, done.stderr
 
 
-def test_the_docs_corpus_goes_where_the_environment_says(tiny, tmp_path, monkeypatch):
+def test_the_docstring_corpus_goes_where_the_environment_says(tiny, tmp_path, monkeypatch):
     """A read-only checkout is one line that names the variable."""
     found = docstrings.python_files()[:60]
     monkeypatch.setattr(docstrings, "python_files", lambda: found)

@@ -20,8 +20,9 @@ Its rows:
                                        fine-tuned with the fine-tuned teacher (Sanh et al. 2019, section 3)
 
 Each recipe of recipes.py has the same text, layers, minutes and threads: a short run of each, the probe, measures the
-time of an update, from which its number of updates follows, the same for all seeds. The text is that of training sets,
-without labels (text.py), for more than ten minutes more of it. `zero_shot` is the Spearman correlation of the cosine of
+time of an update, from which its number of updates follows, the same for all seeds. While probes run, the computer must
+do nothing else; what it does later changes no result. The text is that of training sets, without labels (text.py), for
+more than ten minutes more of it. `zero_shot` is the Spearman correlation of the cosine of
 two sentences' vectors with STS-B's scores, on its dev set. Each seed of a student is fine-tuned once; the models that
 have no seeds, once for each.
 
