@@ -25,13 +25,10 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import signal
-import socket
 import sys
 import time
 
-import filelock
 import numpy as np
 import tqdm
 
@@ -41,6 +38,7 @@ if __name__ == "__main__":
 from data import sources as text_sources
 from data.documents import DOCUMENT_BYTES, described_cuts
 from data.encode import HASHES, encoder, token_dtype
+from data.new_folder import new_folder
 from data.workers import cores, ordered_map
 from minidistil import __version__, cli, files
 from minidistil.cli import option
@@ -92,7 +90,9 @@ def prepare(
             batches = text_sources.batches(sources, field, encoding)
             return _encode(batches, tokenizer, prefix, threshold, workers, folder, bar)
 
-    with _building(out) as folder:
+    if (out / "meta.json").exists():
+        raise UserError(f"{out} already holds a prepared corpus: use it, remove it or choose another --out")
+    with new_folder(out) as folder:
         tokenizer.save(folder)
         train, val, smallest, cuts = encode_all(int(val_share * HASHES))
         if val.tokens < min(SMALLEST_VAL, 0.1 * (train.tokens + val.tokens)) or train.tokens == 0:
@@ -120,51 +120,6 @@ def prepare(
         meta["meta_sha256"] = meta_digest(meta)
         files.write_json(folder / "meta.json", meta)
     return meta
-
-
-@contextlib.contextmanager
-def _building(out):
-    """Yields a new folder beside `out`, which is renamed to `out` on success and removed on failure."""
-    if (out / "meta.json").exists():
-        raise UserError(f"{out} already holds a prepared corpus: use it, remove it or choose another --out")
-    if out.is_symlink() or out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} already exists and holds something else: choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.{socket.gethostname()}-"
-    for leftover in out.parent.iterdir():
-        owner = leftover.name.removeprefix(prefix).removesuffix(".tmp")
-        if leftover.name == f"{prefix}{owner}.tmp" and not _alive(owner):  # from a killed run
-            shutil.rmtree(leftover, ignore_errors=True)
-    folder, lock = out.with_name(f"{prefix}{os.getpid()}.tmp"), filelock.FileLock(out.with_name(f".{out.name}.writer"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"another process is writing {out}: wait for its end, or choose another --out") from None
-    try:
-        folder.mkdir()
-        yield folder
-        for path in folder.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        files.sync_folder(folder)
-        os.rename(folder, out)
-        files.sync_folder(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
-            os.unlink(lock.lock_file)
-        lock.release()
-
-
-def _alive(owner):
-    """Whether another process on this computer has this id."""
-    try:
-        os.kill(int(owner), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return int(owner) != os.getpid()
 
 
 class _File:

@@ -12,7 +12,7 @@ import zipfile
 from data import docstrings, wikipedia
 from data.documents import BATCH_BYTES, RECORD_BYTES, Batch
 from data.formats import batches_of, layout_of, listed
-from data.stored import OPENERS, Stored, codec, is_zip, members, package, whole
+from data.stored import OPENERS, Stored, codec, is_hidden, is_zip, members, package, whole
 from minidistil.errors import UserError
 
 DOCSTRINGS = "docstrings"  # the source of that name
@@ -63,7 +63,8 @@ def files_of(sources):
                 skipped.update(_ending(path) for path in _visible_files(source) if path not in chosen)
             for path in filter(is_zip, chosen):
                 with whole(path), zipfile.ZipFile(path) as archive:
-                    skipped.update(_ending(n) for n in set(archive.namelist()) - set(members(path)) if n[-1:] != "/")
+                    others = set(archive.namelist()) - set(members(path))
+                    skipped.update(_ending(n) for n in others if n[-1:] != "/" and not is_hidden(n))
     return {"read": dict(sorted(read.items())), "skipped": dict(sorted(skipped.items()))}
 
 

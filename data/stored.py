@@ -136,12 +136,17 @@ def is_zip(path):
     return path.lower().endswith(".zip")
 
 
+def is_hidden(member):
+    """Returns whether a member of a .zip file is hidden, or is what macOS keeps of a file beside its content."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in member.split("/"))
+
+
 def members(path):
-    """Returns the text files in a .zip file; [None] for another file, which is one itself."""
+    """Returns the text files in a .zip file, without hidden ones; [None] for another file, which is one itself."""
     if not is_zip(path):
         return [None]
     with whole(path), zipfile.ZipFile(path) as archive:
-        names = [name for name in sorted(archive.namelist()) if name.lower().endswith(MEMBERS)]
+        names = [n for n in sorted(archive.namelist()) if n.lower().endswith(MEMBERS) and not is_hidden(n)]
     if not names:
         raise UserError(f"{path} holds no {' '.join(MEMBERS)} file: extract it, or leave it out")
     return names

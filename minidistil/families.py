@@ -200,13 +200,16 @@ WRAPPERS = {
     "module", "_module", "_orig_mod",  # DataParallel and its kin, Opacus, torch.compile
     "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",  # Lightning, FSDP, checkpointing
 }  # fmt: skip
-# tensors of a file that the wanted head does not use, and what they are
-IGNORED = [
-    (r"embeddings\.(position|token_type)_ids", "the constants 0, 1, 2, ... and 0, 0, 0, ..."),
-    (r"fit_dense(s\.\d+)?\.(weight|bias)", "TinyBERT's projections to its teacher's width, used in its training only"),
+# tensors of a file that the wanted head does not use, and what they are; first those of tasks
+OF_TASKS = [
     (r"pooler\.dense\.(weight|bias)", "read by sentence-level heads only"),
     (r"cls\.seq_relationship\.(weight|bias)", "the next-sentence head"),
     (r"(pre_classifier|classifier|qa_outputs)\.((dense|out_proj)\.)?(weight|bias)", "the head of a fine-tuned task"),
+]
+IGNORED = [
+    *OF_TASKS,
+    (r"embeddings\.(position|token_type)_ids", "the constants 0, 1, 2, ... and 0, 0, 0, ..."),
+    (r"fit_dense(s\.\d+)?\.(weight|bias)", "TinyBERT's projections to its teacher's width, used in its training only"),
     (r"h\.\d+\.attn\.(masked_)?bias", "GPT-2's causal mask, and the score of what it hides"),
     (r"lm_head\.(dense\.|layer_norm\.|decoder\.)?(weight|bias)", "RoBERTa's masked-LM head"),
     (r"cls\.predictions\.(transform\.(dense|LayerNorm)\.(weight|bias)|(decoder\.)?bias)", "BERT's masked-LM head"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from minidistil.errors import UserError
-from minidistil.families import FAMILIES, IGNORED, SUPPORTED, WRAPPERS
+from minidistil.families import FAMILIES, IGNORED, OF_TASKS, SUPPORTED, WRAPPERS
 from minidistil.files import sha256, write_json
 from minidistil.model import Config, LanguageModel
 from minidistil.safetensors import HEADER_LIMIT, damaged, parse_json, read_safetensors, write_safetensors
@@ -260,6 +260,13 @@ def named_weights(folder, model):
     return _by_their_names(folder, tensors, [name for group in names.values() for name in group]), names
 
 
+def task_weights(folder):
+    """Returns the tensors of a folder's files that heads of tasks use, the pooler among them, by their plain names."""
+    tensors = read_weights(folder)
+    plain = _plain_names(tensors)
+    return {plain[n]: tensors[n] for n in tensors if any(re.fullmatch(pattern, plain[n]) for pattern, _ in OF_TASKS)}
+
+
 def _check_family(folder, family, tensors):
     """Raises UserError for tensors of another family whose encoder has the same names: BERT's and RoBERTa's."""
     for name in tensors:
@@ -306,11 +313,9 @@ def _by_their_names(folder, tensors, places):
     """Returns the tensors by the names `places` without tied and ignored ones; UserError names an unknown tensor."""
     tied = [(copy, original) for family in FAMILIES.values() for copy, original in family.tied if original in places]
     known = {_canonical(name): name for name in places + [copy for copy, _ in tied]}
-    # what all names begin with, up to a dot: where a module of its user's held the model
-    wrapper = re.match(r"(.*\.)?", os.path.commonprefix(list(tensors)))[0]
-    found, unknown = {}, []
+    plain_names, found, unknown = _plain_names(tensors), {}, []
     for name, tensor in tensors.items():
-        plain = _canonical(name.removeprefix(wrapper))
+        plain = plain_names[name]
         if plain not in known:
             unknown += [] if any(re.fullmatch(pattern, plain) for pattern, _ in IGNORED) else [name]
         elif known[plain] in found:
@@ -326,6 +331,12 @@ def _by_their_names(folder, tensors, places):
             if tensor.dtype != other.dtype or not torch.equal(tensor, other):
                 raise UserError(f"{folder}: {copy} differs from {original}: use a model with a tied decoder")
     return found
+
+
+def _plain_names(tensors):
+    """Returns {name in the files: canonical name} without what all begin with, where a module of its user's held it."""
+    wrapper = re.match(r"(.*\.)?", os.path.commonprefix(list(tensors)))[0]
+    return {name: _canonical(name.removeprefix(wrapper)) for name in tensors}
 
 
 def _some(names):

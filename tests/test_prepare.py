@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -444,6 +445,8 @@ def test_a_zip_archive(tmp_path, vocab):
         archive.writestr("b.txt", "the dog\n")
         archive.writestr("a/a.txt", "a cat\nthe cat\n")
         archive.writestr("picture.png", "no text")
+        archive.writestr("__MACOSX/a/._a.txt", b"\0\x05\x16\x07 of macOS")
+        archive.writestr("a/.hidden/b.txt", "not read, as in a folder\n")
     assert texts_of(tmp_path / "x.zip") == ["a cat", "the cat", "the dog"]
     meta = prepare([tmp_path], vocab, tmp_path / "out", workers=1)
     assert meta["files"] == {"read": {".zip": 1}, "skipped": {".png": 1}}
@@ -812,6 +815,19 @@ def test_what_exists_is_left_alone(tmp_path, vocab, documents):
     assert os.listdir(tmp_path / "other") == ["thesis.doc"]
     result = run(source, "--vocab", vocab, "--out", source / "below")
     assert result.returncode == 1 and result.stderr.startswith("prepare.py: error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_mount_point_is_refused_before_the_text_is_read(tmp_path, vocab, monkeypatch):
+    """An empty volume of a container: what is complete could not take its place."""
+    (tmp_path / "out").mkdir()
+
+    def busy(self):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+
+    monkeypatch.setattr(pathlib.Path, "rmdir", busy)
+    with pytest.raises(UserError, match="out is a mount point.*name a folder in it"):
+        prepare([write_lines(tmp_path / "text.txt", ["a cat"])], vocab, tmp_path / "out", workers=1)
+    assert sorted(os.listdir(tmp_path)) == ["out", "text.txt"]
 
 
 def test_last_line_and_exit_codes(tmp_path, vocab, documents):

@@ -12,9 +12,11 @@ from test_unigram import MODEL, train
 
 from data import trim
 from minidistil import weights
+from minidistil.downstream.heads import Classifier, SpanReader
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.model import Config, LanguageModel, num_params
+from minidistil.pooling import Pooling, write_pooling
 from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.tokenizer import Tokenizer
 
@@ -156,3 +158,57 @@ def test_refusals(teacher, text, tiny, tmp_path, capsys):
     run(teacher, text, tmp_path / "out", capsys)
     with pytest.raises(UserError, match="already exists"):
         run(teacher, text, tmp_path / "out", capsys)
+
+
+def test_a_refused_teacher_leaves_nothing(teacher, text, tmp_path, capsys, monkeypatch):
+    """Before the text is read; what is refused or fails later leaves nothing either."""
+    shutil.copytree(teacher, tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    shutil.copytree(teacher, tmp_path / "dense")
+    modules = [{"path": path, "type": path[2:]} for path in ("", "1_Pooling", "2_Dense")]
+    (tmp_path / "dense" / "modules.json").write_text(json.dumps(modules))
+    with monkeypatch.context() as patched:
+        patched.setattr(trim, "count_tokens", None)
+        for name, message in (("bare", "no weights"), ("dense", "lists , Pooling, Dense")):
+            with pytest.raises(UserError, match=message):
+                run(tmp_path / name, text, tmp_path / "out", capsys)
+    monkeypatch.setattr(trim, "cut_model", None)
+    with pytest.raises(TypeError):
+        run(teacher, text, tmp_path / "out", capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "dense"]
+
+
+@pytest.mark.parametrize("kind", [Classifier, SpanReader])
+def test_the_pooler_and_the_heads_of_tasks_are_kept(kind, teacher, text, tmp_path, capsys):
+    """As when the fine-tuned model was made of the cut teacher; a bare encoder keeps its pooler, too."""
+    config = weights.read_config(teacher)
+    weights.save_model(tmp_path / "whole", kind(config, *[3][: kind is Classifier], seed=1))
+    shutil.copy(teacher / MODEL, tmp_path / "whole")
+    run(tmp_path / "whole", text, tmp_path / "out", capsys)
+    whole, cut = (read_safetensors(tmp_path / name / "model.safetensors")[0] for name in ("whole", "out"))
+    assert whole.keys() == cut.keys()
+    changed = [name for name in whole if not torch.equal(whole[name], cut[name])]  # equal ones have the same shape
+    assert len(changed) == 1 and changed[0].endswith("word_embeddings.weight")
+
+
+def test_prompts_and_sentences_keep_their_pieces(teacher, tmp_path, capsys):
+    """A prompt of the folder, a prefix, and the sentence that follows a full-width mark, where a word begins."""
+    path, out = tmp_path / "text.txt", tmp_path / "out"
+    path.write_text("a cat。the teacher\na cat\n" * 3, encoding="utf-8")
+    shutil.copytree(teacher, tmp_path / "encoder")
+    read = weights.read_config(teacher)
+    write_pooling(tmp_path / "encoder", Pooling(settings={"prompts": {"query": "distilled: ", "none": ""}}), read)
+    whole = Tokenizer.load(teacher)
+
+    def same(line):
+        return [whole.vocab[i] for i in whole.encode(line)] == [small.vocab[i] for i in small.encode(line)]
+
+    run(teacher, path, out, capsys)
+    small = Tokenizer.load(out)
+    assert same("a cat。the teacher")
+    assert not any(map(same, ("the teacher", "distilled: a cat", "vocabulary cat")))
+    run(tmp_path / "encoder", path, tmp_path / "second", capsys, "--sentences", "--prefix", "vocabulary ")
+    small = Tokenizer.load(tmp_path / "second")
+    assert all(map(same, ("vocabulary the teacher", "vocabulary a cat。", "distilled: the teacher")))
+    with pytest.raises(UserError, match="add --sentences"):
+        run(teacher, path, tmp_path / "third", capsys, "--prefix", "vocabulary ")
