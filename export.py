@@ -8,7 +8,8 @@
 These are the places and names where transformers.js and optimum look. A folder other than the model's own (--out, or
 that of a downloaded model) gets config.json and the tokenizer, too: all that they need. The file and our model run on
 the same held-out items: differences, score, size and latency are printed, and kept in onnx/report.json. A file that
-loses more than --max-loss is not written. The last line of stdout is JSON: what report.json says of the file.
+loses more than --max-loss, or may do so by the standard error of few held-out words, is not written. The last line of
+stdout is JSON: what report.json says of the file.
 """
 
 import dataclasses

@@ -3,11 +3,11 @@
     python finetune.py --task sst2 --model runs/demo --data GLUE                 one task; GLUE: the official folder
     python finetune.py --task all --model bert-base-uncased --data GLUE --seeds 5    all nine, and the macro score
     python finetune.py --task reviews.csv --model runs/demo                          examples of your own
-    python finetune.py --task squad --model runs/demo --data SQUAD --teacher runs/finetune-squad    second distillation
+    python finetune.py --task squad --model runs/student --data SQUAD --teacher runs/teacher    second distillation
     python finetune.py --task sst2 --model bilstm --words bert-base-uncased --data GLUE    a baseline without attention
 
-The best run's model of each task and its card are in --out/TASK, which transformers loads; --out/scores.json holds all
-runs. The last line of stdout is one JSON object:
+The best run's model of each task and its card are in --out/TASK, which transformers loads, or of --vectors
+sentence-transformers; --out/scores.json holds all runs. The last line of stdout is one JSON object:
 
     {"out", "tasks": {TASK: {"score": median, "lowest", "highest", "lr", "seeds", metrics}}, "macro", "seconds", ...}
 

@@ -6,10 +6,10 @@
     python sample.py "Once upon a time" --model DIR             a GPT-2: the next word, and how the text goes on
 
 Probabilities are softmax(logits / temperature) over the whole vocabulary; temperature 0 is the limit, in which the
-likeliest word has them all. Several blanks are predicted independently,
-each with all others left blank; the sentence below the tables is filled greedily from left to right, so each blank sees
-the words before it. [MASK] stands for the blank of any model, which a RoBERTa writes <mask>. With --json, stdout is one
-line; for several blanks "student" holds one such list per blank:
+likeliest word has probability 1. Several blanks are predicted independently, each with all others left blank; the
+sentence below the tables is filled greedily from left to right, so each blank sees the words before it. [MASK] stands
+for the blank of any model, which a RoBERTa writes <mask>. With --json, stdout is one line; for several blanks "student"
+holds one such list per blank:
 
     {"prompt", "predictions": {"student": [[token, probability], ...], "teacher": the same, or null without one}}
 

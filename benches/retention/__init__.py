@@ -21,8 +21,8 @@ Its rows:
 
 Each recipe of recipes.py has the same text, layers, minutes and threads: a short run of each, the probe, measures the
 time of an update, from which its number of updates follows, the same for all seeds. While probes run, the computer must
-do nothing else; what it does later changes no result. The text is that of training sets, without labels (text.py), for
-more than ten minutes more of it. `zero_shot` is the Spearman correlation of the cosine of
+do nothing else; what it does later changes no result. The text is part of the training sets, without labels (text.py);
+students of more than ten minutes read more of IMDb. `zero_shot` is the Spearman correlation of the cosine of
 two sentences' vectors with STS-B's scores, on its dev set. Each seed of a student is fine-tuned once; the models that
 have no seeds, once for each.
 
