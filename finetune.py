@@ -211,10 +211,10 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
         "model": "bilstm" if as_bilstm else "vectors" if settings.vectors else "encoder",
         "weights": weights.digests(folder),
     }
+    inherited = inheritable(dataclasses.asdict(settings), (*PATHS, "task") if own else PATHS)
     if settings.resume:
-        state = scores.resume(out, identity, settings.dtype)
+        state = scores.resume(out, identity, settings.dtype) | {"settings": inherited}
     else:
-        inherited = inheritable(dataclasses.asdict(settings), (*PATHS, "task") if own else PATHS)
         state = ranks.broadcast(lambda: scores.begin(inherited, identity, settings.dtype, device))
     for name in names:  # before hours go into the first
         folders = distil.find_teachers(teachers, task := outline(name, own, settings.vectors))
@@ -240,7 +240,7 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
             if not as_bilstm:
                 check_positions(folder, config, task)
             scores.require_same_for(name, state, "data", digest(task), out)
-            runs = state["runs"].setdefault(name, [])
+            runs = scores.runs_of(name, state)
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again
             ranks.print0(f"{describe(task, settings.augment, unlabelled)}; {state['dtype']} on {device}; {out}")

@@ -249,7 +249,7 @@ def distil(settings, out, device, ranks):
     progress, stop = Progress(total, round(G * sequences.mean_length), state.update, state.seconds), SignalFlag()
     meter = Meter(device, settings.watts, state.energy if ranks.first else (), ranks.print0)
     report = RunReport(run, progress, distiller, state, sequences, ranks)
-    run.open(state.update if settings.resume else None)
+    run.open(state.update if settings.resume else None, [eval_corpus.meta["sha256"]["val.bin"], settings.eval_tokens])
     report.begin(corpus, share // B, B, held_out)
 
     def evaluate():
@@ -328,6 +328,8 @@ def main(argv):
     check_needs_teacher(values.get("teacher") != "none", values)
     begun = inherited(values["out"]) if values.keys() >= {"out", "resume"} else {}
     demo = DEMO if not begun and values.get("teacher", "demo") == "demo" else {}
+    if "epochs" in values:
+        demo = {name: value for name, value in demo.items() if name != "steps"}
     summary = train(Settings(**{**demo, **begun, **values}))
     if summary:  # on rank 0 only
         print(json.dumps(summary, separators=(",", ":")))

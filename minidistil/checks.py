@@ -5,6 +5,7 @@ import math
 
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
+from minidistil.folder import check_name
 
 # settings of train.py or finetune.py that say how a teacher is learnt from
 OF_MASKS = "mask_share", "mask_smoothing", "kd_rows"  # settings of train.py for masked tokens
@@ -16,6 +17,7 @@ OF_TEACHER = (
 
 def check_settings(settings):
     """Raises UserError for settings of train.py that cannot work, before anything is read."""
+    check_name(settings, "teacher", "student_init")
     positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens", "watts")
     for name in positive:
         value = getattr(settings, name)

@@ -18,6 +18,7 @@ from minidistil.errors import UserError
 
 CHECKPOINT = pathlib.Path("checkpoint") / "state.safetensors"  # in the folder of a run
 LOCK = CHECKPOINT.with_name("lock")
+KEYWORDS = {"teacher": ("none",), "student_init": ("teacher", "random"), "model": ("bilstm",)}  # no paths
 BEFORE_CHECKPOINT = {"checkpoint", "metrics.jsonl"}  # what a run may leave behind that ended before its first one
 
 
@@ -106,7 +107,17 @@ def inheritable(settings, paths):
         return path if text and os.path.exists(path) else text
 
     result = {name: value for name, value in settings.items() if name not in ("out", "resume", "time_limit")}
-    return result | {name: ",".join(map(absolute, result[name].split(","))) for name in paths if result[name]}
+    given = {name: result[name] for name in paths if result[name] and result[name] not in KEYWORDS.get(name, ())}
+    return result | {name: ",".join(map(absolute, value.split(","))) for name, value in given.items()}
+
+
+def check_name(settings, *models):
+    """Raises UserError where --out is the name of one of these settings, which would then mean the new folder."""
+    for name in models if settings.out and not settings.resume else ():
+        for model in (getattr(settings, name) or "").split(","):
+            if model and os.path.abspath(os.path.expanduser(model)) == os.path.abspath(settings.out):
+                what = f"--out {settings.out} is also the name of the model of --{name.replace('_', '-')}"
+                raise UserError(f"{what}: choose another --out, such as runs/{pathlib.Path(settings.out).name}")
 
 
 def command(script, *words, launcher=("python",)):

@@ -158,13 +158,17 @@ class Run:
             info = {**dataclasses.asdict(state), "identity": self.identity, "settings": settings}
             save_checkpoint(self.out, student, optimizer, info)
 
-    def open(self, update):
-        """Opens metrics.jsonl for `log`; drops records after `update`, because these updates will be repeated."""
-        path = self.out / "metrics.jsonl" if self.writes else os.devnull
+    def open(self, update, text):
+        """Opens metrics.jsonl for `log`; drops records after `update`, because these updates will be repeated.
+
+        `text` says what text the held-out metrics are of; those of another one do not count.
+        """
+        path, self.text = self.out / "metrics.jsonl" if self.writes else os.devnull, text
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.history = [m for m in read_metrics(path) if m["step"] <= update] if update is not None else []
-            files.write_text(path, "".join(json.dumps(m) + "\n" for m in self.history))
+            records = [m for m in read_metrics(path) if m["step"] <= update] if update is not None else []
+            files.write_text(path, "".join(json.dumps(m) + "\n" for m in records))
+            self.history = [m for m in records if m.get("text", text) == text]
         self.metrics = open(path, "a", encoding="utf-8", buffering=1)
 
     def finished_summary(self, total):
@@ -179,6 +183,7 @@ class Run:
         return next((record for record in reversed(self.history) if "held_out" in record), None)
 
     def log(self, record):
+        record |= {"text": self.text} if "held_out" in record else {}
         self.history.append(record)
         self.metrics.write(json.dumps(record) + "\n")
 

@@ -21,6 +21,7 @@ from minidistil.downstream.distil import TaskObjective, ensemble
 from minidistil.downstream.grid import learning_rates, next_run, summarise
 from minidistil.downstream.heads import Classifier, load_finetuned
 from minidistil.downstream.tasks import check_positions, describe, open_task
+from minidistil.downstream.vectors import embed
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.progress import lr_at
@@ -330,6 +331,25 @@ def test_more_seeds_later(tiny, glue, tmp_path, capsys):
     assert summary["tasks"]["sst2"]["seeds"] == 3
 
 
+def test_what_a_resumption_adds_is_resumed_too(tiny, glue, tmp_path, monkeypatch, capsys):
+    """The command that an interrupted one prints goes on with its tasks and seeds; each card names its own teacher."""
+    few, out = dict(examples=24, epochs=1.0, resume=True), tmp_path / "out"
+    tuned(tiny, glue, out, **few | dict(resume=False))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted_at(2, patch)
+        tuned(tiny, glue, out, **few, seeds=2)
+    finetune.main(["--out", str(out), "--resume"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]["sst2"]["seeds"] == 2
+    tuned(tiny, glue, tmp_path / "teacher", "rte", **few | dict(resume=False))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted_at(2, patch)
+        tuned(tiny, glue, out, "rte", teacher=str(tmp_path / "teacher"), **few)
+    finetune.main(["--out", str(out), "--resume"])
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]) == ["rte"]
+    cards = [(out / task / "README.md").read_text() for task in ("rte", "sst2")]
+    assert ["guided by 1 fine-tuned teacher" in card for card in cards] == [True, False]
+
+
 # ---- SQuAD
 
 
@@ -559,6 +579,32 @@ def test_examples_longer_than_the_model(tiny, glue, tmp_path):
         task = open_task("sst2", path.parent, Tokenizer.load(tiny / "teacher"), None, 1, 1)
         with pytest.raises(UserError, match="has 32 positions"):
             check_positions("the model", weights.read_config(tiny / "teacher"), task)
+
+
+def test_positions_that_are_no_multiple_of_8(tiny, tmp_path):
+    """Batches are padded to one; the length that is advised works."""
+    path = tmp_path / "data" / "SST-2"
+    path.mkdir(parents=True)
+    for name in ("train", "dev"):
+        (path / f"{name}.tsv").write_text("sentence\tlabel\n" + ("a " * 80 + "\t0\n" + "a\t1\n") * 8)
+    config = weights.read_config(tiny / "teacher")
+    weights.save_model(tmp_path / "model", LanguageModel(Config(**{**vars(config), "positions": 36}), seed=0))
+    Tokenizer.load(tiny / "teacher").save(tmp_path / "model", "bert")
+    few = dict(model=str(tmp_path / "model"), epochs=1.0)
+    for length in (None, 36, 33):
+        with pytest.raises(UserError, match="has 36 positions: use --seq-len 32 or less"):
+            tuned(tiny, path, tmp_path / "out", seq_len=length, **few)
+    tuned(tiny, path, tmp_path / "out", seq_len=32, **few)
+    assert embed(tmp_path / "model", ["a " * 80]).shape == (1, config.width)
+
+
+def test_an_output_folder_named_like_the_model(tiny, glue, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = dict(words="words", teacher="one,two")
+    for model, out in (("mine", "./mine"), ("bilstm", "words"), ("bilstm", "two"), ("bilstm", "bilstm")):
+        with pytest.raises(UserError, match=f"--out {out} is also the name of the model .*choose another --out"):
+            tuned(tiny, glue, out, model=model, **few if model == "bilstm" else {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_run_is_not_written_over(tiny, glue, sst2):

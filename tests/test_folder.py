@@ -124,6 +124,10 @@ def test_settings_that_a_resumed_run_inherits(tmp_path, monkeypatch):
     here = str(tmp_path / "here")
     expected = {"data": here, "teacher": f"{here},bert-base-uncased", "model": None, "kd_rows": "here", "lr": 0.1}
     assert inheritable(given, ("data", "teacher", "model")) == expected
+    keywords = {"teacher": "none", "student_init": "random", "model": "bilstm"}
+    for name in keywords.values():
+        (tmp_path / name).mkdir()
+    assert inheritable(keywords, tuple(keywords)) == keywords
 
 
 @pytest.mark.parametrize("typed, start", [("train.py", "train.py"), (str(ROOT / "train.py"), str(ROOT / "sample.py")),

@@ -52,6 +52,13 @@ def test_json_lines(tmp_path):
     assert task.pair and task.labels == ("false", "true") and train == [("a", "b", 1), ("\u597d", "d\ne", 0)]
 
 
+def test_half_a_surrogate_pair(tmp_path):
+    """JSON can hold one, where a text was cut within an emoji."""
+    content = "".join(f'{{"text": "{i} \\ud83d", "label": {i % 2}}}\n' for i in range(40))
+    _, train, dev = read(tmp_path, content, "mine.jsonl", held_out=0.25)
+    assert len(train) + len(dev) == 40 and train[0].first.endswith("\ud83d")
+
+
 @pytest.mark.parametrize("header, texts, label", [
     ("sentence1,sentence2,score", ("sentence1", "sentence2"), "score"),
     ("idx, Text ,LABEL", (" Text ",), "LABEL"),
@@ -119,6 +126,7 @@ def test_copies_of_a_text_are_on_the_same_side(tmp_path):
     ("text,score\na,1\nb,1.0\n", "column 'score' is '1' in all lines"),
     ("text,label\n" + "".join(f"some,text {i}\n" for i in range(50)), "has 50 different values in 50 examples"),
     (b"text,label\ncaf\xe9,x\n", "line 2: not UTF-8: save it as UTF-8"),
+    (b"text,label\ra,x\rb,y\r", "lines end in carriage returns alone: save it with the line ends of Windows or Unix"),
 ])  # fmt: skip
 def test_wrong_csv(content, said, tmp_path):
     with pytest.raises(UserError) as error:

@@ -574,6 +574,39 @@ def test_adaptation_keeps_the_whole_model(tiny, tmp_path):
     assert student["teacher"]["top1"] == summary["student"]["top1"]
 
 
+def test_epochs_of_the_demo(monkeypatch):
+    """They count, although the demo has a number of updates of its own."""
+    given = []
+    monkeypatch.setattr(train, "train", given.append)
+    for more in ([], ["--epochs", "1"], ["--epochs", "1", "--steps", "7"], ["--steps", "7"]):
+        train.main(more)
+    assert [(s.steps, s.batch) for s in given] == [(1000, 8), (None, 8), (7, 8), (7, 8)]
+
+
+def test_another_text_to_evaluate_on(tiny, tmp_path):
+    """After a resumption the metrics of another one count no more: not in the card, and not as those at the start."""
+    out = tmp_path / "out"
+    train.train(settings(tiny, out, steps=4, eval_every=1))
+    first = json.loads((out / "run.json").read_text())
+    same = train.train(settings(tiny, tmp_path / "same", steps=4, eval_tokens=256))
+    train.train(settings(tiny, tmp_path / "b", steps=4, time_limit=1e-9, eval_every=1))
+    found = train.train(settings(tiny, tmp_path / "b", steps=4, eval_tokens=256, eval_every=1, resume=True))
+    run = json.loads((tmp_path / "b" / "run.json").read_text())
+    assert first["before"] and run["before"] is None
+    assert found["student"] == same["student"] and found["teacher"] == same["teacher"]
+    records = read_metrics(tmp_path / "b" / "metrics.jsonl")  # all that was measured
+    assert len({str(record["text"]) for record in records if "held_out" in record}) == 2
+    assert "before training" not in (tmp_path / "b" / "README.md").read_text()
+
+
+def test_an_output_folder_named_like_a_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for teacher, init, out in (("demo", None, "demo"), ("me/mine", None, "me/mine"), ("none", "x", "./x")):
+        with pytest.raises(UserError, match=f"--out {out} is also the name of the model of --.*such as runs/"):
+            train.train(settings(tiny, out, teacher=teacher, student_init=init))
+    assert not list(tmp_path.iterdir())
+
+
 def test_out_is_chosen_afresh(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     unnamed = dataclasses.replace(settings(tiny, "x", steps=1), out=None)

@@ -52,9 +52,14 @@ def batches(lengths, batch, seed, epoch):
     return [parts[i] for i in np.argsort(mix(seed, 8, epoch, np.arange(len(parts))), kind="stable")]
 
 
+def padded_length(n):
+    """Returns the tokens of a row in which the longest item has n: a multiple of 8."""
+    return -(-n // 8) * 8
+
+
 def padded(items, chosen, pad_id, device):
     """Returns (ids, mask, types), each (B, T) on `device`; mask is True at real tokens, T a multiple of 8."""
-    T = -(-max(len(items[i][0]) for i in chosen) // 8) * 8
+    T = padded_length(max(len(items[i][0]) for i in chosen))
     ids = np.full((len(chosen), T), pad_id, np.int64)
     mask, types = np.zeros((len(chosen), T), bool), np.zeros((len(chosen), T), np.int64)
     for row, i in enumerate(chosen):

@@ -50,7 +50,7 @@ def card(folder):
     """Returns the card of a task's folder from the scores.json beside it; None without huggingface_hub."""
     folder = pathlib.Path(folder)
     task, state = folder.name, json.loads((folder.parent / "scores.json").read_text(encoding="utf-8"))
-    settings, runs = state["settings"], state["runs"][task]
+    settings, runs = state.get("tasks", {}).get(task, state["settings"]), state["runs"][task]
     kept = max(runs, key=lambda run: run["epochs"][-1]["score"])
     metrics = {name: value for name, value in kept["epochs"][-1].items() if name != "score"}
     own = "columns" in state  # a table of one's own, whatever its name
@@ -150,6 +150,11 @@ def _loading(task, bilstm, squad, pair, prompt):
         given = '{"text": "One sentence.", "text_pair": "Another one."}' if pair else '"One sentence."'
         yield code("python", "from transformers import pipeline", "", here,
                    'model = pipeline("text-classification", model=folder)', f"print(model({given}))")  # fmt: skip
+    else:
+        yield "With minidistil, from its checkout:"
+        yield code("python", "from minidistil.downstream import bilstm", "", here,
+                   "model, labels = bilstm.load(folder)", "print(labels, model)")  # fmt: skip
+        return
     yield "With minidistil, from its checkout, as a teacher:"
     data = "" if task == "FILE" else " --data DATA"
     how = "" if prompt is None else " --vectors"

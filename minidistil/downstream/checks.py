@@ -5,10 +5,12 @@ import math
 from minidistil.checks import check_seeds
 from minidistil.downstream import table
 from minidistil.errors import UserError
+from minidistil.folder import check_name
 
 
 def check_settings(settings):
     """Raises UserError for values that cannot work, before anything is read or written."""
+    check_name(settings, "model", "words", "teacher")
     for name in ("epochs", "batch", "seq_len", "examples", "seeds", "clip", "temperature", "watts"):
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):

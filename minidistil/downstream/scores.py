@@ -46,6 +46,13 @@ def resume(out, identity, dtype):
     return state
 
 
+def runs_of(task, state):
+    """Returns the list of a task's finished runs; where there is none yet, notes the settings that it begins with."""
+    if task not in state["runs"]:
+        state.setdefault("tasks", {})[task] = state["settings"]
+    return state["runs"].setdefault(task, [])
+
+
 def require_same_for(task, state, what, contents, out):
     """Raises UserError where a task was begun with other contents of `what`, "data" or "teachers"; notes them else."""
     if state.setdefault(what, {}).setdefault(task, contents) != contents:

@@ -103,6 +103,8 @@ def _read_cells(path):
     """Yields the column names of a .tsv or .csv file, then (line, {column: cell}) of each row."""
     numbered = lines(path)
     _, first = next(numbered)
+    if "\r" in first:
+        raise UserError(f"{path}: lines end in carriage returns alone: save it with the line ends of Windows or Unix")
     if path.name.removesuffix(".gz").lower().endswith(".tsv"):
         separator, rows = "\t", ((number, line.split("\t")) for number, line in numbered if line)
         header = first.split("\t")
@@ -204,7 +206,7 @@ def _split(path, examples, share):
     """Returns (training examples, held-out ones)."""
     sides = [], []
     for example in examples:
-        digest = hashlib.sha256("\0".join(filter(None, example[:2])).encode()).digest()
+        digest = hashlib.sha256("\0".join(filter(None, example[:2])).encode("utf-8", "replace")).digest()
         sides[int.from_bytes(digest[:8], "big") < share * 2**64].append(example)
     if not all(sides):
         what = f"{path} has {len(examples)} examples, too few to hold {share:.3g} of them out"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from minidistil.downstream import glue, metrics, squad, table
-from minidistil.downstream.batches import encode_apart, encode_pair
+from minidistil.downstream.batches import encode_apart, encode_pair, padded_length
 from minidistil.downstream.heads import Classifier, SpanReader, VectorClassifier
 from minidistil.errors import UserError
 from minidistil.rng import mix
@@ -64,8 +64,9 @@ def check_model(role, config, tokenizer, task, words_only=False):
 def check_positions(role, config, task):
     """Raises UserError where an item of a task (with its data) is longer than a model reads."""
     longest = max(task.length(item) for items in (task.train[0], task.unlabelled, *task.dev) for item in items)
-    if longest > config.positions:
-        raise UserError(f"{role} has {config.positions} positions: use --seq-len {config.positions} or less")
+    if padded_length(longest) > config.positions:
+        most = config.positions // 8 * 8
+        raise UserError(f"{role} has {config.positions} positions: use --seq-len {most} or less")
 
 
 def subsample(examples, limit, more=0):

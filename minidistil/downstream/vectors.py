@@ -29,7 +29,7 @@ def embed(folder, texts, device="cpu", dtype="fp32", prefix=""):
     """
     tokenizer, pooling = Tokenizer.load(folder), read_pooling(folder)
     model = weights.load_model(folder, kind=SentenceEncoder).to(device).requires_grad_(False)
-    T = min(pooling.max_length or model.config.positions, model.config.positions)
+    T = min(pooling.max_length or model.config.positions, model.config.positions // 8 * 8)  # batches have such lengths
     items = [encode_pair(tokenizer, prefix + text, None, T) for text in texts]
     vectors = predict(Vectors(model, pooling), items, tokenizer.pad_id, torch.device(device), dtype)
     return np.stack(vectors)
