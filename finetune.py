@@ -51,7 +51,7 @@ from minidistil.pooling import read_pooling
 from minidistil.precision import precision
 from minidistil.progress import Progress, lr_at
 from minidistil.rng import mix
-from minidistil.run import SignalFlag
+from minidistil.run import SignalFlag, same_on_ranks
 from minidistil.tokenizer import Tokenizer
 
 TASK_HELP = f"{', '.join(TASKS)}, squad; several with commas; all: the nine of GLUE; or a table of your own examples"
@@ -165,7 +165,7 @@ def fine_tune(settings, trial, model, task, pad_id, device, dtype, stop, ranks):
 def source_folder(settings, names):
     """Returns the folder of the encoder to fine-tune, or of the word vectors of a bilstm."""
     if settings.model != "bilstm":
-        return hub.resolve(settings.model)
+        return hub.resolve(settings.model, settings.vectors)
     if "squad" in names:
         raise UserError("--model bilstm classifies sentences: choose another --task than squad")
     source = settings.words or (settings.teacher or "").split(",")[0]
@@ -206,11 +206,9 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
     teachers = settings.teacher.split(",") if settings.teacher else []
     own = table.read_table(settings.task, settings.columns, settings.dev, settings.held_out) if is_own else None
     prefix = read_pooling(folder).prompt if settings.vectors else None
-    identity = {
-        **{name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE},
-        "model": "bilstm" if as_bilstm else "vectors" if settings.vectors else "encoder",
-        "weights": weights.digests(folder),
-    }
+    identity = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
+    identity["model"] = "bilstm" if as_bilstm else "vectors" if settings.vectors else "encoder"
+    identity = same_on_ranks({**identity, "weights": weights.digests(folder)}, ranks)
     inherited = inheritable(dataclasses.asdict(settings), (*PATHS, "task") if own else PATHS)
     if settings.resume:
         state = scores.resume(out, identity, settings.dtype) | {"settings": inherited}
@@ -239,7 +237,8 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
             task = open_task(name, settings.data, tokenizer, settings.seq_len, examples, unlabelled, own, prefix)
             if not as_bilstm:
                 check_positions(folder, config, task)
-            scores.require_same_for(name, state, "data", digest(task), out)
+            data = same_on_ranks({"data": digest(task)}, ranks)["data"]
+            scores.require_same_for(name, state, "data", data, out)
             runs = scores.runs_of(name, state)
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again

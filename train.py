@@ -45,7 +45,7 @@ from minidistil.precision import choose_dtype
 from minidistil.progress import Progress, lr_at
 from minidistil.report import RunReport, already_finished, not_finite
 from minidistil.rng import mix
-from minidistil.run import Run, SignalFlag, State, identity_of, inherited
+from minidistil.run import Run, SignalFlag, State, identity_of, inherited, same_on_ranks
 from minidistil.student import build_student
 from minidistil.text import open_held_out, training_sequences
 from minidistil.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ def load_models(settings, objective, ranks):
     """
     teacher = teacher_folder = init = None
     if settings.teacher != "none":
-        teacher_folder = ranks.rank0_first(lambda: hub.resolve(settings.teacher))
+        teacher_folder = ranks.rank0_first(lambda: hub.resolve(settings.teacher, settings.alpha_emb > 0))
         kind = SentenceEncoder if objective.vectors_only else LanguageModel
         teacher = weights.load_model(teacher_folder, not objective.on_logits, kind).requires_grad_(False)
     if settings.student_init not in (None, "teacher", "random"):
@@ -225,7 +225,7 @@ def distil(settings, out, device, ranks):
     if teacher:
         teacher.to(device)
     optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)
-    identity = identity_of(settings, total, G, corpus, teacher_folder, student, pooling)
+    identity = same_on_ranks(identity_of(settings, total, G, corpus, teacher_folder, student, pooling), ranks)
     run = Run(out, dataclasses.asdict(settings), identity, writes=ranks.first)
     state = run.resume(student, optimizer, settings.dtype) if settings.resume else State()
     how_to_resume = command("train.py", "--out", out, "--resume", launcher=ranks.launcher)

@@ -52,10 +52,10 @@ def table(results):
     threads = list(rows[0]["ms"])
     timed = " | ".join(f"ms, {t} thread{'s' * (t != '1')}" for t in threads)
     lines = [f"| | | MB | {timed} | smaller | faster | score | agreement |", f"|{'---|' * (7 + len(threads))}"]
-    ours = {row["model"]: row for row in rows if row["provider"] == OURS}
+    first, most = None, threads[-1]
     for row in rows:
-        first, most = ours[row["model"]], threads[-1]
-        same = row is first
+        same = row["provider"] == OURS
+        first = row if same else first  # ours comes before the files of the same model
         cells = [f"{row['model']}, {row['kind']}" if same else "", row["provider"], f"{row['bytes'] / 1e6:,.1f}"]
         cells += [f"{ms:,.2f}" for ms in row["ms"].values()]
         cells += ["" if same else f"{first['bytes'] / row['bytes']:.1f}x"]

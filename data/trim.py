@@ -156,7 +156,7 @@ def main(argv):
 def trim(settings, out):
     """Writes the new teacher in the empty folder `out`; returns the summary."""
     started = time.perf_counter()
-    folder = hub.resolve(settings.teacher)
+    folder = hub.resolve(settings.teacher, vectors=True)
     tokenizer = Tokenizer.load(folder)
     if not isinstance(tokenizer, Unigram):
         kind = type(tokenizer).__name__

@@ -108,17 +108,20 @@ def run_script(main, argv=None, in_ranks=False):
             message = OUT_OF_MEMORY
         else:
             message = " ".join(str(error).split())
-        if launcher.is_first() or isinstance(error, RankLost):
-            print(f"{program}: error: {message}", file=sys.stderr)
+        if launcher.speaks() or isinstance(error, RankLost | MemoryError):
+            who = "" if launcher.is_first() else f"rank {launcher.place().rank}: "
+            print(f"{program}: error: {who}{message}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
-        # PyTorch's errors for exhausted memory, on either device, and for a rank 0 that has ended with a message
+        # PyTorch's errors for exhausted memory, on either device, and for a rank that has ended with a message
         out_of_memory = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-        lost_rank_0 = not launcher.is_first() and "onnection" in str(error)
-        if "--debug" in argv or not (out_of_memory or lost_rank_0):
+        lost_rank = in_ranks and launcher.place().size > 1 and "onnection" in str(error)
+        if "--debug" in argv or not (out_of_memory or lost_rank):
             raise
         if out_of_memory:
             print(f"{program}: error: {OUT_OF_MEMORY}", file=sys.stderr)
+        elif launcher.is_first():
+            print(f"{program}: error: rank 0 has lost another rank: see what that one has said", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -8,7 +8,7 @@ import pathlib
 import re
 
 from minidistil.errors import UserError
-from minidistil.pooling import transformer_folder
+from minidistil.pooling import modules_folder, transformer_folder
 from minidistil.tokenizers import unigram_files
 from minidistil.weights import no_config, weight_files
 
@@ -30,10 +30,12 @@ NAME = r"\w[\w.-]*(/\w[\w.-]*)?"  # of a model or a data set on the Hub
 TIMEOUT = 10  # seconds for a server to answer
 
 
-def resolve(name):
+def resolve(name, vectors=False):
     """Returns the folder (pathlib.Path) of the model called `name`: a path, `demo`, or a Hugging Face name.
 
-    The network comes last. Raises UserError where there is no such model, with the places that were tried and a remedy.
+    The network comes last. `vectors`: those of sentences are wanted, so that a cache without modules.json, such as
+    transformers leaves, is completed; where that fails, a line says how vectors are made. Raises UserError where there
+    is no such model, with the places that were tried and a remedy.
     """
     folder = pathlib.Path(name).expanduser()
     if name == "demo" and not folder.is_dir():
@@ -54,9 +56,20 @@ def resolve(name):
         snapshot = _snapshot(place)
         missing = _missing(snapshot) if snapshot else "absent"
         if not missing:
-            return transformer_folder(snapshot)
+            found = transformer_folder(snapshot)
+            return _with_modules(name, found) if vectors and not modules_folder(found) else found
         looked.append(f"{place.name}: {missing}")
     return _download(name, f"{cache_folder()} ({', '.join(looked)})")
+
+
+def _with_modules(name, folder):
+    """Returns the folder of a cached model with the files that say how its sentence vectors are made, if it has any."""
+    try:
+        return _download(name, cache_folder())
+    except UserError:
+        way = f"`hf download {_names(name)[0]}` fetches what it may lack"
+        print(f"{name} has no modules.json in the cache: its vectors are the mean of the tokens; {way}", flush=True)
+        return folder
 
 
 def _names(name):

@@ -48,6 +48,14 @@ def is_first():
         return True
 
 
+def speaks():
+    """Whether this process prints an error that all may have: the first of its machine, and anyone who is not clear."""
+    try:
+        return place().local == 0
+    except UserError:
+        return True
+
+
 def forget():
     """Makes this process, and those that it starts, one that nobody launched."""
     for name in VARIABLES:

@@ -67,10 +67,24 @@ def identity_of(settings, total, G, corpus, teacher_folder, student, pooling):
 
 def require_same(before, now, out):
     """Raises UserError unless two identities (dicts) are equal: a resumed run must compute the same updates."""
-    different = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    if different:
-        changes = ", ".join(different)
-        raise UserError(f"{out} was begun with other settings ({changes}): repeat them, or choose a new --out")
+    if different := differences(before, now):
+        raise UserError(f"{out} was begun with other settings ({different}): repeat them, or choose a new --out")
+
+
+def differences(before, now):
+    """Returns what differs between two dicts, "" for nothing."""
+    changed = {name: value for name, value in now.items() if before.get(name) != value}
+    return ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
+
+
+def same_on_ranks(contents, ranks):
+    """Returns `contents` (a dict), which must be the same on all ranks but for the device; raises UserError on each."""
+    first, *others = ranks.gather({name: value for name, value in contents.items() if name != "device"})
+    for rank, other in enumerate(others, 1):
+        if different := differences(first, other):
+            way = "give all the same settings, models and text"
+            raise UserError(f"rank {rank} has other settings than rank 0 ({different}): {way}")
+    return contents
 
 
 # ---- checkpoint

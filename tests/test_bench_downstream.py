@@ -158,6 +158,43 @@ def test_retention_of_another_text_trains_again(tiny, glue, scripts, monkeypatch
     assert old.exists()
 
 
+def test_retention_of_another_prefix_and_length(tiny, glue, forked):
+    """With the scripts themselves: the corpus and its students are made anew, and so is one of other minutes."""
+    given = dict(layers="2", minutes=0.001, recipes="vectors", task="", rounds=1)
+    student = pathlib.Path("runs/retention/teacher-2-tiny/students/vectors-0")
+    digests = []
+    for prefix in (None, "a b "):
+        assert "error" not in retained(tiny, glue, **given, prefix=prefix)["vectors"]
+        digests += weights.digests(student)
+    assert digests[0] != digests[1]
+    assert "begun with other" not in student.with_name("vectors-0.log").read_text()
+    settings = retention.Settings(teacher=str(tiny / "teacher"), data=str(glue), tiny=True, **given, prefix="a b ")
+    plan = retention.open_plan(settings, ["vectors"])
+    student.with_name("vectors-0.json").unlink()  # as an interruption leaves it
+    assert jobs.train(plan, "vectors", 9, 0, student)["steps"] == 9
+    assert "was begun with other settings" in student.with_name("vectors-0.log").read_text()
+
+
+def test_retention_scores_anew_with_other_data(tiny, glue, scripts, tmp_path):
+    folder, rows = tmp_path / "data" / "STS-B", []
+    shutil.copytree(glue / "STS-B", folder)
+    for _ in range(2):
+        plan = retention.open_plan(retention.Settings(teacher=str(tiny / "teacher"), data=str(folder.parent)), [])
+        rows.append(jobs.zero_shot(plan, "teacher", tiny / "teacher"))
+        header, *lines = (folder / "dev.tsv").read_text().splitlines()
+        column = header.split("\t").index("score")
+        turned = [line.split("\t") for line in lines]
+        turned = ["\t".join([*cells[:column], str(5 - float(cells[column])), *cells[column + 1 :]]) for cells in turned]
+        (folder / "dev.tsv").write_text("\n".join([header, *turned]) + "\n")
+    assert rows[0] == -rows[1] != 0
+
+
+@pytest.mark.parametrize("students", ["a/student,b/student", "c/teacher"])
+def test_retention_refuses_rows_of_one_name(students, tiny, glue, scripts):
+    with pytest.raises(UserError, match="two are equal: rename a folder"):
+        retained(tiny, glue, student=students, task="")
+
+
 def test_retention_fine_tunes_anew_with_other_settings(tiny, glue, forked):
     """What was fine-tuned otherwise is replaced; more seeds are added to what is there."""
 

@@ -130,8 +130,9 @@ def failing(argv):
 @pytest.mark.parametrize("values, in_ranks, said", [
     (ALL, True, False), (ALL, False, True), (dict(RANK="1"), True, True), (dict(RANK="1"), False, True),
     (ALL | dict(RANK="0", LOCAL_RANK="0"), True, True),
+    (ALL | dict(LOCAL_RANK="0"), True, True),  # on another machine, whose files may be others
 ])  # fmt: skip
-def test_errors_are_swallowed_by_other_ranks_of_a_run_only(values, in_ranks, said, monkeypatch, capsys):
+def test_errors_are_swallowed_by_other_ranks_of_a_machine_only(values, in_ranks, said, monkeypatch, capsys):
     for name in launcher.VARIABLES:
         monkeypatch.setenv(name, values.get(name, ""))
     with pytest.raises(SystemExit) as end:
@@ -163,6 +164,29 @@ def test_a_place_that_is_taken_is_said(tiny, tmp_path):
     (ours,) = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
     assert "rank 0 of 2 has not met the others at 127.0.0.1:" in ours
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("of_rank_1, said", [
+    ({"--lr": 1e-5}, {0: "rank 1 has other settings than rank 0 (lr 0.0005 -> 1e-05): give all the same settings",
+                      1: "rank 1: rank 1 has other settings"}),
+    ({"--batch": 4}, {0: "sequences in an update 4 -> 8"}),
+    ({"--data": "absent"}, {0: "rank 0 has lost another rank", 1: "rank 1: absent is no corpus"}),
+])  # fmt: skip
+def test_ranks_of_two_machines_that_differ(of_rank_1, said, tiny, tmp_path):
+    """Nothing is trained, and each says what it knows, in a line."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = []
+    for rank, more in enumerate(({}, of_rank_1)):
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", **address}
+        given = words(tiny, tmp_path / "out", batch=2, accum=1) + [str(word) for pair in more.items() for word in pair]
+        ranks.append(Script(given, environment))
+    found = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    for rank, line in said.items():
+        assert f"train.py: error: {line}" in found[rank] or line in found[rank]
+        assert "Traceback" not in found[rank]
 
 
 @pytest.fixture(scope="module")

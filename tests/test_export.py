@@ -516,5 +516,7 @@ def test_the_bench(fragile, tmp_path):
     assert 3.5 < ours["bytes"] / small["bytes"] < 4 and fp32["largest_difference"] < 1e-4 < small["largest_difference"]
     lines = bench.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 5 and "3.7x" in lines[-1]
+    larger = [row | {"bytes": 9 * row["bytes"]} for row in rows]  # another model in a folder of the same name
+    assert "3.7x" in bench.table(rows + larger).splitlines()[-1]
     with pytest.raises(UserError, match="nowhere is not a folder"):
         list(bench.bench(bench.Settings(model="nowhere:sst2")))

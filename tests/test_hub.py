@@ -228,7 +228,7 @@ hub.TIMEOUT = 1
 for name in json.load(sys.stdin):
     start = time.monotonic()
     try:
-        folder = hub.resolve(name)
+        folder = hub.resolve(name.removeprefix("vectors of "), name.startswith("vectors of "))
         answer = [str(folder), sorted(file.name for file in folder.iterdir())]
     except UserError as error:
         answer = ["UserError", str(error)]
@@ -246,7 +246,8 @@ def resolve_elsewhere(endpoint, *names):
         input=json.dumps(names), env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    print(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
 
 def test_models_are_downloaded_into_the_cache(tmp_path):
@@ -295,6 +296,29 @@ def test_a_model_of_0_transformer_is_downloaded(tmp_path, pickled):
     assert pooling.mode == "cls" and pooling.max_length == 3
     (snapshot / "0_Transformer" / "vocab.txt").unlink()
     refused("a/sentences", "models--a--sentences: no vocabulary")
+
+
+def test_a_cache_that_transformers_filled_is_completed_for_vectors(tmp_path, capsys):
+    """It has neither modules.json nor the pooling's file; without a network, a line says how vectors are made."""
+    top = make_model(tmp_path / "sentences")
+    modules = [{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in
+               {"": "models.Transformer", "1_Pooling": "models.Pooling"}.items()]  # fmt: skip
+    (top / "modules.json").write_text(json.dumps(modules))
+    (top / "1_Pooling").mkdir()
+    (top / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    snapshot = make_cached(cache_folder(), "a/sentences")
+    with hub_server({"a/sentences": top}) as (endpoint, requests):
+        ((plain, *_),) = resolve_elsewhere(endpoint, "a/sentences")
+        assert pathlib.Path(plain) == snapshot and not requests and read_pooling(snapshot).mode == "mean"
+        ((folder, *_),) = resolve_elsewhere(endpoint, "vectors of a/sentences")
+        assert requests and read_pooling(pathlib.Path(folder)).mode == "cls"
+        asked = len(requests)
+        resolve_elsewhere(endpoint, "vectors of a/sentences")
+        assert len(requests) == asked
+    make_cached(cache_folder(), "b/sentences")
+    ((folder, *_),) = resolve_elsewhere("http://127.0.0.1:9", "vectors of b/sentences")
+    said = "b/sentences has no modules.json in the cache: its vectors are the mean of the tokens"
+    assert "b--sentences" in folder and said in capsys.readouterr().out
 
 
 def test_a_model_that_may_not_be_read_is_not_absent(tmp_path):

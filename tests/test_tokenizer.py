@@ -409,6 +409,20 @@ def test_the_class_decides_which_file_decides(tmp_path, kind, says, model_type):
         assert Tokenizer.load(tmp_path).encode_prompt("Paris paris The") == theirs("Paris paris The")["input_ids"]
 
 
+@pytest.mark.parametrize("lowercase, in_config", [(True, False), (False, True)])
+def test_a_null_in_tokenizer_json_is_an_answer(tmp_path, lowercase, in_config):
+    """"strip_accents": null means: where it makes text lower-case, whatever tokenizer_config.json says."""
+    transformers = pytest.importorskip("transformers")
+    WordPiece([*SPECIAL, "cafe", "caf\u00e9"], lowercase).save(tmp_path, "bert")
+    data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    data["normalizer"]["strip_accents"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "strip_accents": in_config, "model_max_length": 64}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert found.encode_prompt("caf\u00e9") == theirs("caf\u00e9")["input_ids"] and found.max_length == 64
+
+
 def test_a_class_that_only_the_model_names(tmp_path):
     write_vocab(tmp_path, do_lower_case=False)
     (tmp_path / "config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')

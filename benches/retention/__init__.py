@@ -97,7 +97,7 @@ def chosen_recipes(settings):
 
 def open_plan(settings, recipes):
     """Returns the Plan of this comparison, with its text written; its folder is named after --out, or the teacher."""
-    teacher = hub.resolve(settings.teacher)
+    teacher = hub.resolve(settings.teacher, vectors=True)
     shape = [*(["--student-layers", settings.layers] if settings.layers else [])]
     shape += ["--student-width", str(settings.width)] if settings.width else []
     names = [pathlib.Path(settings.teacher).absolute().name, *shape[1::2], *(["tiny"] if settings.tiny else [])]
@@ -127,8 +127,11 @@ def bench(settings):
     recipes = chosen_recipes(settings)
     plan = open_plan(settings, recipes)
     fixed = {"teacher": plan.teacher}
-    students = {pathlib.Path(name).name: name for name in (settings.student or "").split(",") if name}
+    folders = [name for name in (settings.student or "").split(",") if name]
+    students = {pathlib.Path(name).absolute().name: name for name in folders}
     names = ["teacher", *([UNTRAINED] if recipes else []), *recipes, *students]
+    if len(students) < len(folders) or len({*names}) < len(names):
+        raise UserError("--student: the last part of each path names a row, and two are equal: rename a folder")
     rows = {name: {"case": "retention", "provider": name} for name in names}
     with jobs.pool(workers()) as submit:
         made = distilled(plan, submit, rows, recipes, fixed | students)

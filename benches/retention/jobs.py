@@ -6,6 +6,7 @@ A finished job leaves a JSON file with what it was asked and its result; an inte
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -105,6 +106,18 @@ def script(log, threads, *words):
     return last_line(subprocess.CompletedProcess([*map(str, command)], code, said, "".join(said.splitlines()[-1:])))
 
 
+def resumed(log, threads, words, out, marker):
+    """Runs a script as `script` does; resumes what it has begun in `out`, where `marker` is, with equal settings."""
+    if (out / marker).is_file():
+        try:
+            return script(log, threads, *words, "--resume")  # perhaps with more seeds or tasks
+        except UserError as error:
+            if "was begun with other" not in str(error):
+                raise
+        shutil.rmtree(out)
+    return script(log, threads, *words)
+
+
 def slug(name, seed=None):
     """Returns a row's name, and the seed's number, as a file name."""
     return re.sub(r"\W+", "-", name) + ("" if seed is None else f"-{seed}")
@@ -117,7 +130,12 @@ def corpus(plan):
     """Prepares the texts, a sentence a row, with the teacher's vocabulary."""
     words = ["data/prepare.py", *plan.texts, "--sentences", *plan.prefix, "--vocab", plan.teacher, "--out", plan.corpus]
     asked = [*map(str, words), *map(files.sha256, plan.texts)]
-    return once(plan.folder / "text.json", asked, lambda: script(plan.folder / "text.log", plan.threads, *words))
+
+    def work():
+        shutil.rmtree(plan.corpus, ignore_errors=True)  # of other texts, or another prefix
+        return script(plan.folder / "text.log", plan.threads, *words)
+
+    return once(plan.folder / "text.json", asked, work)
 
 
 # ---- students
@@ -138,14 +156,13 @@ def train(plan, recipe, steps, seed, out):
         if result.is_file():  # of another text or other settings; without it, an interrupted run is resumed
             shutil.rmtree(out, ignore_errors=True)
             result.unlink()
-        resume = ["--resume"] if (out / CHECKPOINT).is_file() else []
-        summary = script(log, plan.threads, *words, *resume)
+        summary = resumed(log, plan.threads, words, out, CHECKPOINT)
         seconds = summary["seconds"]
         if speed := summary.get("tokens_per_second"):  # without the evaluations, of which a short run has as many
             seconds = summary["tokens"] / speed
         return {"steps": summary["steps"], "seconds": seconds}
 
-    asked = [*map(str, words), *weights.digests(plan.teacher), *map(files.sha256, plan.texts)]
+    asked = [*map(str, words), *weights.digests(plan.teacher), *map(files.sha256, plan.texts), *plan.prefix]
     return once(result, asked, work)
 
 
@@ -192,7 +209,8 @@ def zero_shot(plan, name, folder):
     """Returns the zero-shot score of a model's vectors on STS-B, or None where that is not in the data."""
     if not (plan.data / glue.TASKS["stsb"].folder).is_dir():
         return None
-    asked = [plan.settings.prefix, *weights.digests(folder)]
+    pairs = hashlib.sha256(repr(glue.load("stsb", plan.data)[1]).encode("utf-8", "replace")).hexdigest()
+    asked = [plan.settings.prefix, *weights.digests(folder), pairs, repr(read_pooling(folder))]
 
     def work():
         return round(vectors.zero_shot(folder, plan.data, plan.settings.prefix or ""), 2)
@@ -216,15 +234,7 @@ def finetune(plan, name, folder, seed, seeds, more=""):
     words += shlex.split(f"{plan.settings.finetune or ''} {more}")
 
     def work():
-        log = out.with_name(f"{out.name}.log")
-        try:
-            resume = ["--resume"] if (out / "scores.json").is_file() else []  # perhaps of fewer seeds or tasks
-            summary = script(log, plan.threads, *words, *resume)
-        except UserError as error:
-            if "was begun with other" not in str(error):
-                raise
-            shutil.rmtree(out)
-            summary = script(log, plan.threads, *words)
+        summary = resumed(out.with_name(f"{out.name}.log"), plan.threads, words, out, "scores.json")
         runs = json.loads((out / "scores.json").read_text(encoding="utf-8"))["runs"]
         asked = range(seed, seed + seeds)
         return {task: [run for run in runs[task] if run["seed"] in asked] for task in summary["tasks"]}

@@ -34,8 +34,10 @@ def read_folder(folder):
     settings_of_config = _read_tokenizer_config(config_path, config)
     if in_config and (config_path.exists() or json_path.exists()):  # with transformers' default values
         settings = {"lowercase": True} | settings_of_config
-    else:
-        settings = settings_of_config | settings
+    elif ids is None:
+        settings = settings_of_config
+    else:  # where a null, which is left out, is no reason to look in the other file
+        settings = {name: settings_of_config[name] for name in settings_of_config.keys() & {"max_length"}} | settings
     if path.exists():
         vocab = read_vocab(path)
         if ids is not None and _without_blanks(ids) != _without_blanks({token: i for i, token in enumerate(vocab)}):
