@@ -12,9 +12,8 @@ import sys
 import textwrap
 import traceback
 
-import torch
-
 from minidistil import files
+from minidistil.errors import is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -23,8 +22,7 @@ def attempt(row):
     try:
         yield
     except Exception as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        message = "out of memory" if out_of_memory else f"{type(error).__name__}: {error}".splitlines()[0]
+        message = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}".splitlines()[0]
         row |= {"error": message, "traceback": traceback.format_exc()}
         print(f"{row['case']}, {row['provider']} failed: {message}", file=sys.stderr, flush=True)
 

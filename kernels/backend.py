@@ -6,9 +6,12 @@ import types
 try:
     import triton
     import triton.language as tl
+
+    HERE = True
 except ImportError:  # Triton has wheels for Linux only; elsewhere the CPU paths are used
     triton = types.SimpleNamespace(jit=lambda function: function)
     tl = types.SimpleNamespace(constexpr=lambda value: value)
+    HERE = False
 
 
 def on_triton(x):
@@ -16,4 +19,4 @@ def on_triton(x):
 
     Triton reads this variable once, at import: set it before.
     """
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return HERE and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")

@@ -316,6 +316,7 @@ def distill_kl(s, t, labels=None, temperature=2.0, kl_weights=None, ce_weights=N
     if t.requires_grad:
         raise ValueError("the teacher must be frozen: its logits take no gradient")
     s, t = (x if x.stride(-1) == 1 else x.contiguous() for x in (s, t))
+    labels = None if labels is None else labels.contiguous()
     kl, ce, _ = _forward(s, t, labels, float(temperature))
     kl, ce = (x if w is None else x * w for x, w in ((kl, kl_weights), (ce, ce_weights)))
     return kl.sum(), ce.sum()

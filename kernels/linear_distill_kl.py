@@ -265,7 +265,7 @@ def linear_distill_kl(h_s, W_s, b_s, h_t, W_t, b_t, labels, tau, kl_weight, ce_w
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_s.dtype
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (h_s, W_s, b_s)]
     loss, sums, *_ = _forward(
-        h_s, W_s, b_s, h_t, W_t, b_t, labels, float(tau), float(kl_weight), float(ce_weight), float(mse_weight), dtype,
-        *wanted,
+        h_s, W_s, b_s, h_t, W_t, b_t, labels.contiguous(), float(tau), float(kl_weight), float(ce_weight),
+        float(mse_weight), dtype, *wanted,
     )  # fmt: skip
     return loss, *sums.detach()

@@ -12,7 +12,7 @@ import os
 import sys
 
 from minidistil import launcher
-from minidistil.errors import RankLost, UserError
+from minidistil.errors import RankError, UserError, is_out_of_memory
 
 OUT_OF_MEMORY = "out of memory: use a smaller --batch (or --micro-batch), or a shorter --seq-len"
 
@@ -108,13 +108,13 @@ def run_script(main, argv=None, in_ranks=False):
             message = OUT_OF_MEMORY
         else:
             message = " ".join(str(error).split())
-        if launcher.speaks() or isinstance(error, RankLost | MemoryError):
+        if launcher.speaks() or isinstance(error, RankError | MemoryError):
             who = "" if launcher.is_first() else f"rank {launcher.place().rank}: "
             print(f"{program}: error: {who}{message}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         # PyTorch's errors for exhausted memory, on either device, and for a rank that has ended with a message
-        out_of_memory = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+        out_of_memory = is_out_of_memory(error)
         lost_rank = in_ranks and launcher.place().size > 1 and "onnection" in str(error)
         if "--debug" in argv or not (out_of_memory or lost_rank):
             raise

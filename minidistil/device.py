@@ -9,7 +9,7 @@ import torch
 
 import minidistil
 from kernels.backend import triton
-from minidistil.errors import UserError
+from minidistil.errors import RankError, UserError
 from minidistil.memory import peak_rss_mib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -20,8 +20,10 @@ def choose_device(name):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
         if device.type == "cuda":
             torch.cuda.get_device_properties(device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # where Triton launches kernels, whatever the device of their tensors
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"--device {name} is not here ({str(error).splitlines()[0]}): try --device cpu") from None
+        raise RankError(f"--device {name} is not here ({str(error).splitlines()[0]}): try --device cpu") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported: use cpu or cuda")
     return device

@@ -1,7 +1,10 @@
 """What is known of the device and its software."""
 
+import types
+
 import torch
 
+from kernels import backend
 from minidistil import device
 from minidistil.device import versions
 
@@ -15,3 +18,20 @@ def test_versions_name_a_gpus_software(monkeypatch):
     assert on_a_gpu["driver"] == "580.95" and {"triton", "cuda", "cudnn"} <= set(on_a_gpu)
     monkeypatch.setattr(device, "output_of", lambda *_: None)  # no nvidia-smi
     assert versions()["driver"] is None
+
+
+def test_a_numbered_gpu_becomes_the_current_one(monkeypatch):
+    """Triton launches on the current one, and would find the tensors of another out of reach."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("cuda:1", "cuda", "cpu"):
+        device.choose_device(name)
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_without_triton_a_gpu_is_pytorchs(monkeypatch):
+    row = types.SimpleNamespace(is_cuda=True)
+    assert backend.on_triton(row) == backend.HERE
+    monkeypatch.setattr(backend, "HERE", False)
+    assert not backend.on_triton(row)

@@ -16,6 +16,7 @@ import traceback
 import torch
 
 from benches.gpu.day import STAGES
+from minidistil.errors import is_out_of_memory
 
 ATTEMPTS = 3  # at a unit that runs out of memory, since other stages may use the GPU at the same time
 
@@ -83,7 +84,7 @@ class Run:
                 return function(*arguments, **options)
             except BaseException as error:  # only its text is kept: it refers to the tensors that did fit
                 failure, text = first_line(error), traceback.format_exc()
-                if tries == ATTEMPTS or not isinstance(error, torch.OutOfMemoryError):
+                if tries == ATTEMPTS or not is_out_of_memory(error):
                     break
             print(f"{unit}: out of memory", flush=True)
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@
 Legend:  B batch   T tokens per sequence   N sentences   V vocabulary   C embedding width   H hidden width
 """
 
+import contextlib
 import json
 import pathlib
 
@@ -64,7 +65,9 @@ class BiLSTM(nn.Module):
         lengths = inside.sum(1).cpu()  # packing needs them on the CPU
         packed = pack_padded_sequence(ids.gather(1, order), lengths, batch_first=True, enforce_sorted=False)
         packed = packed._replace(data=self._drop(self.words(packed.data)))  # (tokens, C), without padding
-        _, (last, _) = self.lstm(packed)  # (4, N, H): layer, then direction
+        # autocast computes it in fp16 on a GPU, even for bf16, and its gradients would vanish
+        with torch.autocast("cuda", enabled=False) if ids.is_cuda else contextlib.nullcontext():
+            _, (last, _) = self.lstm(packed)  # (4, N, H): layer, then direction
         return torch.cat([last[2], last[3]], dim=1)
 
     def _drop(self, x):
