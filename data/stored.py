@@ -137,8 +137,8 @@ def is_zip(path):
 
 
 def is_hidden(member):
-    """Returns whether a member of a .zip file is hidden, or is what macOS keeps of a file beside its content."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in member.split("/"))
+    """Returns whether a member of a .zip file is hidden, as __MACOSX/._NAME is, which macOS adds to each file."""
+    return any(part.startswith(".") for part in member.split("/"))
 
 
 def members(path):
