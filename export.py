@@ -27,10 +27,11 @@ from minidistil import files, hub, weights
 from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import device_name, versions
+from minidistil.downstream import glue
 from minidistil.errors import UserError
 from minidistil.export import blame, int8
 from minidistil.export.gate import measure
-from minidistil.export.graphs import OPSET, Labels, Spans, open_graph, to_onnx
+from minidistil.export.graphs import OPSET, Labels, Spans, Vectors, open_graph, to_onnx
 from minidistil.export.held_out import from_corpus, from_task, from_texts
 from minidistil.export.session import library
 from minidistil.pooling import modules_folder, read_pooling, write_pooling
@@ -91,7 +92,8 @@ def open_held_out(settings, folder, graph, tokenizer):
     if (pathlib.Path(data) / "meta.json").is_file():
         return from_corpus(data, graph, tokenizer, folder, n)
     task = weights.read_json(folder / "config.json").get("finetuning_task")
-    if isinstance(graph, Labels | Spans) and task and (pathlib.Path(data).is_dir() or task == "squad"):
+    known = task == "squad" or task in glue.TASKS and pathlib.Path(data).is_dir()  # another is a table of one's own
+    if isinstance(graph, Labels | Spans) and known:
         return from_task(task, data, folder, graph, tokenizer)
     check([data])
     found = (text for batch in batches([data]) for document in batch.documents()[0] for text in sentences(document))
@@ -138,6 +140,8 @@ def export(settings):
     folder = hub.resolve(settings.model)
     out = destination(settings, folder)
     graph, tokenizer = open_graph(folder), Tokenizer.load(folder)
+    if isinstance(graph, Vectors) and not modules_folder(folder):  # perhaps a cache that lacks what they need
+        graph = open_graph(hub.resolve(settings.model, vectors=True))
     check_vocabulary("model", graph.config, tokenizer)
     held = open_held_out(settings, folder, graph, tokenizer)
     exclude = tuple(settings.exclude.split(",")) if settings.exclude else ()

@@ -205,10 +205,11 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
     rates = learning_rates(settings.lr, None if as_bilstm else config.width)
     teachers = settings.teacher.split(",") if settings.teacher else []
     own = table.read_table(settings.task, settings.columns, settings.dev, settings.held_out) if is_own else None
-    prefix = read_pooling(folder).prompt if settings.vectors else None
+    pooling = read_pooling(folder) if settings.vectors else None
     identity = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MAY_CHANGE}
     identity["model"] = "bilstm" if as_bilstm else "vectors" if settings.vectors else "encoder"
-    identity = same_on_ranks({**identity, "weights": weights.digests(folder)}, ranks)
+    identity |= {"weights": weights.digests(folder), **({"pooling": str(pooling)} if pooling else {})}
+    same_on_ranks({**identity, "lr": rates, "seeds": settings.seeds, "task": names}, ranks)
     inherited = inheritable(dataclasses.asdict(settings), (*PATHS, "task") if own else PATHS)
     if settings.resume:
         state = scores.resume(out, identity, settings.dtype) | {"settings": inherited}
@@ -220,7 +221,8 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
             check_model(folder, config, tokenizer, task, as_bilstm)
             for teacher in folders:
                 distil.check_teacher(teacher, task, tokenizer)
-        scores.require_same_for(name, state, "teachers", [weights.digests(teacher) for teacher in folders], out)
+        digests = same_on_ranks({"teachers": [weights.digests(teacher) for teacher in folders]}, ranks)["teachers"]
+        scores.require_same_for(name, state, "teachers", digests, out)
     if own:
         state["columns"] = {"texts": own[0].texts, "label": own[0].label}
         ranks.print0(table.describe(own[0]))
@@ -233,12 +235,11 @@ def finetune_tasks(settings, names, out, device, ranks, how_to_resume):
 
     with SignalFlag() as stop, Meter(device, settings.watts, before, ranks.print0) as meter:
         for name in names:
-            examples, unlabelled = settings.examples, settings.unlabelled
-            task = open_task(name, settings.data, tokenizer, settings.seq_len, examples, unlabelled, own, prefix)
+            examples, unlabelled, prompt = settings.examples, settings.unlabelled, pooling and pooling.prompt
+            task = open_task(name, settings.data, tokenizer, settings.seq_len, examples, unlabelled, own, prompt)
             if not as_bilstm:
                 check_positions(folder, config, task)
-            data = same_on_ranks({"data": digest(task)}, ranks)["data"]
-            scores.require_same_for(name, state, "data", data, out)
+            scores.require_same_for(name, state, "data", same_on_ranks({"data": digest(task)}, ranks)["data"], out)
             runs = scores.runs_of(name, state)
             if next_run(runs, rates, settings.seed, settings.seeds) is None:
                 continue  # finished before the resumption: its teachers need not predict again

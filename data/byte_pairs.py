@@ -5,9 +5,14 @@ import tempfile
 
 import sentencepiece
 
+RESERVED = "\u2585"  # stands for unknown text in sentencepiece's own, which leaves out words with it
+
 
 def byte_pairs(words, size, **options):
     """Returns up to `size` pieces in the order of their merges; `options` are more of sentencepiece's."""
+    words = {word: n for word, n in words.items() if RESERVED not in word}
+    if not words:
+        return []
     with tempfile.TemporaryDirectory() as folder:
         table, model = pathlib.Path(folder, "words.tsv"), pathlib.Path(folder, "model")
         table.write_text("".join(f"{word}\t{n}\n" for word, n in words.items()), encoding="utf-8")

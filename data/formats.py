@@ -208,8 +208,8 @@ def read_tsv(payload):
     data, where, first, path, column, columns = payload
     documents = []
     for number, line in enumerate(read_lines((data, where)), first):
-        cells = line.rstrip("\r").split("\t", columns - 1)
-        if len(cells) > column:
+        cells = line.rstrip("\r").split("\t", columns - 1 if column == columns - 1 else -1)
+        if len(cells) > column and not any(cells[columns:]):
             documents.append(cells[column])
         elif line.strip():
             raise UserError(f"{path}, line {number} has {len(cells)} of {columns} columns: repair it or leave it out")
@@ -224,13 +224,12 @@ def _csv(file, field):
         header = next(rows, [])
         column = _column(file.path, header, field)
         for row in rows:
-            if len(row) > column:
+            if row and (len(row) <= column or any(row[len(header) :])):  # a spreadsheet adds empty cells
+                way = "put quotes around a text with a comma, or leave the line out"
+                way = "repair it or leave it out" if len(row) <= column else way
+                raise UserError(f"{file.path}, line {rows.line_num} has {len(row)} of {len(header)} columns: {way}")
+            if row:
                 yield row[column]
-            elif row:
-                raise UserError(
-                    f"{file.path}, line {rows.line_num} has {len(row)} of {len(header)} columns: "
-                    "repair it or leave it out"
-                )
     except csv.Error as error:
         place = f"line {rows.line_num}, {error}"
         raise UserError(f"{file.path} is not a .csv file ({place}): repair it or leave it out") from None

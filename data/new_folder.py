@@ -44,6 +44,8 @@ def new_folder(out):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         files.sync_folder(folder)
+        with contextlib.suppress(OSError):  # Windows replaces no folder, not even an empty one
+            out.rmdir()
         os.rename(folder, out)
         files.sync_folder(out.parent)
     finally:

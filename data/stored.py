@@ -18,9 +18,9 @@ from minidistil.errors import UserError
 
 OPENERS = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": lambda raw: package("backports.zstd", ".zst files").ZstdFile(raw),
+    ".bz2": lambda raw: _Streams(raw, bz2.BZ2Decompressor),
+    ".xz": lambda raw: _Streams(raw, lzma.LZMADecompressor),
+    ".zst": lambda raw: _zstd(package("backports.zstd", ".zst files"), raw),
 }
 MEMBERS = (".txt", ".jsonl", ".ndjson", ".json", ".tsv", ".csv")  # what is read of a .zip file
 _BLOCK = 1 << 18
@@ -33,6 +33,40 @@ def package(name, what):
         return importlib.import_module(name)
     except ImportError:
         raise UserError(f"{what} need the package `{name}`: pip install {name}") from None
+
+
+def _zstd(library, raw):
+    """Returns the reader of a .zst file, which may refer back 2 GiB, as those of `zstd --long=31` do."""
+    return library.ZstdFile(raw, options={library.DecompressionParameter.window_log_max: 31})
+
+
+class _Streams(io.RawIOBase):
+    """What the streams of a .bz2 or .xz file hold; Python's own readers end in silence at bytes that are no stream."""
+
+    def __init__(self, raw, decompressor):
+        self._raw, self._new, self._stream = raw, decompressor, decompressor()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = b""
+        while not data:
+            given = b""
+            if self._stream.eof:
+                given = self._stream.unused_data.lstrip(b"\0")  # streams may have zeros between them
+                while not given:
+                    if not (block := self._raw.read(_BLOCK)):
+                        return 0
+                    given = block.lstrip(b"\0")
+                self._stream = self._new()
+            elif self._stream.needs_input:
+                given = self._raw.read(_BLOCK)
+                if not given:
+                    raise EOFError("it ends within a stream")
+            data = self._stream.decompress(given, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class Stored:
@@ -138,7 +172,7 @@ def is_zip(path):
 
 def is_hidden(member):
     """Returns whether a member of a .zip file is hidden, as __MACOSX/._NAME is, which macOS adds to each file."""
-    return any(part.startswith(".") for part in member.split("/"))
+    return any(part.startswith(".") and part != "." for part in member.split("/"))
 
 
 def members(path):

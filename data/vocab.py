@@ -191,6 +191,8 @@ def main(argv):
         print(left_out)
     if cuts:
         print(described_cuts(cuts))
+    if not (counts or held_out):
+        raise UserError("the sources hold no text: name others")
     if kind:
         tokenizer = byte_vocab.learn(counts, settings.size, kind)
     else:

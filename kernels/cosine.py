@@ -3,7 +3,7 @@
 For rows a and b, with eps = 1e-8 and |x| the Euclidean norm:
 
     m_a = max(|a|, eps)    m_b = max(|b|, eps)    cos = (a . b) / (m_a m_b)
-    loss = sum over rows of 1 - cos               CosineEmbeddingLoss with target 1, in Sanh et al. 2019, section 3
+    loss = sum over rows of 1 - cos               CosineEmbeddingLoss with target 1, in Sanh et al. 2019, section 2
     d loss / da = (cos a / |a| - b / m_b) / m_a   where |a| = 0, the first term is 0
 
 b comes from the frozen teacher and has no gradient. The clamps are those of F.cosine_similarity: a zero row has
@@ -167,7 +167,7 @@ def cosine_distance(a, b):
 
     a, b (N, C) of any float dtypes, which may differ, and with any strides. On a GPU one kernel each way; on a CPU, and
     for fp64, PyTorch's expression in fp32 or fp64. Raises ValueError where the shapes disagree or b requires a
-    gradient. Source: Sanh et al. 2019, section 3.
+    gradient. Source: Sanh et al. 2019, section 2.
     """
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"a and b must both be (N, C): they are {tuple(a.shape)} and {tuple(b.shape)}")

@@ -5,9 +5,9 @@
     python kernels/lesson.py check mine.py     the same for a kernel of yours
 
 Each rung is a whole kernel, which differs from the one before by one idea, said above it. They run in Triton's
-interpreter where there is no GPU; a compiler for the H100 comes with Triton. Cover a rung, write it from its idea into
-a file, as a function `forward` (or `backward`) with the same arguments, and have it checked. BLOCK and WARPS may be set
-in the file.
+interpreter where there is no GPU; a compiler for the H100 comes with Triton. Cover a rung and write it from its idea
+into a file that imports triton, as a kernel marked `@triton.jit`, called `forward` with the arguments of rungs 1 to 6,
+or `backward` with those of rung 7. Then have it checked. BLOCK and WARPS may be set in the file.
 
 For a row of student logits s and teacher logits t, temperature TAU and label y (-100: none):
 

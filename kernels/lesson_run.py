@@ -181,6 +181,8 @@ def of_file(path, rungs, BLOCK, WARPS):
     if name is None:
         sys.exit(f"{path} has no function `forward` or `backward`: write one with the arguments of a rung")
     kernel, wanted = getattr(module, name), kernels[name].arg_names
+    if not hasattr(kernel, "arg_names"):
+        sys.exit(f"{path}: {name} is no Triton kernel: put @triton.jit above it")
     if kernel.arg_names != wanted:
         sys.exit(f"{path}: {name}({', '.join(kernel.arg_names)}) must have the arguments {', '.join(wanted)}")
     return kernel, getattr(module, "BLOCK", BLOCK), getattr(module, "WARPS", WARPS)

@@ -153,7 +153,7 @@ def _length(run):
 
 def _source(source):
     """Returns (data set on the Hub or None, description without a local path, language or None) of a source of text."""
-    if source == "docstrings":
+    if source in ("docstrings", "docs"):  # "docs" in corpora that were prepared before November 2026
         return None, "documentation strings of installed Python packages", "en"
     if source.startswith("wikipedia:"):
         wiki = re.match(r"([a-z]{2,3})wiki-", pathlib.Path(source.removeprefix("wikipedia:")).name)

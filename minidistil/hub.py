@@ -57,19 +57,40 @@ def resolve(name, vectors=False):
         missing = _missing(snapshot) if snapshot else "absent"
         if not missing:
             found = transformer_folder(snapshot)
-            return _with_modules(name, found) if vectors and not modules_folder(found) else found
+            return _with_modules(known, found) if vectors and not modules_folder(found) else found
         looked.append(f"{place.name}: {missing}")
     return _download(name, f"{cache_folder()} ({', '.join(looked)})")
 
 
 def _with_modules(name, folder):
-    """Returns the folder of a cached model with the files that say how its sentence vectors are made, if it has any."""
-    try:
-        return _download(name, cache_folder())
-    except UserError:
-        way = f"`hf download {_names(name)[0]}` fetches what it may lack"
-        print(f"{name} has no modules.json in the cache: its vectors are the mean of the tokens; {way}", flush=True)
+    """Returns the folder of a cached model with the files that say how its sentence vectors are made, if it has any.
+
+    They are of the cached revision, whose weights stay as they are.
+    """
+    snapshot = folder.parent if folder.name == OLDER else folder
+    place, commit = snapshot.parent.parent, snapshot.name
+    absent = place / ".no_exist" / commit / "modules.json"  # where the library, too, notes what the Hub has not
+    if absent.exists():
         return folder
+    try:
+        if variable := _offline():
+            raise UserError(f"{variable} forbids a download")
+        import huggingface_hub
+
+        info = huggingface_hub.HfApi().model_info(name, revision=commit, timeout=TIMEOUT)
+        if any(file.rfilename == "modules.json" for file in info.siblings or []):
+            huggingface_hub.snapshot_download(
+                name, revision=commit, cache_dir=place.parent, allow_patterns=["sentence_bert_config.json", *SENTENCES],
+                etag_timeout=TIMEOUT,
+            )  # fmt: skip
+        else:
+            absent.parent.mkdir(parents=True, exist_ok=True)
+            absent.touch()
+    except Exception as error:  # the library's and its HTTP client's errors share no base class
+        why = " ".join(str(error).split()) or type(error).__name__
+        way = "without one, sentence vectors are the mean of the tokens"
+        print(f"{name} has no modules.json in the cache, and none could be fetched ({why}): {way}", flush=True)
+    return folder
 
 
 def _names(name):
@@ -137,6 +158,12 @@ def _refusal(error, page):
     return " ".join(str(error).split()) or type(error).__name__, ""
 
 
+def _offline():
+    """Returns the variable of the environment that forbids downloads, or None."""
+    variables = "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"
+    return next((name for name in variables if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")), None)
+
+
 def _download(name, cache):
     """Returns the folder of a snapshot downloaded into the cache; UserError says why not, and two remedies."""
     hub_name = _names(name)[0]
@@ -145,9 +172,8 @@ def _download(name, cache):
         f"where there is a network, run `hf download {hub_name} --local-dir {name.rpartition('/')[2]}` and copy that "
         "folder; or name another model: a folder, or `demo`"
     )
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise UserError(f"{failed}, and {variable} forbids a download: {ways}")
+    if variable := _offline():
+        raise UserError(f"{failed}, and {variable} forbids a download: {ways}")
     import huggingface_hub  # reads HF_ENDPOINT and similar variables at import
 
     try:

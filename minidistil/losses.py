@@ -2,7 +2,7 @@
 
     L = alpha_ce  * tau^2 * mean over R of KL(softmax(t / tau) || softmax(s / tau))     Hinton et al. 2015, section 2
       + alpha_mlm * mean over masked of -log softmax(s)[label]                          Devlin et al. 2018, section 3.1
-      + alpha_cos * mean over all tokens of 1 - cos(h_s, h_t)                           Sanh et al. 2019, section 3
+      + alpha_cos * mean over all tokens of 1 - cos(h_s, h_t)                           Sanh et al. 2019, section 2
       + alpha_mse * mean over R of sum_v (s - t)^2
       + alpha_emb * mean over sentences of |v_s / |v_s| - v_t / |v_t||^2                Reimers and Gurevych 2020
 

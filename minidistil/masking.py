@@ -1,8 +1,8 @@
 """Which tokens of a sequence are masked, and what stands in their place: a pure function of (seed, index, position).
 
-Masking (Sanh et al. 2019, after Devlin et al. 2018): round(0.15 n) of a sequence's n tokens (or another share), never
-special ones, drawn without replacement with weight count^-smoothing, which prefers rare words: 80 % become [MASK], 10 %
-random, 10 % stay.
+Masking (Devlin et al. 2018, section 3.1): round(0.15 n) of a sequence's n tokens (or another share), never special
+ones, drawn without replacement with weight count^-smoothing, which prefers rare words (as DistilBERT's released code
+does): 80 % become [MASK], 10 % random, 10 % stay.
 """
 
 import numpy as np

@@ -36,7 +36,7 @@ def hub_server(models, refusals=None):
                 if name in path and part in path:
                     self.send(status, b"", **{"X-Error-Code": code} if code else {})
                     return
-            match = re.fullmatch(r"/api/models/(.+?)(/revision/main|/tree/\w+)?", path)
+            match = re.fullmatch(r"/api/models/(.+?)(/revision/\w+|/tree/\w+)?", path)
             if match and match[1] in models:
                 top = pathlib.Path(models[match[1]])
                 files = {f.relative_to(top).as_posix(): f for f in sorted(top.rglob("*")) if f.is_file()}

@@ -175,6 +175,30 @@ def test_retention_of_another_prefix_and_length(tiny, glue, forked):
     assert "was begun with other settings" in student.with_name("vectors-0.log").read_text()
 
 
+def test_links_to_other_data_are_replaced(tmp_path):
+    """Where QNLI has a dev set alone, the other tasks are links beside its halves."""
+    for name in "ab":
+        for task in ("QNLI", "STS-B"):
+            (tmp_path / name / task).mkdir(parents=True)
+        (tmp_path / name / "QNLI" / "dev.tsv").write_text("index\tquestion\tlabel\n0\ta\tx\n1\tb\tx\n")
+        found = text.with_qnli(tmp_path / name, tmp_path / "kept")
+        assert (found / "STS-B").samefile(tmp_path / name / "STS-B")
+
+
+def test_retention_fine_tunes_anew_with_other_data(tiny, glue, scripts, tmp_path):
+    folder = tmp_path / "data" / "SST-2"
+    shutil.copytree(glue / "SST-2", folder)
+    given = retention.Settings(teacher=str(tiny / "teacher"), data=str(folder.parent), tiny=True, task="sst2")
+    plan = retention.open_plan(given, [])
+    for _ in range(2):
+        jobs.finetune(plan, "teacher", tiny / "teacher", 0, 1)
+        assert len(scripts) == 1
+    with (folder / "dev.tsv").open("a") as file:
+        file.write("more\t1\n")
+    jobs.finetune(plan, "teacher", tiny / "teacher", 0, 1)
+    assert len(scripts) == 2
+
+
 def test_retention_scores_anew_with_other_data(tiny, glue, scripts, tmp_path):
     folder, rows = tmp_path / "data" / "STS-B", []
     shutil.copytree(glue / "STS-B", folder)

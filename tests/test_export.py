@@ -426,6 +426,12 @@ def test_the_report(folders, glue, tmp_path):
         assert last["bytes"] == (folder / "onnx" / name).stat().st_size
         assert all(min(each["ms"].values()) > 0 and 0 <= each["score"] <= 100 for each in (*others, last))
     assert sorted(path.name for path in (folder / "onnx").iterdir()) == [*report["files"], "report.json"]
+    config = json.loads((folder / "config.json").read_text())  # of a table of one's own, judged by a folder of text
+    (folder / "config.json").write_text(json.dumps(config | {"finetuning_task": "reviews"}))
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("the dog\na cat and the dog\n" * 9)
+    record = export.export(export.Settings(str(folder), "onnx", str(tmp_path / "books"), max_loss=100))
+    assert record["held_out"].startswith("18 sentences of")
     model, _ = Classifier(weights.read_config(folder), 2, 9), None
     weights.save_model(folder, model, id2label={"0": "negative", "1": "positive"}, finetuning_task="sst2")
     export.export(export.Settings(str(folder), "onnx", str(glue)))

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from minidistil.downstream.vectors import embed
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
 from minidistil.progress import lr_at
-from minidistil.run import CHECKPOINT, load_checkpoint
+from minidistil.run import CHECKPOINT, load_checkpoint, same_on_ranks
 from minidistil.safetensors import read_safetensors, write_safetensors
 from minidistil.tokenizer import Tokenizer
 
@@ -348,6 +349,18 @@ def test_what_a_resumption_adds_is_resumed_too(tiny, glue, tmp_path, monkeypatch
     assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]) == ["rte"]
     cards = [(out / task / "README.md").read_text() for task in ("rte", "sst2")]
     assert ["guided by 1 fine-tuned teacher" in card for card in cards] == [True, False]
+
+
+def test_what_ranks_must_have_in_common(tiny, glue, sst2, tmp_path, monkeypatch):
+    """Also what a resumed run may change; the files of another machine may be others."""
+    given = {}
+    monkeypatch.setattr(finetune, "same_on_ranks", lambda contents, ranks: given.update(contents) or contents)
+    tuned(tiny, glue, tmp_path / "out", examples=16, epochs=1.0, teacher=str(sst2[1]))
+    assert given.keys() >= {"lr", "seeds", "task", "weights", "teachers", "data", "batch"} and given["lr"] == [3e-3]
+    other = types.SimpleNamespace(gather=lambda value: [value, value, value | {"lr": [1e-5]}])
+    with pytest.raises(UserError, match=r"rank 2 has other settings than rank 0 \(lr \[0.003\] -> \[1e-05\]\): give"):
+        same_on_ranks(given, other)
+    assert same_on_ranks(given, types.SimpleNamespace(gather=lambda value: [value])) is given
 
 
 # ---- SQuAD

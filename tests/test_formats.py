@@ -376,6 +376,10 @@ def test_zstandard(tmp_path, zstd, long_text):
     assert texts_of(tmp_path / "x.txt.zst") == texts_of(tmp_path / "y.jsonl.zst") == LINES
     (tmp_path / "x.txt.zst").write_bytes(zstd.compress(long_text.encode()))
     assert " ".join(texts_of(tmp_path / "x.txt.zst")) == long_text
+    far = {zstd.CompressionParameter.window_log: 28, zstd.CompressionParameter.enable_long_distance_matching: 1}
+    with zstd.open(tmp_path / "x.txt.zst", "wb", options=far) as file:
+        file.write(data)
+    assert texts_of(tmp_path / "x.txt.zst") == LINES
     for damaged in (frames[:-5], TEXT.encode(), frames + b"rest", zstd.compress(data)[:-3]):
         (tmp_path / "x.txt.zst").write_bytes(damaged)
         with pytest.raises(UserError, match="x.txt.zst is damaged .*fetch or compress it again"):

@@ -310,14 +310,23 @@ def test_a_cache_that_transformers_filled_is_completed_for_vectors(tmp_path, cap
     with hub_server({"a/sentences": top}) as (endpoint, requests):
         ((plain, *_),) = resolve_elsewhere(endpoint, "a/sentences")
         assert pathlib.Path(plain) == snapshot and not requests and read_pooling(snapshot).mode == "mean"
+        kept = (snapshot / "model.safetensors").readlink()
         ((folder, *_),) = resolve_elsewhere(endpoint, "vectors of a/sentences")
-        assert requests and read_pooling(pathlib.Path(folder)).mode == "cls"
+        assert requests and pathlib.Path(folder) == snapshot and read_pooling(snapshot).mode == "cls"
+        assert (snapshot / "model.safetensors").readlink() == kept  # and not the newest ones
         asked = len(requests)
         resolve_elsewhere(endpoint, "vectors of a/sentences")
         assert len(requests) == asked
+        (top / "modules.json").unlink()  # of a model that has none there either, it is asked once
+        make_cached(cache_folder(), "c/plain")
+    with hub_server({"c/plain": top}) as (endpoint, requests):
+        resolve_elsewhere(endpoint, "vectors of c/plain")
+        asked = len(requests)
+        resolve_elsewhere(endpoint, "vectors of c/plain")
+        assert 0 < asked == len(requests) and not any("model.safetensors" in request for request in requests)
     make_cached(cache_folder(), "b/sentences")
     ((folder, *_),) = resolve_elsewhere("http://127.0.0.1:9", "vectors of b/sentences")
-    said = "b/sentences has no modules.json in the cache: its vectors are the mean of the tokens"
+    said = "b/sentences has no modules.json in the cache, and none could be fetched ("
     assert "b--sentences" in folder and said in capsys.readouterr().out
 
 

@@ -84,6 +84,8 @@ def test_a_kernel_of_the_reader(tmp_path):
     )
     mine.write_text("x = 1\n")
     assert "has no function `forward` or `backward`" in run("check", mine)[2]
+    mine.write_text("def forward(s_ptr): pass\n")
+    assert "forward is no Triton kernel: put @triton.jit above it" in run("check", mine)[2]
 
 
 @pytest.mark.parametrize("words, said", [(["check"], "name the file"), (["check", "nowhere.py"], "name the file"),

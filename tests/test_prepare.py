@@ -443,7 +443,7 @@ def test_tables_and_json(tmp_path, name):
 def test_a_zip_archive(tmp_path, vocab):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("b.txt", "the dog\n")
-        archive.writestr("a/a.txt", "a cat\nthe cat\n")
+        archive.writestr("./a/a.txt", "a cat\nthe cat\n")
         archive.writestr("picture.png", "no text")
         archive.writestr("__MACOSX/a/._a.txt", b"\0\x05\x16\x07 of macOS")
         archive.writestr("a/.hidden/b.txt", "not read, as in a folder\n")
@@ -519,6 +519,9 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
         ("x.jsonl", "[1]\n", "text", "line 1 has no field 'text', only list"),
         ("x.tsv", "id\tsentence\n1\ta cat\n", "text", "x.tsv has no column 'text', only id, sentence: .*--field"),
         ("x.tsv", "id\ttext\n1\ta cat\n2\n", "text", "x.tsv, line 3 has 1 of 2 columns"),
+        ("x.tsv", "id\ttext\tlabel\n1\ta\tcat\tx\n", "text", "x.tsv, line 2 has 4 of 3 columns"),
+        ("x.csv", "id,text,label\n1,a cat,x\n2,a, dog,y\n", "text", "x.csv, line 3 has 4 of 3 columns: put quotes"),
+        ("x.csv", "id,text\n1,a cat,,\n2\n", "text", "x.csv, line 3 has 1 of 2 columns: repair it"),
         ("x.txt", "a\0b", "text", "x.txt is not UTF-8 text"),
     ],
 )
@@ -534,6 +537,19 @@ def test_another_field(tmp_path, vocab, documents):
     prepare([write_lines(tmp_path / "x.tsv", lines)], vocab, tmp_path / "out", SHARE, 1, "body text")
     train, val, _ = read(tmp_path / "out")
     assert (train.tolist(), val.tolist()) == naive([f"{text}\twith a tab" for text in documents], vocab)
+
+
+@pytest.mark.parametrize("name, compress", [("x.txt.bz2", bz2.compress), ("x.txt.xz", lzma.compress)])
+def test_nothing_is_lost_behind_a_stream(tmp_path, vocab, documents, name, compress):
+    """Several streams, with zeros between them, are one text; what is no stream is damage, not an end."""
+    lines = [f"{document}\n".encode() for document in documents]
+    parts = [compress(b"".join(lines[i : i + 50])) for i in range(0, len(lines), 50)]
+    (tmp_path / name).write_bytes((b"\0" * 8).join(parts) + b"\0" * 4)
+    assert texts_of(tmp_path / name) == [line.decode().strip() for line in lines if line.strip()]
+    for damage in (b"oops", b"X" + parts[1][1:], parts[1][:-3]):
+        (tmp_path / name).write_bytes(parts[0] + damage)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            texts_of(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["x.txt.gz", "x.txt.bz2"])
@@ -674,7 +690,7 @@ over {{lines}} -->
 '''Rome''' ({{IPA|x}}; {{lang|it|Roma}}) is the [[capital city|capital]] of [[Italy]]s.<ref name="a">{{cite|x}}</ref>
 It is {{convert|5|km|mi}} long<ref name="b" /> &amp; ''wide''&nbsp;here, H<sub>2</sub>O.
 [[File:x.jpg|thumb|A [[picture|nice picture]] of [http://x.y z], see {{tl}}]]
-[[Datei:y.jpg|thumb|German]]
+[[Datei:y.jpg|thumb|German]] [[Bild:z.JPG|mini|an older name]]
 == History ==
 === Nothing follows ===
 === Early ===

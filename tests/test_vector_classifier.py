@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -168,6 +169,17 @@ def test_a_run_of_before_resumes(tiny, glue, tmp_path):
     state["settings"].pop("vectors")
     (tmp_path / "out" / "scores.json").write_text(json.dumps(state))
     assert tuned(tiny, glue, tmp_path / "out", resume=True, **settings)["tasks"]["sst2"]["seeds"] == 1
+
+
+def test_another_pooling_is_another_run(tiny, glue, tmp_path):
+    """As where a cache is completed in between."""
+    config = weights.read_config(tiny / "teacher")
+    shutil.copytree(tiny / "teacher", tmp_path / "model")
+    settings = dict(task="sst2", model=str(tmp_path / "model"), examples=16, epochs=1.0, vectors=True)
+    tuned(tiny, glue, tmp_path / "out", **settings)
+    write_pooling(tmp_path / "model", Pooling("cls"), config)
+    with pytest.raises(UserError, match=r"begun with other settings \(pooling .*mode='mean'.*mode='cls'"):
+        tuned(tiny, glue, tmp_path / "out", resume=True, seeds=2, **settings)
 
 
 def test_pairs_need_neither_two_types_nor_room_for_both(tiny, glue, tmp_path):

@@ -128,6 +128,18 @@ def test_sizes_that_do_not_fit_the_text(text, tmp_path, size, message):
     assert not (tmp_path / "v.txt").exists()
 
 
+@pytest.mark.parametrize("text_now, more, message", [
+    ("\n\n", [], "the sources hold no text"), ("\n\n", ["--byte-level", "gpt2"], "the sources hold no text"),
+    ("\u2585 \u2585\n", [], "lower --size or give more text"),  # which sentencepiece uses itself
+])  # fmt: skip
+def test_sources_without_words(text_now, more, message, tmp_path):
+    (tmp_path / "x.txt").write_text(text_now, encoding="utf-8")
+    arguments = [tmp_path / "x.txt", "--size", "300", "--out", tmp_path / "v", "--workers", "1", *more]
+    with pytest.raises(UserError, match=message):
+        learner.main([*map(str, arguments)])
+    assert not (tmp_path / "v").exists()
+
+
 def test_many_rare_characters_do_not_take_the_vocabulary():
     words = collections.Counter({"common": 10**7, "word": 10**7} | {chr(code): 1 for code in range(0x1000, 0x1250)})
     splitter = WordPiece([*SPECIAL_TOKENS.values()])

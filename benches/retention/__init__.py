@@ -17,7 +17,7 @@ Its rows:
     vectors + cosine + masked words    and a small share of the published recipe's other terms
     sentence-transformers              that library's own recipe: peer.py
     ..., taught                        with --taught: the best of `vectors` (with --student alone the first student),
-                                       fine-tuned with the fine-tuned teacher (Sanh et al. 2019, section 3)
+                                       fine-tuned with the fine-tuned teacher (Sanh et al. 2019, section 4.1)
 
 Each recipe of recipes.py has the same text, layers, minutes and threads: a short run of each, the probe, measures the
 time of an update, from which its number of updates follows, the same for all seeds. While probes run, the computer must

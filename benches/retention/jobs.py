@@ -163,7 +163,7 @@ def train(plan, recipe, steps, seed, out):
         return {"steps": summary["steps"], "seconds": seconds}
 
     asked = [*map(str, words), *weights.digests(plan.teacher), *map(files.sha256, plan.texts), *plan.prefix]
-    return once(result, asked, work)
+    return once(result, [*asked, repr(read_pooling(plan.teacher))], work)
 
 
 def probe(plan, recipe):
@@ -196,7 +196,8 @@ def untrained(plan, name):
         write_pooling(out, read_pooling(plan.teacher), start.config)
         return str(out)
 
-    once(out.with_name(f"{out.name}.json"), [*plan.shape, *weights.digests(plan.teacher)], work)
+    asked = [*plan.shape, *weights.digests(plan.teacher), repr(read_pooling(plan.teacher))]
+    once(out.with_name(f"{out.name}.json"), asked, work)
     return given(plan, name, out)
 
 
@@ -239,4 +240,7 @@ def finetune(plan, name, folder, seed, seeds, more=""):
         asked = range(seed, seed + seeds)
         return {task: [run for run in runs[task] if run["seed"] in asked] for task in summary["tasks"]}
 
-    return once(out.with_name(f"{out.name}.json"), [*map(str, words), *weights.digests(folder)], work)
+    folders = [plan.data / glue.TASKS[task].folder for task in plan.settings.task.split(",") if task in glue.TASKS]
+    tables = [files.sha256(path) for each in folders for path in sorted(each.glob("*.tsv*"))]
+    asked = [*map(str, words), *weights.digests(folder), *tables, repr(read_pooling(folder))]
+    return once(out.with_name(f"{out.name}.json"), asked, work)

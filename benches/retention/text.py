@@ -36,8 +36,10 @@ def with_qnli(data, folder):
         with files.replacing(folder / "QNLI" / name) as temporary:
             temporary.write_bytes(b"".join([header, *side]))
     for path in data.iterdir():
-        if path.is_dir() and path.name != "QNLI" and not (folder / path.name).is_symlink():
-            (folder / path.name).symlink_to(path)
+        link = folder / path.name
+        if path.is_dir() and path.name != "QNLI" and not (link.is_symlink() and link.readlink() == path):
+            link.unlink(missing_ok=True)  # of other data
+            link.symlink_to(path)
     return folder.resolve()
 
 

@@ -150,7 +150,7 @@ def pad_logits(arrays, shape, device):
 
 @dataclasses.dataclass(frozen=True)
 class TaskObjective:
-    """The fine-tuning loss; the weights apply only with a teacher (Sanh et al. 2019, section 3; Tang et al.).
+    """The fine-tuning loss; the weights apply only with a teacher (Sanh et al. 2019, section 4.1; Tang et al.).
 
     alpha_task * the task's own loss + alpha_ce * tau^2 KL(teacher || student) + alpha_mse * squared difference
     """
