@@ -209,7 +209,7 @@ def read_tsv(payload):
     documents = []
     for number, line in enumerate(read_lines((data, where)), first):
         cells = line.rstrip("\r").split("\t", columns - 1 if column == columns - 1 else -1)
-        if len(cells) > column and not any(cells[columns:]):
+        if len(cells) > column and not any(map(str.strip, cells[columns:])):
             documents.append(cells[column])
         elif line.strip():
             raise UserError(f"{path}, line {number} has {len(cells)} of {columns} columns: repair it or leave it out")
@@ -224,7 +224,7 @@ def _csv(file, field):
         header = next(rows, [])
         column = _column(file.path, header, field)
         for row in rows:
-            if row and (len(row) <= column or any(row[len(header) :])):  # a spreadsheet adds empty cells
+            if row and (len(row) <= column or any(map(str.strip, row[len(header) :]))):  # some add empty cells
                 way = "put quotes around a text with a comma, or leave the line out"
                 way = "repair it or leave it out" if len(row) <= column else way
                 raise UserError(f"{file.path}, line {rows.line_num} has {len(row)} of {len(header)} columns: {way}")

@@ -53,7 +53,9 @@ _OPENS = {"}}": "{{", "]]": "[[", "|}": "{|"}
 _DEEPEST = 100  # deeper nesting is noise, and its text would be copied at every level
 _EXTERNAL = re.compile(r"\[(?:(?:https?:|ftp:)?//|mailto:)[^\s\[\]]*[ \t]*([^\[\]\n]*)\]")
 _LANGUAGE = re.compile(r"\s*(?:[a-z]{2,3}(?:-[a-z-]+)?|simple):\S")  # [[fr:Chat]], but not [[Up: A film]]
-_MEDIA = re.compile(r"\.(?:jpe?g|png|svg|gif|tiff?|webp|og[agv]|webm|pdf|djvu|mp3|wav|stl)$", re.IGNORECASE)
+_MEDIA = re.compile(
+    r"\.(?:jpe?g|png|svg|gif|tiff?|webp|og[agv]|webm|mpe?g|pdf|djvu|xcf|midi?|flac|opus|mp3|wav|stl)$", re.IGNORECASE
+)
 _MARKUP = str.maketrans({c: f"&#{ord(c)};" for c in "'<>[]{}|=*#:;_!-"})
 _INNER = str.maketrans({c: f"&#{ord(c)};" for c in "|="})  # what would part the arguments of an outer template
 
@@ -118,8 +120,8 @@ def _link(text, dropped):
     prefix = target.partition(":")[0].strip().lower() if ":" in target else ""
     if prefix in dropped or _LANGUAGE.match(target) and not label:
         return ""
-    if prefix and _MEDIA.search(target.strip()):  # a file by an older name of its namespace, which no dump lists
-        return ""
+    if prefix and target.count(":") == 1 and prefix != "special" and _MEDIA.search(target.strip()):
+        return ""  # a file by an older name of its namespace, which no dump lists; one of another wiki has two colons
     return label or target.lstrip(":")
 
 

@@ -3,6 +3,7 @@
 In this order: a local folder; `demo`, which this repository contains; the Hugging Face cache; a download into it.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -79,13 +80,13 @@ def _with_modules(name, folder):
 
         info = huggingface_hub.HfApi().model_info(name, revision=commit, timeout=TIMEOUT)
         if any(file.rfilename == "modules.json" for file in info.siblings or []):
-            huggingface_hub.snapshot_download(
-                name, revision=commit, cache_dir=place.parent, allow_patterns=["sentence_bert_config.json", *SENTENCES],
-                etag_timeout=TIMEOUT,
-            )  # fmt: skip
+            known = dict(revision=commit, cache_dir=place.parent, etag_timeout=TIMEOUT)
+            for patterns in (["sentence_bert_config.json", *SENTENCES[1:]], SENTENCES[:1]):  # modules.json comes last
+                huggingface_hub.snapshot_download(name, allow_patterns=patterns, **known)
         else:
-            absent.parent.mkdir(parents=True, exist_ok=True)
-            absent.touch()
+            with contextlib.suppress(OSError):  # a cache that may only be read
+                absent.parent.mkdir(parents=True, exist_ok=True)
+                absent.touch()
     except Exception as error:  # the library's and its HTTP client's errors share no base class
         why = " ".join(str(error).split()) or type(error).__name__
         way = "without one, sentence vectors are the mean of the tokens"

@@ -311,6 +311,11 @@ def test_a_cache_that_transformers_filled_is_completed_for_vectors(tmp_path, cap
         ((plain, *_),) = resolve_elsewhere(endpoint, "a/sentences")
         assert pathlib.Path(plain) == snapshot and not requests and read_pooling(snapshot).mode == "mean"
         kept = (snapshot / "model.safetensors").readlink()
+    failing = {"a/sentences": (500, "", "1_Pooling")}
+    with hub_server({"a/sentences": top}, failing) as (endpoint, requests):
+        resolve_elsewhere(endpoint, "vectors of a/sentences")
+        assert requests and read_pooling(snapshot).mode == "mean"  # half of the files are none
+    with hub_server({"a/sentences": top}) as (endpoint, requests):
         ((folder, *_),) = resolve_elsewhere(endpoint, "vectors of a/sentences")
         assert requests and pathlib.Path(folder) == snapshot and read_pooling(snapshot).mode == "cls"
         assert (snapshot / "model.safetensors").readlink() == kept  # and not the newest ones

@@ -521,7 +521,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
         ("x.tsv", "id\ttext\n1\ta cat\n2\n", "text", "x.tsv, line 3 has 1 of 2 columns"),
         ("x.tsv", "id\ttext\tlabel\n1\ta\tcat\tx\n", "text", "x.tsv, line 2 has 4 of 3 columns"),
         ("x.csv", "id,text,label\n1,a cat,x\n2,a, dog,y\n", "text", "x.csv, line 3 has 4 of 3 columns: put quotes"),
-        ("x.csv", "id,text\n1,a cat,,\n2\n", "text", "x.csv, line 3 has 1 of 2 columns: repair it"),
+        ("x.csv", "id,text\n1,a cat,, \n2\n", "text", "x.csv, line 3 has 1 of 2 columns: repair it"),
         ("x.txt", "a\0b", "text", "x.txt is not UTF-8 text"),
     ],
 )
@@ -691,6 +691,7 @@ over {{lines}} -->
 It is {{convert|5|km|mi}} long<ref name="b" /> &amp; ''wide''&nbsp;here, H<sub>2</sub>O.
 [[File:x.jpg|thumb|A [[picture|nice picture]] of [http://x.y z], see {{tl}}]]
 [[Datei:y.jpg|thumb|German]] [[Bild:z.JPG|mini|an older name]]
+See [[c:File:Map.jpg|this map]] and [[Node.js]].
 == History ==
 === Nothing follows ===
 === Early ===
@@ -716,6 +717,7 @@ See [[:Category:Cities]].
 
 PLAIN = """Rome (Roma) is the capital of Italys.
 It is 5 km long & wide here, H2O.
+See this map and Node.js.
 Early
 item with label and
 deeper

@@ -180,6 +180,11 @@ def test_another_pooling_is_another_run(tiny, glue, tmp_path):
     write_pooling(tmp_path / "model", Pooling("cls"), config)
     with pytest.raises(UserError, match=r"begun with other settings \(pooling .*mode='mean'.*mode='cls'"):
         tuned(tiny, glue, tmp_path / "out", resume=True, seeds=2, **settings)
+    state = json.loads((tmp_path / "out" / "scores.json").read_text())  # of before it was noted, it is noted once
+    del state["identity"]["pooling"]
+    (tmp_path / "out" / "scores.json").write_text(json.dumps(state))
+    tuned(tiny, glue, tmp_path / "out", resume=True, seeds=2, **settings)
+    assert "mode='cls'" in json.loads((tmp_path / "out" / "scores.json").read_text())["identity"]["pooling"]
 
 
 def test_pairs_need_neither_two_types_nor_room_for_both(tiny, glue, tmp_path):

@@ -210,7 +210,7 @@ def zero_shot(plan, name, folder):
     """Returns the zero-shot score of a model's vectors on STS-B, or None where that is not in the data."""
     if not (plan.data / glue.TASKS["stsb"].folder).is_dir():
         return None
-    pairs = hashlib.sha256(repr(glue.load("stsb", plan.data)[1]).encode("utf-8", "replace")).hexdigest()
+    pairs = digest_of(glue.load("stsb", plan.data)[1])
     asked = [plan.settings.prefix, *weights.digests(folder), pairs, repr(read_pooling(folder))]
 
     def work():
@@ -240,7 +240,16 @@ def finetune(plan, name, folder, seed, seeds, more=""):
         asked = range(seed, seed + seeds)
         return {task: [run for run in runs[task] if run["seed"] in asked] for task in summary["tasks"]}
 
-    folders = [plan.data / glue.TASKS[task].folder for task in plan.settings.task.split(",") if task in glue.TASKS]
-    tables = [files.sha256(path) for each in folders for path in sorted(each.glob("*.tsv*"))]
-    asked = [*map(str, words), *weights.digests(folder), *tables, repr(read_pooling(folder))]
+    names = glue.GLUE if plan.settings.task == "all" else plan.settings.task.split(",")
+    here = [name for name in names if name in glue.TASKS and (plan.data / glue.TASKS[name].folder).is_dir()]
+    asked = [*map(str, words), *weights.digests(folder), repr(read_pooling(folder))]
+    asked += [digest_of(glue.load(name, plan.data)) for name in here]
+    if "--teacher" in words:
+        teacher = pathlib.Path(words[words.index("--teacher") + 1])
+        asked += map(files.sha256, sorted(teacher.glob("*/model.safetensors")))
     return once(out.with_name(f"{out.name}.json"), asked, work)
+
+
+def digest_of(examples):
+    """SHA-256 of what `glue.load` returns."""
+    return hashlib.sha256(repr(examples).encode("utf-8", "replace")).hexdigest()

@@ -35,11 +35,12 @@ def with_qnli(data, folder):
     for name, side in zip(("train.tsv", "dev.tsv"), sides, strict=True):
         with files.replacing(folder / "QNLI" / name) as temporary:
             temporary.write_bytes(b"".join([header, *side]))
+    for link in folder.iterdir():
+        if link.is_symlink() and link.readlink().parent != data:  # of other data
+            link.unlink()
     for path in data.iterdir():
-        link = folder / path.name
-        if path.is_dir() and path.name != "QNLI" and not (link.is_symlink() and link.readlink() == path):
-            link.unlink(missing_ok=True)  # of other data
-            link.symlink_to(path)
+        if path.is_dir() and path.name != "QNLI" and not (folder / path.name).is_symlink():
+            (folder / path.name).symlink_to(path)
     return folder.resolve()
 
 

@@ -42,8 +42,9 @@ def resume(out, identity, dtype):
     """Returns the state of the run in `out`; UserError where it was another."""
     state = read_scores(out / "scores.json")
     wanted = identity if dtype == "auto" else {**identity, "dtype": dtype}
-    before = {"pooling": identity.get("pooling"), **state["identity"]}  # which older runs do not note
-    require_same({**before, "dtype": state["dtype"]}, wanted, out)
+    if "pooling" in identity:  # which older runs do not note
+        state["identity"].setdefault("pooling", identity["pooling"])
+    require_same({**state["identity"], "dtype": state["dtype"]}, wanted, out)
     for task in state["runs"]:  # nor the settings of each task
         state.setdefault("tasks", {}).setdefault(task, state["settings"])
     return state
