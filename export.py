@@ -28,6 +28,8 @@ from minidistil.checks import check_vocabulary
 from minidistil.cli import option, parse_args, run_script
 from minidistil.device import device_name, versions
 from minidistil.downstream import glue
+from minidistil.downstream.heads import VectorClassifier
+from minidistil.downstream.table import is_table
 from minidistil.errors import UserError
 from minidistil.export import blame, int8
 from minidistil.export.gate import measure
@@ -64,6 +66,8 @@ def check_settings(settings):
         raise UserError(f"--sentences is {settings.sentences}: it must be at least 1")
     if settings.exclude and settings.to != "onnx-int8":
         raise UserError("--exclude is for --to onnx-int8: leave it out")
+    if settings.task and is_table(settings.task):
+        raise UserError("--task names a task; on a table, file and model are compared: give --data FILE and no --task")
     if settings.task and not settings.data:
         raise UserError(f"--task {settings.task} needs its data: name the folder with --data")
     for name in ("onnx", "onnxscript", "onnxruntime"):
@@ -131,6 +135,7 @@ def refuse(settings, graph, model, held, quality, exclude):
         way = f"add --exclude {','.join(chosen)} (loses {max(kept.loss, 0):.2f})"
     else:
         way = f"with {', '.join(worst[: blame.MOST])} in fp32 {kept.loss:.2f}: take --to onnx, or a larger --max-loss"
+    way += "" if settings.data else "; or judge it on its own kind of text with --data"
     raise UserError(f"int8 loses {quality.loss:.2f}{unit}, more than --max-loss {settings.max_loss:g}: {most}: {way}")
 
 
@@ -142,6 +147,8 @@ def export(settings):
     graph, tokenizer = open_graph(folder), Tokenizer.load(folder)
     if isinstance(graph, Vectors) and not modules_folder(folder):  # perhaps a cache that lacks what they need
         graph = open_graph(hub.resolve(settings.model, vectors=True))
+    if isinstance(graph, Vectors) and VectorClassifier.hub_name in str(weights.read_json(folder / CONFIG)):
+        print("the file makes sentence vectors; their classifier stays in the folder", flush=True)
     check_vocabulary("model", graph.config, tokenizer)
     held = open_held_out(settings, folder, graph, tokenizer)
     exclude = tuple(settings.exclude.split(",")) if settings.exclude else ()

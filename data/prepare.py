@@ -57,7 +57,7 @@ class Settings:
     )
     vocab: str = option(None, "model: folder, name on the Hugging Face Hub, or demo; or a vocab.txt", required=True)
     out: str = option(None, "folder to write; must not exist", required=True)
-    val_share: float = option(0.01, "share of held-out documents")
+    val_share: float = option(0.01, "share of held-out documents; of a small text more, up to a tenth")
     workers: int = option(None, "processes (default: the cores of this computer)")
     field: str = option(
         "text", "field of .jsonl and .json, column of .tsv, .csv and .parquet files that holds the text"
@@ -97,6 +97,8 @@ def prepare(
         train, val, smallest, cuts = encode_all(int(val_share * HASHES))
         if val.tokens < min(SMALLEST_VAL, 0.1 * (train.tokens + val.tokens)) or train.tokens == 0:
             train, val, smallest, cuts = encode_all(_threshold_of_few(smallest, train.tokens + val.tokens))
+            share = val.documents / (train.documents + val.documents)
+            print(f"so little text holds out more than --val-share {val_share:g}: {share:.1%}", flush=True)
         np.save(folder / "counts.npy", train.counts)
         written = {file.path.name: file.hash.hexdigest() for split in (train, val) for file in split.files}
         meta = {

@@ -234,7 +234,7 @@ def load_model(folder, fresh_head=False, kind=LanguageModel):
     fresh, of_head = {}, [name for ours in names if ours.startswith("head.") for name in names[ours]]
     if of_head and not any(name in source for name in of_head):
         if not fresh_head:
-            way = f"give it a head with `--teacher none --student-init {folder}`, or learn its sentence vectors alone"
+            way = f"give it one: `train.py --teacher none --student-init {folder}`, or learn its sentence vectors alone"
             raise UserError(f"{folder} has no masked-LM head: {way}")
         fresh = _fresh_head(config)
     elif kind is LanguageModel:

@@ -443,6 +443,7 @@ def test_the_report(folders, glue, tmp_path):
     ("onnx", dict(exclude="head"), "--exclude is for --to onnx-int8"),
     ("onnx", dict(sentences=0), "--sentences is 0"),
     ("onnx", dict(task="sst2"), "--task sst2 needs its data"),
+    ("onnx", dict(task="reviews.csv", data="reviews.csv"), "give --data FILE and no --task"),
     ("onnx-int8", dict(exclude="layer.9", data="README.md"), "--exclude layer.9 is not part"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_one_line(folders, to, wrong, says):
@@ -450,6 +451,16 @@ def test_a_wrong_setting_is_one_line(folders, to, wrong, says):
         export.export(export.Settings(str(folders / "words"), to, **wrong))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (folders / "words" / "onnx").exists()
+
+
+def test_a_classifier_of_vectors_stays_outside(folders, tmp_path, capsys):
+    shutil.copytree(folders / "vectors", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for kind, said in (("BertModel", False), ("BertForSentenceVectors", True)):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+        text = str(ROOT / "data" / "demo" / "vocab.txt")
+        export.export(export.Settings(str(tmp_path / "model"), "onnx", text, sentences=8, max_loss=100))
+        assert ("their classifier stays in the folder" in capsys.readouterr().out) == said
 
 
 def test_a_wrong_command_is_one_line(folders):

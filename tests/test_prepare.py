@@ -214,10 +214,11 @@ def test_repeated_text_is_on_one_side(tmp_path, vocab):
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 60, 700])
-def test_a_small_corpus_holds_out_the_smallest_hashes(tmp_path, vocab, count):
+def test_a_small_corpus_holds_out_the_smallest_hashes(tmp_path, vocab, count, capsys):
     documents = some_documents(count, seed=4)
     source = write_lines(tmp_path / "text.txt", documents)
     prepare([source], vocab, tmp_path / "out", val_share=1e-6, workers=1)
+    assert "so little text holds out more than --val-share 1e-06: " in capsys.readouterr().out
     train, val, meta = read(tmp_path / "out")
     held_out = meta["documents"]["val"]
     tokenizer = Tokenizer.load(vocab)
