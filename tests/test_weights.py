@@ -461,7 +461,7 @@ def test_fresh_head_only_where_there_is_none(folder):
     model, tensors = load_model(folder), stored(folder)
     assert_same(load_model(folder, fresh_head=True), model)
     rewrite(folder, {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")})
-    refused(lambda: load_model(folder), f"give it a head with `--teacher none --student-init {folder}`")
+    refused(lambda: load_model(folder), f"give it one: `train.py --teacher none --student-init {folder}`")
     fresh = load_model(folder, fresh_head=True)
     state = model.state_dict() | weights._fresh_head(BERT)
     assert torch.equal(state["head.dense.weight"], torch.eye(4)) and (state["head.norm.weight"] == 1).all()
