@@ -13,6 +13,7 @@ from test_finetune import interrupted_at, tuned
 import finetune
 from minidistil import weights
 from minidistil.downstream import glue as official
+from minidistil.downstream import trial
 from minidistil.downstream.batches import encode_apart, padded, predict
 from minidistil.downstream.distil import augment
 from minidistil.downstream.heads import VectorClassifier, load_finetuned, split_pairs
@@ -185,6 +186,24 @@ def test_another_pooling_is_another_run(tiny, glue, tmp_path):
     (tmp_path / "out" / "scores.json").write_text(json.dumps(state))
     tuned(tiny, glue, tmp_path / "out", resume=True, seeds=2, **settings)
     assert "mode='cls'" in json.loads((tmp_path / "out" / "scores.json").read_text())["identity"]["pooling"]
+
+
+def test_a_checkpoint_of_before_the_pooling_was_noted_resumes(tiny, glue, tmp_path, monkeypatch, capsys):
+    settings = dict(task="sst2", examples=48, epochs=1.0, vectors=True)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupted_at(3, patch)
+        tuned(tiny, glue, tmp_path / "out", **settings)
+    state = json.loads((tmp_path / "out" / "scores.json").read_text())
+    del state["identity"]["pooling"]
+    (tmp_path / "out" / "scores.json").write_text(json.dumps(state))
+
+    def of_before(out, load=trial.load_checkpoint):
+        saved, tensors = load(out)
+        return saved | {"identity": {k: v for k, v in saved["identity"].items() if k != "pooling"}}, tensors
+
+    monkeypatch.setattr(trial, "load_checkpoint", of_before)
+    tuned(tiny, glue, tmp_path / "out", resume=True, **settings)
+    assert "resumes after update 3" in capsys.readouterr().out
 
 
 def test_pairs_need_neither_two_types_nor_room_for_both(tiny, glue, tmp_path):
