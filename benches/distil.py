@@ -22,6 +22,7 @@ VARIANTS = {
     "distilled, 1,700 updates": ["--steps", "1700"],
     "distilled, layers 0 and 1": ["--student-layers", "0,1"],
     "same start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0"],
+    "layers 0 and 1, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0", "--student-layers", "0,1"],
     "random start, no teacher": ["--alpha-ce", "0", "--alpha-cos", "0", "--student-init", "random"],
 }
 # name -> settings of train.py, and the published change in GLUE macro score (Sanh et al. 2019, table 4)
