@@ -42,3 +42,10 @@ def test_the_readme_installs_a_torch_that_the_requirements_keep():
 def test_the_oldest_python_is_the_same_everywhere():
     oldest = re.search(r'requires-python = ">=(.*?)"', (ROOT / "pyproject.toml").read_text())[1]
     assert f"Python {oldest} to 3.13" in (ROOT / "README.md").read_text()
+
+
+def test_windows_gets_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; os.name = 'nt'; import minidistil"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "WSL" in done.stderr and done.stderr.count("\n") == 1
