@@ -6,6 +6,7 @@ import math
 from minidistil.errors import UserError
 from minidistil.families import FAMILIES
 from minidistil.folder import check_name
+from minidistil.tokenizers.wordpiece import WordPiece
 
 # settings of train.py or finetune.py that say how a teacher is learnt from
 OF_MASKS = "mask_share", "mask_smoothing", "kd_rows"  # settings of train.py for masked tokens
@@ -86,9 +87,10 @@ def check_seeds(first, n=1):
 def check_vocabulary(role, config, tokenizer, say=print):
     """Raises UserError where a vocabulary does not fit a model; says how many rows of the model's table are spare.
 
-    It has more words than the table has rows, no [MASK] for a model of masked tokens, or another padding token than a
-    RoBERTa, in which transformers counts positions by it. Published tables are often padded to a round number; a
-    vocabulary that was cut short looks the same.
+    It has more words than the table has rows, no [MASK] for a model of masked tokens, RoBERTa's or XLM-R's tokens
+    around a text for one of next tokens, or another padding token than a RoBERTa, in which transformers counts
+    positions by it. Published tables are often padded to a round number; a vocabulary that was cut short looks the
+    same.
     """
     spare = config.vocab_size - len(tokenizer.vocab)
     if spare < 0:
@@ -100,6 +102,11 @@ def check_vocabulary(role, config, tokenizer, say=print):
         raise UserError(
             f"the {role} is a {config.family}, which fills in masked tokens, and its vocabulary has no token for them, "
             "as a GPT-2's: give it a vocabulary that has one, or use a gpt2"
+        )
+    if config.causal and "mask" in tokenizer.special and not isinstance(tokenizer, WordPiece):
+        raise UserError(
+            f"the {role} is a {config.family}, which continues texts, and its vocabulary is one for masked tokens: "
+            "take a GPT-2's, or make one: python data/vocab.py TEXT --byte-level gpt2"
         )
     if FAMILIES[config.family].first_position and config.pad_id != tokenizer.pad_id:
         raise UserError(

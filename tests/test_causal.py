@@ -159,6 +159,10 @@ def test_a_student_learns_and_opens_in_transformers(tiny, causal, tmp_path, caps
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ours(ids)), theirs.eval()(ids).logits, atol=1e-5, rtol=1e-5)
     assert (out / "curve.svg").exists() and "causal-LM loss" in (out / "curve.svg").read_text()
+    text = " ".join(Tokenizer.load(out).vocab[5:9])  # transformers gives it no [CLS] and [SEP], and no segments
+    assert transformers.AutoTokenizer.from_pretrained(out)(text) == {
+        "input_ids": Tokenizer.load(out).encode(text), "attention_mask": [1] * 4
+    }  # fmt: skip
 
 
 def test_neither_the_split_nor_an_interruption_changes_the_update(tiny, causal, tmp_path):

@@ -160,13 +160,16 @@ class WordPiece(BaseTokenizer):
     def save(self, folder, family="bert"):
         """Writes vocab.txt, tokenizer_config.json, special_tokens_map.json and tokenizer.json for transformers.
 
-        `family` is the model's; a DistilBERT's tokenizer gives no token_type_ids, which its model rejects.
+        `family` is the model's; a DistilBERT's tokenizer gives no token_type_ids, which its model rejects, and a
+        GPT-2's none either, nor [CLS] and [SEP] around a text, which is to be continued.
         """
-        folder = pathlib.Path(folder)
+        folder, causal = pathlib.Path(folder), family == "gpt2"
+        kinds = {"gpt2": "PreTrainedTokenizerFast", "distilbert": "DistilBertTokenizer"}
         special = {f"{name}_token": token for name, token in SPECIAL_TOKENS.items()}
         strip_accents = None if self.strip_accents == self.lowercase else self.strip_accents
         config = {
-            "tokenizer_class": "DistilBertTokenizer" if family == "distilbert" else "BertTokenizer",
+            "tokenizer_class": kinds.get(family, "BertTokenizer"),
+            **({"model_input_names": ["input_ids", "attention_mask"]} if causal else {}),
             "do_lower_case": self.lowercase, "strip_accents": strip_accents, "tokenize_chinese_chars": self.chinese,
             "model_max_length": self.max_length, **special,
         }  # fmt: skip
@@ -176,7 +179,7 @@ class WordPiece(BaseTokenizer):
         write_text(folder / "vocab.txt", "".join(token + "\n" for token in self.base))
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", special)
-        write_json(folder / "tokenizer.json", wordpiece_files.tokenizer_json(self, strip_accents))
+        write_json(folder / "tokenizer.json", wordpiece_files.tokenizer_json(self, strip_accents, causal))
 
     @property
     def digest(self):

@@ -99,8 +99,8 @@ def added_tokens_json(tokenizer):
     return sorted(listed, key=lambda token: token["id"]) if tokenizer.added else listed
 
 
-def tokenizer_json(tokenizer, strip_accents):
-    """Returns the tokenizer.json with which the crate `tokenizers` gives the same ids."""
+def tokenizer_json(tokenizer, strip_accents, causal=False):
+    """Returns the tokenizer.json with which the crate `tokenizers` gives the same ids; `causal`: of the text alone."""
     cls, sep = SPECIAL_TOKENS["cls"], SPECIAL_TOKENS["sep"]
     start, end, end_of_pair = (
         {"SpecialToken": {"id": token, "type_id": segment}} for token, segment in ((cls, 0), (sep, 0), (sep, 1))
@@ -114,7 +114,7 @@ def tokenizer_json(tokenizer, strip_accents):
             "strip_accents": strip_accents, "lowercase": tokenizer.lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {
+        "post_processor": None if causal else {
             "type": "TemplateProcessing",
             "single": [start, text, end],
             "pair": [start, text, end, second_text, end_of_pair],
