@@ -87,6 +87,9 @@ def test_columns_are_named(tmp_path):
     ("Similarity", "1 5 3", ()),
     ("score", "low high low", ("high", "low")),
     ("label", "nan 1 2", ("1", "2", "nan")),
+    ("label", "007 7 01 12E4", ("01", "007", "7", "12E4")),  # names, whatever else they look like
+    ("label", "9007199254740992 9007199254740993", ("9007199254740992", "9007199254740993")),
+    ("rating", "0.5 low high low", ("0.5", "high", "low")),
 ])  # fmt: skip
 def test_classes_or_numbers(label, values, labels, tmp_path):
     task, train, _ = read(tmp_path, f"text,{label}\n" + "".join(f"some,{value}\n" for value in values.split()))
@@ -124,6 +127,10 @@ def test_copies_of_a_text_are_on_the_same_side(tmp_path):
     ("", "is empty"),
     ("text,label\na,x\nb,x\n", "column 'label' is 'x' in all lines: there is nothing to learn"),
     ("text,score\na,1\nb,1.0\n", "column 'score' is '1' in all lines"),
+    ("text,score\na,1\nb,3\nc,n/a\n", "line 4: column 'score': 'n/a' is no number, as most of the column are"),
+    ("text,rating\na,1.5\nb,3\nc,n/a\n", "line 4: column 'rating': 'n/a' is no number"),
+    ("text;score\na;1\nb;3,5\n", "line 3: column 'score': '3,5' has a decimal comma: write decimals with a point"),
+    ("text;rating\na;1,0\nb;3,5\n", "line 2: column 'rating': '1,0' has a decimal comma"),
     ("text,label\n" + "".join(f"some,text {i}\n" for i in range(50)), "has 50 different values in 50 examples"),
     (b"text,label\ncaf\xe9,x\n", "line 2: not UTF-8: save it as UTF-8"),
     (b"text,label\ra,x\rb,y\r", "lines end in carriage returns alone: save it with the line ends of Windows or Unix"),
@@ -136,7 +143,8 @@ def test_wrong_csv(content, said, tmp_path):
 
 @pytest.mark.parametrize("content, said", [
     ('{"text": "a", "label": 1}\n{"text": "b"}\n', "line 2: column 'label' is empty"),
-    ('{"text": "a", "label": 1}\n{"text": ["b"], "label": 2}\n', "line 2: column 'text' is empty"),
+    ('{"text": "a", "label": 1}\n{"text": ["b"], "label": 2}\n', "line 2: column 'text' holds a list or an object"),
+    ('{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n', "line 2: column 'label' is empty"),
     ('{"text": "a", "label": 1}\n{"text": "b", \n', "line 2 is not JSON: write an object a line"),
     ('{"text": "a", "label": 1}\n["b", 2]\n', "line 2 holds no object ('[\"b\", 2]')"),
     ("\n", "holds no examples"),

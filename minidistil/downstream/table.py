@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import pathlib
+import re
 
 from minidistil.downstream.glue import Example, Task, lines
 from minidistil.errors import UserError
@@ -48,7 +49,7 @@ def read_table(path, columns=None, dev=None, held_out=None):
     path = pathlib.Path(path)
     texts, label, rows = _read(path, columns and [name.strip() for name in columns.split(",")])
     others = _read(pathlib.Path(dev), (*texts, label))[2] if dev else []
-    codes = _kind(path, label, [row[-1] for row in rows])
+    codes = _kind(path, label, rows)
     metrics = ("accuracy", "macro_f1") if codes else ("pearson", "spearman")
     task = Task(name_of(path), str(path), tuple(codes), metrics, texts, label)
     examples, held = (
@@ -68,6 +69,9 @@ def _read(path, columns):
     taken = []
     for number, cells in rows:
         for name in (*texts, label):
+            if not isinstance(cells.get(name, ""), str):
+                what = f"column {name!r} holds a list or an object"
+                raise UserError(f"{path}, line {number}: {what}: write a text or a number")
             if not cells.get(name, "").strip():
                 raise UserError(f"{path}, line {number}: column {name!r} is empty: fill it, or remove the line")
         second = cells[texts[1]] if len(texts) == 2 else None
@@ -132,7 +136,7 @@ def _csv_rows(path, numbered, separator):
 
 
 def _read_jsonl(path):
-    """Yields the fields of a .jsonl file's first object, then (line, {field: text}) of each line."""
+    """Yields the fields of a .jsonl file's first object, then (line, {field: `_text` of its value}) of each line."""
     header = None
     for number, line in lines(path):
         if not line.strip():
@@ -152,10 +156,10 @@ def _read_jsonl(path):
 
 
 def _text(value):
-    """Returns a JSON value as text: "" of null, lists and objects."""
-    if isinstance(value, str):
+    """Returns a JSON value as text: "" of null and NaN, with which programs write gaps; lists and objects as such."""
+    if isinstance(value, str | list | dict):
         return value
-    return "" if value is None or isinstance(value, list | dict) else json.dumps(value)
+    return "" if value is None or value != value else json.dumps(value)
 
 
 def _number(text):
@@ -169,17 +173,27 @@ def _number(text):
 
 def _class(text):
     """Returns the name of a class: whole numbers without decimals, which a table with gaps adds ("1.0")."""
-    value = _number(text)
-    return text if value is None or value != int(value) else str(int(value))
+    whole = re.fullmatch(r"(-?(?:0|[1-9]\d*))\.0+", text)
+    return whole[1] if whole else text
 
 
-def _kind(path, label, found):
+def _kind(path, label, rows):
     """Returns {name: id} of the classes in a column, in order; {} where its values are numbers to predict.
 
     They are where all are numbers and one of them has decimals, or where the column is called score or similarity.
+    Raises UserError where only some are, and are the most, and where numbers have decimal commas.
     """
+    found, scale = [row[-1] for row in rows], label.casefold() in NUMBERS
     numbers = [_number(text) for text in found]
-    if None not in numbers and (label.casefold() in NUMBERS or any(value != int(value) for value in numbers)):
+    known = [value for value in numbers if value is not None]
+    others = [(line, text) for (line, *_, text), value in zip(rows, numbers, strict=True) if value is None]
+    commas = others and all(re.fullmatch(r"-?\d+,\d+", text) for _, text in others)
+    mixed = 2 * len(known) > len(found) and (scale or any(value != int(value) for value in known))
+    if others and ((commas and (scale or not known)) or mixed):
+        (line, text), way = others[0], "write decimals with a point" if commas else "correct it, or remove the line"
+        what = "has a decimal comma" if commas else "is no number, as most of the column are"
+        raise UserError(f"{path}, line {line}: column {label!r}: {text[:40]!r} {what}: {way}")
+    if not others and (scale or any(value != int(value) for value in numbers)):
         if len(set(numbers)) == 1:
             raise UserError(f"{path}: column {label!r} is {found[0]!r} in all lines: there is nothing to learn")
         return {}
@@ -189,7 +203,7 @@ def _kind(path, label, found):
     if len(names) > max(20, len(found) // 2):
         what = f"{path}: column {label!r} has {len(names):,} different values in {len(found):,} examples"
         raise UserError(f"{what}: name the columns of the text and of the label with --columns text,label")
-    order = sorted(names, key=float) if None not in map(_number, names) else sorted(names)
+    order = sorted(sorted(names), key=float) if None not in map(_number, names) else sorted(names)
     return {name: i for i, name in enumerate(order)}
 
 
