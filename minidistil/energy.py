@@ -137,7 +137,9 @@ class Meter:
     """
 
     def __init__(self, device, watts=None, before=(), say=print):
-        self.device, self.watts, self.energy, self.say, self.still = device.type, watts, Energy(*before), say, 0.0
+        self.device, self.watts, self.energy, self.say = device.type, watts, Energy(*before), say
+        self.booked = self.energy  # without the time since the device's own counter last grew, and its packages' joules
+        self.waiting, self.packages, self.has_grown = 0.0, 0.0, False
         self.counts_packages = launcher.place().local == 0
         self.counters, self.lock, self.ended = {"cuda": [], "cpu": []}, threading.Lock(), threading.Event()
         for kind in (kind for kind in self.counters if kind == self.device or self.counters[self.device]):
@@ -189,19 +191,33 @@ class Meter:
             now = time.monotonic()
             passed, self.began = now - self.began, now
             joules = {kind: self._grown(kind) for kind in self.counters}
-            gpu, cpu, estimated, known, seconds = self.energy
-            unknown = passed
-            if (own := joules[self.device]) is not None:
-                gpu, known, unknown = gpu + (joules["cuda"] or 0.0), known + passed, 0.0
-                cpu += (joules["cpu"] or 0.0) * self.counts_packages
-                self.still = 0.0 if own else self.still + passed
-                if self.still > STILL:
-                    self._lost(self.device, "it stands still")
-                    known, unknown = known - self.still, self.still
-            if unknown and self.watts is not None:
-                estimated, known = estimated + self.watts * unknown, known + unknown
-            self.energy = Energy(gpu, cpu, estimated, known, seconds + passed)
+            own = joules[self.device]
+            self.waiting += passed
+            self.packages += (joules["cpu"] or 0.0) * self.counts_packages
+            still = own == 0.0
+            if not still or self.waiting > STILL:
+                if own:
+                    self.booked, self.has_grown = self._measured(joules["cuda"] or 0.0), True
+                else:
+                    if still:
+                        self._lost(self.device, "it stands still")
+                    self.booked = self._without_counter()
+                self.waiting = self.packages = 0.0
+            self.energy = self._measured() if self.has_grown else self._without_counter()
             return self.energy
+
+    def _measured(self, gpu=0.0):
+        """Returns the Energy up to now where the device's counter has grown, or is about to."""
+        now = self.booked
+        known, seconds = now.known + self.waiting, now.seconds + self.waiting
+        return now._replace(gpu=now.gpu + gpu, cpu=now.cpu + self.packages, known=known, seconds=seconds)
+
+    def _without_counter(self):
+        """Returns the Energy up to now where the device's counter tells nothing: an estimate, or only the time."""
+        now = self.booked._replace(seconds=self.booked.seconds + self.waiting)
+        if self.watts is None:
+            return now
+        return now._replace(estimated=now.estimated + self.watts * self.waiting, known=now.known + self.waiting)
 
     def record(self, grams_per_kwh, ranks):
         """Returns {"joules": Energy of all ranks up to now, which a resumed run needs, "energy": its record}."""

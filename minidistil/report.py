@@ -115,7 +115,7 @@ class RunReport:
         if energy:
             self.ranks.print0(f"energy: {describe(energy)}")
         if ended_by == "completion":
-            published = f" and about {amount(cost['published_kwh'])}" if energy else ""
+            published = f" and about {amount(cost['published_kwh'])}" if energy and cost["published_kwh"] else ""
             self.ranks.print0(
                 f"{self.flops / 1e6:,.0f} MFLOP a token; at {tokens_per_second:,.0f} tokens/s the {progress.total} "
                 f"updates take\n{cost['device_hours']:,.3g} device-hours, the published recipe's 12.6 billion tokens "

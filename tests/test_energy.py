@@ -185,6 +185,38 @@ def test_a_counter_that_stands_still(rapl, lines, watts, monkeypatch):
     assert found.estimated == pytest.approx((watts or 0.0) * found.seconds)
 
 
+def test_a_gpus_counter_that_stands_still_takes_the_packages_with_it(nvml, rapl, lines, monkeypatch):
+    """Joules without the time that they cover would be a power without bounds, also after a resumed run."""
+    monkeypatch.setattr(energy, "STILL", 0.05)
+    for before, watts in ((Energy(), None), (Energy(30.0, 2.0, 0.0, 0.5, 0.5), None), (Energy(), 200.0)):
+        with Meter(GPU, watts, before, say=lines.append) as meter:
+            for joules in range(6, 10):
+                rapl[0].write_text(f"{joules}000000")
+                time.sleep(0.03)
+                meter.read()
+        found = meter.energy
+        assert lines.pop().startswith("the energy of the GPU cannot be read (it stands still)")
+        assert (found.gpu, found.cpu) == (before.gpu, before.cpu) and found.seconds > before.seconds + 0.1
+        assert found.estimated == pytest.approx((watts or 0.0) * found.seconds)
+        assert found.watts == (watts and pytest.approx(watts)) or found.watts == before.watts
+
+
+def test_a_short_run_on_a_counter_that_stands_still_is_estimated(rapl, lines):
+    with Meter(CPU, watts=65.0, say=lines.append) as meter:
+        time.sleep(0.01)
+    found = meter.energy
+    assert found.cpu == 0.0 and found.known == found.seconds and found.estimated == pytest.approx(65 * found.seconds)
+
+
+def test_what_a_counter_says_late_replaces_the_estimate(rapl, lines):
+    with Meter(CPU, watts=1e6, say=lines.append) as meter:
+        assert meter.read().estimated > 0
+        rapl[0].write_text("7000000\n")
+        found = meter.read()
+        assert (found.cpu, found.estimated, found.known) == (pytest.approx(2.0), 0.0, found.seconds)
+        assert meter.read().known == meter.energy.seconds  # it has grown once, and may grow again
+
+
 def test_the_thread_reads_by_itself(rapl, monkeypatch):
     """So a counter that wraps around during a long update is read in time, and the update does not wait."""
     monkeypatch.setattr(energy, "SECONDS", 0.02)
