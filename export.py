@@ -34,7 +34,7 @@ from minidistil.errors import UserError
 from minidistil.export import blame, int8
 from minidistil.export.gate import measure
 from minidistil.export.graphs import OPSET, Labels, Spans, Vectors, open_graph, to_onnx
-from minidistil.export.held_out import from_corpus, from_task, from_texts
+from minidistil.export.held_out import from_corpus, from_task, from_texts, public
 from minidistil.export.session import library
 from minidistil.pooling import modules_folder, read_pooling, write_pooling
 from minidistil.tokenizer import Tokenizer
@@ -101,7 +101,7 @@ def open_held_out(settings, folder, graph, tokenizer):
         return from_task(task, data, folder, graph, tokenizer)
     check([data])
     found = (text for batch in batches([data]) for document in batch.documents()[0] for text in sentences(document))
-    return from_texts(f"sentences of {data}", list(itertools.islice(found, n)), graph, tokenizer)
+    return from_texts(f"sentences of {public(data)}", list(itertools.islice(found, n)), graph, tokenizer)
 
 
 def show(graph, held, rows):

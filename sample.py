@@ -71,8 +71,8 @@ def teacher_of(student):
     try:
         name = json.loads((student / "run.json").read_text(encoding="utf-8"))["settings"]["teacher"]
         teacher = None if name == "none" else hub.resolve(name)
-        if teacher:
-            weights.weight_files(teacher)  # raises where there are none
+        if teacher and not weights.has_head(teacher):  # UserError where there are no weights
+            raise UserError(f"its teacher, {teacher}, predicts no words")
         return teacher
     except UserError as error:
         print(f"sample.py: showing the student alone: {error}", file=sys.stderr)

@@ -19,8 +19,8 @@ OF_TEACHER = (
 def check_settings(settings):
     """Raises UserError for settings of train.py that cannot work, before anything is read."""
     check_name(settings, "teacher", "student_init")
-    positive = ("steps", "epochs", "batch", "accum", "lr", "clip", "temperature", "time_limit", "eval_tokens", "watts")
-    for name in positive:
+    positive = "steps epochs batch accum lr clip temperature time_limit eval_tokens watts student_width"
+    for name in positive.split():
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be greater than 0")

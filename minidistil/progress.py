@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import sys
 import time
 
@@ -12,10 +13,10 @@ from minidistil.data import MASK_SHARE
 PUBLISHED_TOKENS = 12.6e9  # of the released DistilBERT, computed: three passes over Wikipedia and books
 
 # TFLOP/s of dense bf16 or fp16 matrix products with fp32 accumulation, from the vendors' data sheets (half of the
-# values with sparsity); the first name that is part of the device's name applies
+# values with sparsity); the first name whose words are among those of the device's name applies
 PEAKS = [
-    ("B200", 2250), ("H200", 989), ("H100 PCIe", 756), ("H100", 989), ("A100", 312), ("L40S", 362), ("L4", 121),
-    ("A10", 125), ("T4", 65), ("V100", 125), ("MI300X", 1307),
+    ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312),
+    ("L40S", 362), ("L40", 181), ("L4", 121), ("A10", 125), ("T4", 65), ("V100", 125), ("MI300X", 1307),
 ]  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def peak_tflops(device, dtype):
     if device.type != "cuda" or dtype == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS if part in name), None)
+    return next((peak for part, peak in PEAKS if re.search(rf"\b{part}\b", name)), None)
 
 
 def estimate_cost(tokens, tokens_per_second, flops_per_token, peak, ranks, price_per_hour=None, watts=None):

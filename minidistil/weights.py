@@ -231,8 +231,8 @@ def load_model(folder, fresh_head=False, kind=LanguageModel):
     with torch.device("meta"):  # allocates and draws nothing: every tensor is replaced below
         model = kind(config)
     source, names = named_weights(folder, model)
-    fresh, of_head = {}, [name for ours in names if ours.startswith("head.") for name in names[ours]]
-    if of_head and not any(name in source for name in of_head):
+    fresh = {}
+    if not _with_head(source, names):
         if not fresh_head:
             way = f"give it one: `train.py --teacher none --student-init {folder}`, or learn its sentence vectors alone"
             raise UserError(f"{folder} has no masked-LM head: {way}")
@@ -241,6 +241,18 @@ def load_model(folder, fresh_head=False, kind=LanguageModel):
         check_decoder(folder, config)
     model.fresh_head = bool(fresh)
     return fill(folder, model, source, names, fresh).eval()
+
+
+def has_head(folder):
+    """Whether a model's files hold the head that predicts masked words; a causal model needs none."""
+    with torch.device("meta"):
+        model = LanguageModel(read_config(folder))
+    return _with_head(*named_weights(folder, model))
+
+
+def _with_head(source, names):
+    of_head = [name for ours in names if ours.startswith("head.") for name in names[ours]]
+    return not of_head or any(name in source for name in of_head)
 
 
 def check_decoder(folder, config):

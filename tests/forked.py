@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 
+TESTS = os.path.dirname(os.path.abspath(__file__))
+OURS = TESTS, os.path.dirname(TESTS)  # where pytest, but no user's Python, looks for modules
 CONTEXT = multiprocessing.get_context("forkserver")
 # beside PyTorch, what it imports in the first step of an optimiser, and what draws the curve
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.figure"])
@@ -29,7 +31,8 @@ def _run(words, environment, folder, stdout, stderr):
     os.environ.update(environment)
     os.chdir(folder)
     sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", os.cpu_count())))
-    sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(words[0]))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) not in OURS]
+    sys.argv, sys.path[:0] = words, [os.path.dirname(os.path.abspath(words[0]))]
     runpy.run_path(words[0], run_name="__main__")
 
 

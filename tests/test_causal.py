@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -51,6 +52,11 @@ def settings(tiny, causal, out, **changes):
 
 def weights_of(folder):
     return read_safetensors(folder / "model.safetensors")[0]
+
+
+def test_the_shape_that_readme_trains():
+    config = weights.read_config(pathlib.Path(train.__file__).parent / "data" / "gpt2.json")
+    assert (config.family, config.vocab_size, config.positions) == ("gpt2", 8192, 256)
 
 
 # ---- data and objective

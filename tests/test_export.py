@@ -333,6 +333,11 @@ def test_too_little_text_is_no_proof(folders):
         export.refuse(export.Settings("x", "onnx-int8"), None, None, held, quality, ())
 
 
+def test_without_a_score_agreement_decides():
+    quality = Quality(0, 0, 0, 98.5, before=None, after=None)
+    assert quality.loss == 1.5 and quality.within(1.5) and not quality.within(1)
+
+
 def test_differences_are_found_wherever_they_are(exported, folders):
     """One wrong logit of the last item shows; padding does not count."""
     graph, _ = exported("bert labels")
@@ -431,7 +436,9 @@ def test_the_report(folders, glue, tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("the dog\na cat and the dog\n" * 9)
     record = export.export(export.Settings(str(folder), "onnx", str(tmp_path / "books"), max_loss=100))
-    assert record["held_out"].startswith("18 sentences of")
+    assert record["held_out"] == "18 sentences of books"
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 4 and not any(str(tmp_path).encode() in path.read_bytes() for path in written)
     model, _ = Classifier(weights.read_config(folder), 2, 9), None
     weights.save_model(folder, model, id2label={"0": "negative", "1": "positive"}, finetuning_task="sst2")
     export.export(export.Settings(str(folder), "onnx", str(glue)))

@@ -383,6 +383,11 @@ def test_squad(tiny, tmp_path):
     few = dict(model=str(tmp_path / "model"), data=str(path), seq_len=96)
     figures = tuned(tiny, None, tmp_path / "out", "squad", **few, epochs=2.0)["tasks"]["squad"]
     assert figures["score"] == figures["f1"] and 0 <= figures["em"] <= figures["f1"]
+    items, spans = open_task("squad", str(path), Tokenizer.load(tmp_path / "model"), 96).train
+    answered = [(ids, *span) for (ids, _), span in zip(items, spans.tolist(), strict=True) if any(span)]
+    assert len(answered) > len(items) / 4  # the others are windows without the answer
+    for ids, start, end in answered:  # each question is its answer
+        assert ids[start : end + 1].tolist() == ids[1 : end - start + 2].tolist()
     taught = dict(teacher=str(tmp_path / "out"), examples=40, augment=1, unlabelled=20)
     second = tuned(tiny, None, tmp_path / "second", "squad", **few, **taught, epochs=1.0)
     assert set(second["tasks"]["squad"]) >= {"em", "f1"}

@@ -63,7 +63,8 @@ def test_hours_and_costs():
 @pytest.mark.parametrize("name, dtype, peak", [
     ("NVIDIA H100 80GB HBM3", "bf16", 989), ("NVIDIA H100 PCIe", "bf16", 756), ("NVIDIA A100-SXM4-40GB", "fp16", 312),
     ("NVIDIA L40S", "bf16", 362), ("NVIDIA L4", "bf16", 121), ("Tesla V100-SXM2-16GB", "fp16", 125),
-    ("NVIDIA H200", "fp32", None), ("Something new", "bf16", None),
+    ("NVIDIA H200", "fp32", None), ("Something new", "bf16", None), ("NVIDIA L40", "bf16", 181),
+    ("NVIDIA RTX A1000", "bf16", None), ("NVIDIA T400 4GB", "fp16", None), ("NVIDIA A10G", "bf16", None),
 ])  # fmt: skip
 def test_peaks(name, dtype, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ import sample
 from minidistil import weights
 from minidistil.errors import UserError
 from minidistil.model import Config, LanguageModel
+from minidistil.safetensors import write_safetensors
 from minidistil.tokenizer import Tokenizer
 from minidistil.tokenizers.wordpiece import WordPiece
 from minidistil.tokenizers.wordpiece_files import SPECIAL_TOKENS
@@ -262,10 +264,16 @@ def test_the_newest_run_and_the_teacher_that_it_names(capsys, tmp_path, teacher)
         assert json.loads(out)["predictions"] == alone and err == ""
 
 
-def test_a_named_teacher_that_is_gone_is_said_and_done_without(capsys, tmp_path, student):
+def test_a_named_teacher_that_is_gone_is_said_and_done_without(capsys, tmp_path, student, teacher):
+    """Or that predicts no words, such as a sentence encoder whose student learns words, too."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
-    for name in (str(tmp_path / "gone"), str(tmp_path / "empty")):
+    shutil.copytree(teacher, tmp_path / "headless")
+    tensors = weights.read_weights(teacher)
+    encoder = {name: tensor.clone() for name, tensor in tensors.items() if name.startswith("bert.")}
+    assert 0 < len(encoder) < len(tensors)
+    write_safetensors(tmp_path / "headless" / "model.safetensors", encoder)
+    for name in (str(tmp_path / "gone"), str(tmp_path / "empty"), str(tmp_path / "headless")):
         (student / "run.json").write_text(json.dumps({"settings": {"teacher": name}}))
         sample.main([PROMPTS[0], "--model", str(student), "-k", "3", "--json"])
         out, err = capsys.readouterr()

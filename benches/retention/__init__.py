@@ -44,7 +44,7 @@ from importlib.util import find_spec
 from benches import Common
 from benches.report import attempt
 from benches.retention import jobs
-from benches.retention.recipes import PEER, RECIPES, UNTRAINED, flags, has_head
+from benches.retention.recipes import PEER, RECIPES, UNTRAINED, flags
 from benches.retention.show import draw, table  # noqa: F401 (bench.py calls them)
 from benches.retention.text import with_qnli, write_texts
 from data.workers import cores
@@ -107,7 +107,7 @@ def open_plan(settings, recipes):
     device = choose_device("auto")
     dtype = jobs.once(folder / "dtype.json", str(device), lambda: choose_dtype("auto", device)[0])
     return jobs.Plan(
-        folder, teacher, data, tuple(filter(None, texts)), folder / "corpus", has_head(teacher), dtype,
+        folder, teacher, data, tuple(filter(None, texts)), folder / "corpus", weights.has_head(teacher), dtype,
         cores() // workers(), tuple(shape), 2 if settings.tiny else UPDATES, settings,
     )  # fmt: skip
 

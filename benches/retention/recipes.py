@@ -1,10 +1,5 @@
 """The ways to make a student that are compared: a name and settings of train.py."""
 
-import torch
-
-from minidistil import weights
-from minidistil.model import LanguageModel
-
 UNTRAINED = "layers alone, untrained"
 PEER = "sentence-transformers"
 # "masked words" is as published (Sanh et al. 2019). It needs many words in an update; vectors learn more from many
@@ -23,14 +18,6 @@ RECIPES = {
     PEER: "benches/retention/peer.py",  # a script, with the settings of the library's own example
 }
 NO_HEAD = "--alpha-ce 0"  # of a teacher without a masked-LM head, which gives no word a probability
-
-
-def has_head(folder):
-    """Whether a model's files hold a masked-LM head."""
-    with torch.device("meta"):
-        model = LanguageModel(weights.read_config(folder))
-    source, names = weights.named_weights(folder, model)
-    return any(name in source for ours in names if ours.startswith("head.") for name in names[ours])
 
 
 def flags(recipe, with_head):

@@ -5,6 +5,7 @@ is the share of them that it predicts first. Other models have a score on a task
 """
 
 import dataclasses
+import pathlib
 import typing
 
 import numpy as np
@@ -32,6 +33,11 @@ class HeldOut:
     items: list
     labels: list | None = None
     score: typing.Callable | None = None
+
+
+def public(source):
+    """Returns the name of a source of text without the folders of this computer, which a file for others leaves out."""
+    return source if source.startswith("hf:") else pathlib.PurePath(source).name or source
 
 
 def of_words(graph):
@@ -69,7 +75,7 @@ def from_corpus(folder, graph, tokenizer, owner, n, name=None):
             ends = np.arange(len(ids)), lengths - 1
             ids[ends], labels[ends] = tokenizer.sep_id, IGNORE
     kind = "sentences" if mask else "sequences"
-    return _of_rows(f"{len(ids):,} held-out {kind} of {name or folder}", graph, ids, labels, lengths)
+    return _of_rows(f"{len(ids):,} held-out {kind} of {name or public(str(folder))}", graph, ids, labels, lengths)
 
 
 def from_texts(what, texts, graph, tokenizer):
