@@ -190,8 +190,9 @@ def _kind(path, label, rows):
     commas = others and all(re.fullmatch(r"-?\d+,\d+", text) for _, text in others)
     mixed = 2 * len(known) > len(found) and (scale or any(value != int(value) for value in known))
     if others and ((commas and (scale or not known)) or mixed):
-        (line, text), way = others[0], "write decimals with a point" if commas else "correct it, or remove the line"
-        what = "has a decimal comma" if commas else "is no number, as most of the column are"
+        (line, text), what = others[0], "has a decimal comma" if commas else "is no number, as most of the column are"
+        way = "correct it, or remove the line; for classes, put a letter before each number"
+        way = "write decimals with a point" if commas else way
         raise UserError(f"{path}, line {line}: column {label!r}: {text[:40]!r} {what}: {way}")
     if not others and (scale or any(value != int(value) for value in numbers)):
         if len(set(numbers)) == 1:
