@@ -19,7 +19,7 @@ OF_TEACHER = (
 def check_settings(settings):
     """Raises UserError for settings of train.py that cannot work, before anything is read."""
     check_name(settings, "teacher", "student_init")
-    positive = "steps epochs batch accum lr clip temperature time_limit eval_tokens watts student_width"
+    positive = "steps epochs batch accum lr clip temperature time_limit eval_tokens watts"
     for name in positive.split():
         value = getattr(settings, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -53,9 +53,9 @@ def check_settings(settings):
         raise UserError("--student-config describes a fresh student: leave out --student-init")
     if settings.student_config and settings.student_layers:
         raise UserError("--student-config already says how many layers: leave out --student-layers")
-    if settings.student_width and settings.student_config:
+    if settings.student_width is not None and settings.student_config:
         raise UserError("--student-config already says how wide: leave out --student-width")
-    if settings.student_width and settings.student_init not in (None, "teacher", "random"):
+    if settings.student_width is not None and settings.student_init not in (None, "teacher", "random"):
         raise UserError(f"--student-init {settings.student_init} already has its width: leave out --student-width")
     if settings.resume and settings.out is None:
         raise UserError("--resume needs to know which run: name its folder with --out")

@@ -74,13 +74,13 @@ def build_student(teacher, source=None, layers=None, shape=None, seed=0, dropout
         student = weights.load_model(source, fresh_head=True, kind=kind)
     elif source == "teacher":
         student = student_from_teacher(teacher, parse_layers(layers, teacher.config.layers))
-        student = narrowed(student, width) if width else student
+        student = student if width is None else narrowed(student, width)
     else:
         if shape:
             config = weights.read_config(shape)
         elif teacher:
             config = teacher.config.student(len(parse_layers(layers, teacher.config.layers)))
-            config = narrower(config, width) if width else config
+            config = config if width is None else narrower(config, width)
         else:
             raise UserError("a model without a teacher needs a shape: add --student-config or --student-init")
         student = kind(config, seed=seed)

@@ -721,7 +721,7 @@ def test_wrong_command_line():
     "changes, message",
     [
         ({"batch": 0}, "--batch"),
-        ({"student_width": 0}, "--student-width is 0"),
+        ({"student_width": 0}, "--student-width 0: give a multiple of"),
         ({"lr": float("nan")}, "--lr"),
         ({"warmup": 2.0}, "--warmup"),
         ({"temperature": -1.0}, "--temperature"),
