@@ -22,7 +22,7 @@ from minidistil.errors import UserError
 from minidistil.export import blame, int8
 from minidistil.export.gate import Quality, agreement, compare, margin
 from minidistil.export.graphs import Labels, MaskedWords, NextTokens, Spans, Vectors, open_graph, to_onnx
-from minidistil.export.held_out import HeldOut, from_corpus, from_task, from_texts
+from minidistil.export.held_out import HeldOut, from_corpus, from_task, from_texts, public
 from minidistil.export.session import Session
 from minidistil.export.tidy import DECODER, WORDS
 from minidistil.model import Config, LanguageModel
@@ -331,6 +331,14 @@ def test_too_little_text_is_no_proof(folders):
     assert quality.loss == 0 and quality.within(2) and not quality.within(1.9)
     with pytest.raises(UserError, match="loses 0.00 ± 2.00 points on 3 words, too few to tell: name more text"):
         export.refuse(export.Settings("x", "onnx-int8"), None, None, held, quality, ())
+
+
+@pytest.mark.parametrize("source, shown", [
+    ("/home/me/books", "books"), ("wikipedia:/home/me/dump.xml.bz2", "dump.xml.bz2"), ("docstrings", "docstrings"),
+    ("hf:org/data:config", "hf:org/data:config"), ("hf:/home/me/data", "data"), ("..", ".."),
+])  # fmt: skip
+def test_a_source_is_named_without_its_folders(source, shown):
+    assert public(source) == shown
 
 
 def test_without_a_score_agreement_decides():

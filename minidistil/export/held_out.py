@@ -6,11 +6,13 @@ is the share of them that it predicts first. Other models have a score on a task
 
 import dataclasses
 import pathlib
+import re
 import typing
 
 import numpy as np
 
 from kernels import IGNORE
+from minidistil import hub
 from minidistil.data import MASK_SHARE, Corpus, Sequences
 from minidistil.downstream import glue, metrics
 from minidistil.downstream.batches import encode_pair
@@ -37,7 +39,8 @@ class HeldOut:
 
 def public(source):
     """Returns the name of a source of text without the folders of this computer, which a file for others leaves out."""
-    return source if source.startswith("hf:") else pathlib.PurePath(source).name or source
+    on_hub = source.startswith("hf:") and re.fullmatch(hub.NAME, source.split(":")[1], re.ASCII)
+    return source if on_hub else pathlib.PurePath(source).name or source
 
 
 def of_words(graph):
