@@ -48,6 +48,15 @@ def student(roberta, tmp_path_factory):
     return out
 
 
+def test_its_vocabulary_is_not_for_a_gpt2(roberta, tmp_path):
+    """In transformers, its <s> and </s> around a prompt would end what is to be continued."""
+    shape = dict(model_type="gpt2", vocab_size=600, n_positions=48, n_embd=32, n_layer=2, n_head=2)
+    (tmp_path / "gpt2.json").write_text(json.dumps(shape))
+    given = dict(teacher="none", student_config=str(tmp_path / "gpt2.json"), out=str(tmp_path / "out"), device="cpu")
+    with pytest.raises(UserError, match="its vocabulary is one for masked tokens: take a GPT-2's, or make one: python"):
+        train.train(train.Settings(data=str(roberta / "corpus"), batch=8, accum=1, seq_len=48, steps=1, **given))
+
+
 def test_a_student_learns(student):
     history = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
     first, last = (record["held_out"] for record in history if "held_out" in record)
