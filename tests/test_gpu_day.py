@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import re
+import tarfile
 import types
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from forked import call
 
 import bench
-from benches.gpu import Settings, day, prepare, run, smoke, steps, sweeps, targets, variants
+from benches.gpu import Settings, day, prepare, run, smoke, steps, sweeps, targets, tools, variants
 from benches.gpu.day import FIRST, SECOND, SKIPPED, SWEEPS, Day, Stage, flat
 from benches.gpu.summary import summary, verdict
 from data import docstrings
@@ -70,6 +72,27 @@ def test_a_stage_has_a_limit(tmp_path, monkeypatch):
     started = Day(settings(tmp_path))
     started.go()
     assert started.status == {"pretend:hang": "out of time"}
+
+
+def test_never_more_than_eight_files(tmp_path, monkeypatch):
+    """A machine that is lent returns eight. What pytest and scripts write is packed; nothing of an earlier run is."""
+    monkeypatch.setitem(tools.SCRIPTS, "lesson", ("-c", "print('the ladder')"))
+    monkeypatch.setattr(day, "FIRST", [])
+    started = Day(settings(tmp_path))
+    (tmp_path / "work" / "reports").mkdir(parents=True)
+    (tmp_path / "work" / "reports" / "old.txt").touch()
+    started.go()
+    tools.script(run.Run(settings(tmp_path, stage="script:lesson")))
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"code.tar.gz", "log.txt", "results.jsonl", "summary.md"}
+    started.pack()
+    with tarfile.open(tmp_path / "out" / "reports.tar.gz") as tar:
+        assert tar.getnames() == ["lesson.txt"] and tar.extractfile("lesson.txt").read() == b"the ladder\n"
+    sources = "".join(path.read_text() for path in (day.ROOT / "benches" / "gpu").glob("*.py"))
+    named = set(re.findall(r'\w\.out / f?"([^"]+)"', sources))
+    assert named == {"results.jsonl", "failures.txt", "log.txt", "summary.md", "trace.json.gz", "code.tar.gz",
+                     "{REPORTS}.tar.gz"}  # fmt: skip
+    assert not re.search(r"\{\w+\.out\}", sources)  # of an f-string
 
 
 def test_plans(tmp_path):

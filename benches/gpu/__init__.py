@@ -8,7 +8,8 @@
 Each stage is a process with its own time limit, so that an exception, a crash or a hang costs one stage. Each
 measurement is written to DIR/results.jsonl as soon as it is made. DIR/failures.txt has each failure's traceback and
 arguments, and the PTX of the kernels; DIR/log.txt the end of each stage's output; DIR/trace.json.gz a profile of one
-update for chrome://tracing; DIR/code.tar.gz the compiled kernels.
+update for chrome://tracing; DIR/code.tar.gz the compiled kernels; DIR/reports.tar.gz pytest's files and the output of
+the lesson and of bench.py roofline.
 
 Nothing is timed while anything else runs. A default changes only where a sweep says CHANGE: a gain of more than 2 % and
 of more than twice the noise, which is the default timed twice.

@@ -23,6 +23,7 @@ LAST = 10  # seconds that are kept for packing
 REHEARSAL = 3  # factor on the time limits of a rehearsal on the null GPU, whose machine has few cores
 START = 30  # seconds without output that a process may take beside `silence` until it has begun its first unit
 FILE_MIB = 15  # size of a file in --out, at most
+REPORTS = "reports"  # folder in --work of pytest's files and of scripts' output, packed at the end
 STAGES = {  # name: module of benches.gpu that has a function of this name
     "ceilings": "ceilings", "smoke": "smoke", "sweeps": "sweeps", "compare": "compare", "world": "steps",
     "step": "steps", "profile": "steps", "demo": "steps", "tests": "tools", "tool": "tools", "probe": "tools",
@@ -166,7 +167,8 @@ class Day:
             self.state.unlink(missing_ok=True)
             shutil.rmtree(self.work / "world", ignore_errors=True)
         before = self.before()
-        for folder in (self.out, self.work):
+        shutil.rmtree(self.work / REPORTS, ignore_errors=True)
+        for folder in (self.out, self.work / REPORTS):
             folder.mkdir(parents=True, exist_ok=True)
         (self.out / "results.jsonl").touch()
         self.environment = self.environment_of_stages()
@@ -277,7 +279,14 @@ class Day:
         (self.out / "summary.md").write_text(text + "\n")
 
     def pack(self):
-        """Packs our kernels' PTX and cubins and Inductor's code into code.tar.gz; truncates files that are too long."""
+        """Packs the reports, and our kernels' PTX and cubins and Inductor's code; truncates files that are too long.
+
+        A machine that is lent may return eight files and no more: there are never more than seven.
+        """
+        if reports := sorted((self.work / REPORTS).iterdir()):
+            with tarfile.open(self.out / f"{REPORTS}.tar.gz", "w:gz") as tar:
+                for path in reports:
+                    tar.add(path, path.name)
         caches = [pathlib.Path(self.environment[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
         found = [p for p in caches[0].glob("*/_*.*") if p.suffix in (".ptx", ".cubin", ".json")]
         found += [p for p in caches[1].glob("*/*.py") if p.stat().st_size > 4000]

@@ -15,7 +15,7 @@ import traceback
 
 import torch
 
-from benches.gpu.day import STAGES
+from benches.gpu.day import REPORTS, STAGES
 from minidistil.errors import is_out_of_memory
 
 ATTEMPTS = 3  # at a unit that runs out of memory, since other stages may use the GPU at the same time
@@ -39,6 +39,7 @@ class Run:
 
     def __init__(self, settings):
         self.stage, self.out, self.work = settings.stage, pathlib.Path(settings.out), pathlib.Path(settings.work)
+        self.reports = self.work / REPORTS
         self.jobs, self.null, self.sabotage = settings.jobs, settings.null, settings.sabotage
         self.tiny = settings.tiny or settings.cpu
         self.name, _, self.part = settings.stage.partition(":")

@@ -30,7 +30,7 @@ def tests(run):
     paths = ours if run.part == "kernels" else ["tests", *(f"--ignore={path}" for path in ours)]
     paths += [] if run.part == "kernels" else [f"--ignore=tests/{name}.py" for name in OTHERS]
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
-               f"--junitxml={run.out}/pytest-{run.part}.xml", *paths]  # fmt: skip
+               f"--junitxml={run.reports}/pytest-{run.part}.xml", *paths]  # fmt: skip
     command += ["-n", str(run.jobs)] if importlib.util.find_spec("xdist") else []
     command += ["-k", "half_precision"] if run.null else []  # a few, since numbers are garbage
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
@@ -52,18 +52,18 @@ def tests(run):
 
 
 def script(run):
-    """The script of SCRIPTS that the part names; its output is kept as PART.txt."""
-    command = [sys.executable, *SCRIPTS[run.part], *(["--out", str(run.out)] if run.part == "roofline" else [])]
+    """The script of SCRIPTS that the part names; its output is kept as PART.txt among the reports."""
+    command = [sys.executable, *SCRIPTS[run.part], *(["--out", str(run.reports)] if run.part == "roofline" else [])]
     command += ["--tiny"] if run.part == "roofline" and run.tiny else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    with open(run.out / f"{run.part}.txt", "w") as file:
+    with open(run.reports / f"{run.part}.txt", "w") as file:
         for line in process.stdout:
             print(line, end="", flush=True)
             print(line, end="", file=file)
     run.emit(unit=run.part, rc=process.wait())
     if process.returncode and not run.null:  # whose numbers are wrong
         run.failed += 1
-        run.record(run.part, (run.out / f"{run.part}.txt").read_text())
+        run.record(run.part, (run.reports / f"{run.part}.txt").read_text())
 
 
 def probe(run):
