@@ -31,7 +31,9 @@ def tests(run):
     paths += [] if run.part == "kernels" else [f"--ignore=tests/{name}.py" for name in OTHERS]
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short",
                f"--junitxml={run.reports}/pytest-{run.part}.xml", *paths]  # fmt: skip
-    command += ["-n", str(run.jobs)] if importlib.util.find_spec("xdist") else []
+    # a file at a time for the others, since each test of test_offsets.py takes 13 GB
+    share = ["-n", str(run.jobs), "--dist", "load" if run.part == "kernels" else "loadfile"]
+    command += share if importlib.util.find_spec("xdist") else []
     command += ["-k", "half_precision"] if run.null else []  # a few, since numbers are garbage
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     counts, failed, last = {}, [], []
