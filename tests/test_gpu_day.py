@@ -260,7 +260,7 @@ def test_summary(line, tmp_path):
 
 def test_nothing_measured(tmp_path):
     (tmp_path / "results.jsonl").touch()
-    assert "no GPU" in summary(tmp_path / "results.jsonl")
+    assert "device not recorded" in summary(tmp_path / "results.jsonl")
     assert all(value is None for _, value, _, _ in targets.targets([]))
 
 

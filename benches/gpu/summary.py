@@ -24,7 +24,7 @@ def listed(items):
 
 def head(rows):
     versions = (of(rows, unit="versions") or [{}])[-1]
-    yield f"# GPU day: {versions.pop('device', 'no GPU')}"
+    yield f"# GPU day: {versions.pop('device', 'device not recorded in this run')}"
     yield listed(f"{name} {value}" for name, value in versions.items() if name not in ("stage", "unit", "t"))
     ceilings = [f"copy {r['gb_per_s']:,.0f} GB/s" for r in of(rows, unit="copy")]
     yield listed(ceilings + [f"bf16 product {r['tflops']:,.0f} TFLOP/s" for r in of(rows, unit="matrix product")])
