@@ -101,6 +101,10 @@ def many_texts():
     return list(random_texts(seed=20181011, count=60_000))
 
 
+# combining marks that stripping accents keeps
+MARKS_THAT_STAY = {c for c in CODE_POINTS if unicodedata.combining(c) and unicodedata.category(c) == "Mc"}
+
+
 def vocabulary_of(texts):
     """A vocabulary of all characters that can come out: hardly anything hides behind [UNK]."""
     characters = sorted(set(unicodedata.normalize("NFD", "".join(map(str.lower, texts)))) | set("".join(texts)))
@@ -146,6 +150,9 @@ def test_offsets_of_random_unicode(settings):
     vocab = vocabulary_of(texts)
     tokenizer = WordPiece(vocab, *settings)
     found = list(offset_differences(tokenizer, oracle(vocab, *settings), texts))
+    # ours is the whole chunk where marks that stay change places: see the test below
+    stay = [sum(c in MARKS_THAT_STAY for c in text[slice(*ours)]) > 1 for text, _, ours, _ in found]
+    found = [difference for difference, several in zip(found, stay, strict=True) if not several]
     # The crate places what NFD moved by count, not by character. Where a mark that stays changed places with one that
     # goes, it points at the latter, or beside it; ours is the mark that stays.
     assert all(text[slice(*ours)] == token.removeprefix("##") for text, token, ours, _ in found)
@@ -182,7 +189,7 @@ def test_offsets_by_hand(text, surfaces):
 
 
 def test_offsets_where_marks_that_stay_change_places():
-    marks = [c for c in CODE_POINTS if unicodedata.combining(c) and unicodedata.category(c) == "Mc"]
+    marks = sorted(MARKS_THAT_STAY)
     vocab = vocabulary_of(marks)
     tokenizer, truth = WordPiece(vocab), oracle(vocab, *SETTINGS["uncased"])
     text = "the a\u302e\u1b44b end"
