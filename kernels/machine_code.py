@@ -17,7 +17,7 @@ TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compiled(kernel, types, constants, warps, architecture):
-    """Compiles as the launcher would: pointers, and integers not marked `any`, are divisible by 16.
+    """Compiles as the launcher would: pointers and 32-bit integers, unless marked `any`, are divisible by 16.
 
     types {argument: "*bf16", "i64", "i32", "i32:any" ...}, constants {argument: value} of the others; `architecture` is
     sm_80, sm_90 ... or an AMD one such as gfx942.
@@ -29,7 +29,7 @@ def compiled(kernel, types, constants, warps, architecture):
         signature={name: types.get(name, "constexpr").split(":")[0] for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in types.items()
-               if type[0] == "*" or type == "i32"},
+               if type == "i32" or (type[0] == "*" and not type.endswith(":any"))},
     )  # fmt: skip
     if architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(architecture[3:]), 32)

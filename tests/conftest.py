@@ -8,7 +8,11 @@ import interpreter
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton decides once, when it is imported, whether its kernels are interpreted
+if os.environ.get("MINIDISTIL_PTX"):  # sm_90, say: kernels are compiled for it, and what comes out is executed
+    import ptx
+
+    ptx.install(os.environ["MINIDISTIL_PTX"])
+elif not torch.cuda.is_available():  # Triton decides once, when it is imported, whether its kernels are interpreted
     os.environ["TRITON_INTERPRET"] = "1"
     import kernels.cosine
     import kernels.dropout

@@ -186,7 +186,8 @@ def test_strides(layout, kernel):
     assert not all(x.is_contiguous() for x in apart)
     for pair in ((apart[0], b), (a, apart[1]), apart):
         for got, want in zip(run(cosine_distance, *pair), run(cosine_distance, a, b), strict=True):
-            assert torch.equal(got, want)
+            # wide loads, which a stride may allow or not, leave each thread other columns: sums of another order
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
 
 
 def test_a_as_one_row_for_all(kernel):

@@ -1,6 +1,7 @@
 """The distillation loss on logits: kernels (interpreted without a GPU) and CPU path against the definition in fp64."""
 
 import math
+import os
 import types
 
 import pytest
@@ -204,7 +205,7 @@ def test_logits_of_two_dtypes():
 @pytest.mark.parametrize("stride", [200, 203, 208])
 def test_no_load_before_the_first_logit_or_after_the_last(stride, parts, path, monkeypatch):
     """The teacher's 3 rows lie between two guards: each load of an interpreted kernel is looked at."""
-    if path == "cpu" or DEVICE == "cuda":
+    if path == "cpu" or DEVICE == "cuda" or "MINIDISTIL_PTX" in os.environ:
         pytest.skip("only the interpreter tells what it loads")
     from triton.runtime import interpreter
 
