@@ -39,9 +39,13 @@ MIX = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B)  # odd factors, whose product
 COMPARE = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
            "ge": operator.ge, "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge}  # fmt: skip
 # of fp32, and of halves as fp32; a product of two fp32 is exact in fp64
-FLOATS = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs, "max": np.fmax,
-          "min": np.fmin, "NaN max": np.maximum, "NaN min": np.minimum,
-          "fma": lambda a, b, c: (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)}  # fmt: skip
+FLOATS = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs,
+    "fma": lambda a, b, c: (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32),
+    # of two, or of three from sm_100 on
+    "max": lambda *x: functools.reduce(np.fmax, x), "NaN max": lambda *x: functools.reduce(np.maximum, x),
+    "min": lambda *x: functools.reduce(np.fmin, x), "NaN min": lambda *x: functools.reduce(np.minimum, x),
+}  # fmt: skip
 LOGIC = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 
 
@@ -152,6 +156,20 @@ class Races:
         return np.unique(at[order][np.repeat(bad, np.diff(np.r_[starts, len(who)]))])
 
 
+def kind_of(register):
+    return np.dtype(BITS[re.match(r"%([a-z]+)", register)[1]])
+
+
+class Registers(dict):
+    """{name: the value of each thread}; NaN where nothing was written."""
+
+    def __init__(self, lanes):
+        self.lanes = lanes
+
+    def __missing__(self, name):
+        return np.full(self.lanes, ~np.zeros((), kind_of(name)))
+
+
 class Launch:
     """Some programs of a launch, side by side: registers are arrays of one value per thread."""
 
@@ -168,7 +186,7 @@ class Launch:
             self.special[f"%nctaid.{name}"] = np.uint32(grid[axis])
             if axis:
                 self.special |= {f"%tid.{name}": np.uint32(0), f"%ntid.{name}": np.uint32(1)}
-        self.arguments, self.registers = arguments, {}
+        self.arguments, self.registers = arguments, Registers(self.lanes)
         room = max(16, -(-shared // 16) * 16)
         self.window = np.uint64(room) * self.program.astype(np.uint64)  # where a program's shared memory begins
         self.shared = Memory([(0, np.full(room * len(programs), POISON, np.uint8))])
@@ -233,7 +251,7 @@ class Launch:
             value = self.special[operand]
             return lambda: value
         if operand.startswith("%"):
-            if self.kind(operand).itemsize == dtype.itemsize:
+            if kind_of(operand).itemsize == dtype.itemsize:
                 return lambda: self.registers[operand].view(dtype)
             return lambda: self.registers[operand].astype(f"u{dtype.itemsize}").view(dtype)  # its lower part
         if operand == "global_smem":
@@ -245,20 +263,16 @@ class Launch:
         value = np.array(bits % 2 ** (8 * dtype.itemsize), f"u{dtype.itemsize}").view(dtype)[()]
         return lambda: value
 
-    @staticmethod
-    def kind(name):
-        return np.dtype(BITS[re.match(r"%([a-z]+)", name)[1]])
-
     def put(self, name, value, on):
         """Sets a register of the threads `on`."""
-        dtype = self.kind(name)
+        dtype = kind_of(name)
         value = np.asarray(value)
         if value.itemsize != dtype.itemsize:  # a wider register gets the sign, or zeros
             value = value.astype(f"{value.dtype.kind}{dtype.itemsize}")
         value = value.view(dtype) if value.dtype != dtype else value
         value = np.broadcast_to(value, self.lanes) if value.ndim == 0 else value
         if not on.all():
-            value = np.where(on, value, self.registers.get(name, np.zeros(1, dtype)))
+            value = np.where(on, value, self.registers[name])
         self.registers[name] = value if value.strides[0] else value.copy()
 
     def address(self, operand, shared=False):
@@ -428,6 +442,22 @@ class Launch:
             raise KeyError(kind)
         return shuffle
 
+    def do_redux(self, parts, operands):
+        """The maximum, sum ... of a value of all threads of a warp."""
+        dtype, get = dtype_of(parts[-1]), self.get(operands[1], dtype_of(parts[-1]))
+        function = {"max": np.fmax, "min": np.fmin, "add": np.add, "NaN max": np.maximum, "NaN min": np.minimum}[
+            "NaN " * ("NaN" in parts) + parts[2]
+        ]
+
+        def reduce(on):
+            if not (on.reshape(-1, 32).all(1) == on.reshape(-1, 32).any(1)).all():
+                raise AssertionError("some threads of a warp do not take part")
+            self.epochs[1][on] += 1
+            values = np.broadcast_to(get(), self.lanes).reshape(-1, 32)
+            self.put(operands[0], np.repeat(function.reduce(values, 1).astype(dtype), 32), on)
+
+        return reduce
+
     def do_bar(self, parts, operands):  # of a warp
         return lambda on: self.epochs[1].__setitem__(on, self.epochs[1][on] + 1)
 
@@ -515,8 +545,15 @@ class Launch:
     def arithmetic(self, parts, operands):
         """add, sub, mul, mad, fma, min, max, neg, abs: of integers, or of fp32 rounded once."""
         base, suffix, flush = parts[0], parts[-1], "ftz" in parts
-        if suffix in ("bf16", "f16", "bf16x2", "f16x2"):
-            return self.halves(parts, operands)
+        if parts[-2:-1] == ["f32"]:  # add, sub, fma of a half and fp32: the last operand is fp32
+            *halves, last = (self.get(x, np.dtype(kind)) for x, kind in zip(
+                operands[1:], [*["u2"] * (len(operands) - 2), "f4"], strict=True))  # fmt: skip
+            function = FLOATS[base]
+            return lambda on: self.put(
+                operands[0], function(*(widened(np.asarray(get()), suffix) for get in halves), last()), on
+            )
+        if suffix in ("bf16", "f16", "bf16x2", "f16x2", "f32x2"):
+            return self.packed(parts, operands)
         dtype = dtype_of(suffix)
         if dtype.kind == "f" and dtype.itemsize != 4:
             raise KeyError(suffix)
@@ -558,15 +595,16 @@ class Launch:
 
     do_add = do_sub = do_mul = do_mad = do_fma = do_min = do_max = do_neg = do_abs = arithmetic
 
-    def halves(self, parts, operands):
-        """add, sub, mul, fma, min, max, neg of bf16, f16 or of two of them in a register: rounded once."""
-        of, packed = parts[-1].removesuffix("x2"), parts[-1].endswith("x2")
-        gets = [self.get(x, np.dtype("u4" if packed else "u2")) for x in operands[1:]]
+    def packed(self, parts, operands):
+        """add, sub, mul, fma, min, max, neg of bf16 or f16, or of two in a register, fp32 too: rounded once."""
+        of, count = parts[-1].removesuffix("x2"), 1 + parts[-1].endswith("x2")
+        size, flush = 4 if of == "f32" else 2, flushed if "ftz" in parts else lambda x: x
+        gets = [self.get(x, np.dtype(f"u{size * count}")) for x in operands[1:]]
 
         def compute(on):
-            pieces = [np.ascontiguousarray(np.broadcast_to(get(), self.lanes)).view(np.uint16) for get in gets]
-            result = narrowed(FLOATS[parts[0]](*(widened(x, of) for x in pieces)), of)
-            self.put(operands[0], result.view(np.uint32) if packed else result, on)
+            pieces = [np.ascontiguousarray(np.broadcast_to(get(), self.lanes)).view(f"u{size}") for get in gets]
+            result = flush(FLOATS[parts[0]](*(flush(widened(x, of)) for x in pieces)))
+            self.put(operands[0], narrowed(result, of).view(f"u{size * count}"), on)
 
         return compute
 
@@ -599,14 +637,18 @@ def flushed(x):
 
 
 def widened(bits, kind):
-    """fp32 numbers of the bits of bf16 or f16 ones."""
+    """fp32 numbers of the bits of bf16, f16 or f32 ones."""
+    if kind == "f32":
+        return bits.view(np.float32)
     if kind == "f16":
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def narrowed(x, kind):
-    """Bits of fp32 numbers rounded to bf16 or f16, ties to even."""
+    """Bits of fp32 numbers, rounded to bf16 or f16, ties to even, or as they are."""
+    if kind == "f32":
+        return x.view(np.uint32)
     if kind.startswith("f16"):
         return x.astype(np.float16).view(np.uint16)
     bits = np.ascontiguousarray(x).view(np.uint32)
