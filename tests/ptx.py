@@ -68,7 +68,7 @@ class Code:
         body = re.sub(r"//.*", "", body[: body.index("\n}")])
         self.labels, self.instructions = {}, []
         for line in re.sub(r"\.(reg|loc|file|pragma)\b[^;\n]*;?", "", body).splitlines():
-            for word in re.findall(r"[$\w]+:|[^;:]+;", line):
+            for word in re.findall(r"[$\w]+:(?!:)|[^;]+;", line):
                 word = word.strip().rstrip(";").strip()
                 if word.endswith(":"):
                     self.labels[word[:-1]] = len(self.instructions)
@@ -424,6 +424,9 @@ class Launch:
             self.copies.append((self.group, lanes, addresses, values))
 
         return copy
+
+    def do_createpolicy(self, parts, operands):  # of a cache: no result depends on it
+        return lambda on: self.put(operands[0], np.uint64(0), on)
 
     def do_shfl(self, parts, operands):
         kind, to, get = parts[2], operands[0].split("|")[0], self.get(operands[1], np.dtype("u4"))

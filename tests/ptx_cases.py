@@ -20,7 +20,7 @@ backend.on_triton = lambda x: True  # before the kernels import it
 
 from benches.gpu import Settings, smoke, variants  # noqa: E402
 from benches.gpu.run import Run  # noqa: E402
-from kernels import distill_kl, linear_distill_kl  # noqa: E402
+from kernels import distill_kl, layer_norm, linear_distill_kl  # noqa: E402
 from kernels.backend import tl, triton  # noqa: E402
 
 CASES = [
@@ -52,6 +52,15 @@ def cases():
     yield "loss bfloat16 in 5 parts", found[-1]
 
 
+def large_mean():
+    """Yields the largest error of LayerNorm, fp32, where the mean is a thousand standard deviations."""
+    x, r = (torch.randn(20, 768, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    norm = x + 1000, r, torch.ones(768), torch.zeros(768)
+    want = layer_norm.dropout_add_layer_norm_ref(*(tensor.double() for tensor in norm), 1e-12)
+    found = layer_norm.dropout_add_layer_norm(*norm, 1e-12)
+    yield "large mean", (found - want).abs().max().item()
+
+
 def faults():
     """Yields (name, what is found) of kernels that are wrong on purpose."""
     s, t = (torch.randn(1, 30528).bfloat16() for _ in "st")
@@ -74,6 +83,6 @@ def found_by(function, *arguments):
 if __name__ == "__main__":
     for architecture in sys.argv[1:] or ("sm_90",):
         ptx.install(architecture)
-        for source in (cases, faults):
+        for source in (cases, large_mean, faults):
             for name, found in source():
                 print(json.dumps({"case": name, "arch": architecture, "found": found}), flush=True)
