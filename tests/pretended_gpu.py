@@ -1,8 +1,8 @@
 """A pytest plugin, `-p pretended_gpu`: tests that need a GPU, on the device in name of pretended_gpu.cpp.
 
-It must be imported before torch. What Python asks of a GPU's driver is answered here. Kernels are interpreted; where
-PRETENDED_KERNELS is `off`, PyTorch does their work, as `bench.py step` has it, and where it is `idle` they are launched
-and do nothing, since interpreting them would take hours: for counting what else happens.
+It must be imported before torch. What Python asks of a GPU's driver is answered here. Kernels are compiled for an H100,
+and ptx.py executes them. Where PRETENDED_KERNELS is `off`, PyTorch does their work, as `bench.py step` has it; where it
+is `idle`, they are launched and do nothing, since executing them would take hours: for counting what else happens.
 """
 
 import ctypes
@@ -13,8 +13,6 @@ import subprocess
 import sys
 import time
 import types
-
-import interpreter
 
 SOURCE = pathlib.Path(__file__).with_suffix(".cpp")
 MIB = 1 << 20
@@ -75,19 +73,17 @@ def load(path):
     library.pretended_bytes.restype = library.pretended_peak.restype = ctypes.c_int64
     library.pretended_limit.argtypes, library.pretended_warn.argtypes = [ctypes.c_int64], [ctypes.c_bool]
     answer_for_the_driver(library)
-    how = os.environ.get("PRETENDED_KERNELS", "interpreted")
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton.runtime.interpreter
+    how = os.environ.get("PRETENDED_KERNELS", "compiled")
+    import ptx
 
     from kernels import cosine, distill_kl, dropout, layer_norm, linear_distill_kl
 
     for module in (cosine, distill_kl, dropout, layer_norm, linear_distill_kl):
         module.on_triton = lambda x: x.is_cuda and how != "off"
+    ptx.install("sm_90")
     if how == "idle":
-        triton.runtime.interpreter.GridExecutor.__call__ = lambda self, *args, **options: None
+        ptx.JITFunction.run = lambda *arguments, **options: None
         library.pretended_garbage(0)
-    else:
-        interpreter.prepare_once_a_launch()
     return library
 
 

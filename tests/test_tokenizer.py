@@ -418,7 +418,7 @@ def test_the_class_decides_which_file_decides(tmp_path, kind, says, model_type):
 
 @pytest.mark.parametrize("lowercase, in_config", [(True, False), (False, True)])
 def test_a_null_in_tokenizer_json_is_an_answer(tmp_path, lowercase, in_config):
-    """"strip_accents": null means: where it makes text lower-case, whatever tokenizer_config.json says."""
+    """ "strip_accents": null means: where it makes text lower-case, whatever tokenizer_config.json says."""
     transformers = pytest.importorskip("transformers")
     WordPiece([*SPECIAL, "cafe", "caf\u00e9"], lowercase).save(tmp_path, "bert")
     data = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
