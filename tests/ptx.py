@@ -58,7 +58,7 @@ def dtype_of(suffix):
 
 
 class Code:
-    """The instructions of a kernel: (predicate or None, whether it is negated, opcode, operands)."""
+    """The instructions of a kernel: (predicate, which may be empty, whether it is negated, opcode, operands)."""
 
     def __init__(self, text):
         body = text[text.index(".entry") :]
@@ -136,7 +136,7 @@ class Races:
             return
         cell, lane, epoch, of_warp, writes, at = (np.concatenate(x) for x in zip(*self.accesses, strict=True))
         program, warp = lane // threads, lane // 32
-        # within a program a barrier orders all threads, and within a warp what synchronises the warp, too
+        # a barrier orders a program's threads, and what a whole warp must reach, such as a shuffle, those of the warp
         for who, of, keys in (
             ("programs", program if between_programs else np.zeros_like(program), [cell]),
             ("warps", warp, [cell, program, epoch]),
@@ -190,8 +190,8 @@ class Launch:
         room = max(16, -(-shared // 16) * 16)
         self.window = np.uint64(room) * self.program.astype(np.uint64)  # where a program's shared memory begins
         self.shared = Memory([(0, np.full(room * len(programs), POISON, np.uint8))])
-        self.copies = []  # asynchronous: (number of its group, lanes, addresses, values)
-        self.group = 0
+        self.copies = []  # asynchronous: (lanes, numbers of their groups, addresses, values)
+        self.groups = np.zeros(self.lanes, np.int64)  # that each thread has closed
         self.epochs = [np.zeros(self.lanes, np.int64) for _ in ("program", "warp")]
         self.races = {"global": Races(), "shared": Races()}
         self.steps = [self.step(*instruction) for instruction in code.instructions]
@@ -303,9 +303,9 @@ class Launch:
         except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise NotImplementedError(f"{opcode} {operands}: {error}") from error
 
-    def pure(self, function, operands, dtype, sources=None):
+    def pure(self, function, operands, dtype):
         """An instruction that computes operands[0] from the others, all of them of `dtype`."""
-        to, gets = operands[0], [self.get(x, dtype) for x in (sources or operands[1:])]
+        to, gets = operands[0], [self.get(x, dtype) for x in operands[1:]]
         return lambda on: self.put(to, function(*(get() for get in gets)), on)
 
     def do_mov(self, parts, operands):
@@ -394,16 +394,18 @@ class Launch:
 
     def do_cp_async(self, parts, operands):
         if parts[2] == "commit_group":
-            return lambda on: setattr(self, "group", self.group + 1)
+            return lambda on: self.groups.__iadd__(on)
         if parts[2] in ("wait_group", "wait_all"):
             most = int(operands[0]) if operands else 0
 
             def wait(on):
-                for copy in [copy for copy in self.copies if copy[0] < self.group - most]:
-                    _, lanes, addresses, values = copy
-                    self.note("shared", addresses, len(values) * values.itemsize, lanes, True)
-                    self.shared.write(addresses, values)
-                    self.copies.remove(copy)
+                copies, self.copies = self.copies, []
+                for lanes, groups, addresses, values in copies:
+                    ended = on[lanes] & (groups < self.groups[lanes] - most)
+                    self.note("shared", addresses[ended], len(values) * values.itemsize, lanes[ended], True)
+                    self.shared.write(addresses[ended], values[:, ended])
+                    if not ended.all():
+                        self.copies.append((lanes[~ended], groups[~ended], addresses[~ended], values[:, ~ended]))
 
             return wait
         to, of, size = self.address(operands[0], True), self.address(operands[1]), int(operands[2], 0)
@@ -421,7 +423,7 @@ class Launch:
                 self.note("global", of()[lanes[some]], size, lanes[some], False)
             self.note("shared", addresses, size, lanes, True)  # it may end at any time from now on
             self.shared.write(addresses, np.full_like(values, 2 ** (8 * word) - 1))
-            self.copies.append((self.group, lanes, addresses, values))
+            self.copies.append((lanes, self.groups[lanes], addresses, values))
 
         return copy
 
@@ -438,7 +440,7 @@ class Launch:
             source = lane ^ with_whom if kind == "bfly" else lane // 32 * 32 + with_whom % 32
             if not on[source][on].all():
                 raise AssertionError("a thread takes a value of one that does not take part")
-            self.epochs[1][on] += 1
+            self.epochs[1] += on
             self.put(to, np.broadcast_to(get(), self.lanes)[source], on)
 
         if kind not in ("bfly", "idx"):
@@ -455,14 +457,16 @@ class Launch:
         def reduce(on):
             if not (on.reshape(-1, 32).all(1) == on.reshape(-1, 32).any(1)).all():
                 raise AssertionError("some threads of a warp do not take part")
-            self.epochs[1][on] += 1
+            self.epochs[1] += on
             values = np.broadcast_to(get(), self.lanes).reshape(-1, 32)
             self.put(operands[0], np.repeat(function.reduce(values, 1).astype(dtype), 32), on)
 
         return reduce
 
-    def do_bar(self, parts, operands):  # of a warp
-        return lambda on: self.epochs[1].__setitem__(on, self.epochs[1][on] + 1)
+    def do_bar(self, parts, operands):
+        if parts[1:] != ["warp", "sync"]:
+            raise KeyError(".".join(parts))
+        return lambda on: self.epochs[1].__iadd__(on)
 
     def do_cvt(self, parts, operands):
         to, target, source = operands[0], parts[-2], parts[-1]
