@@ -55,7 +55,7 @@ def check_against_fp64(arguments, floor, **options):
 def scales_of(x, residual, weight, bias, dy):
     """Norms of the terms that make up each result where they may cancel, as dx of a single column does, which is 0."""
     z = x if residual is None else x + residual
-    rstd = (z.var(-1, unbiased=False, keepdim=True) + EPS).rsqrt()
+    rstd = ((z - z.mean(-1, True)).square().mean(-1, True) + EPS).rsqrt()
     of_dx = (rstd * weight * dy).norm().item()
     return [0.0, of_dx, *([] if residual is None else [of_dx]), 0.0, 0.0]
 
