@@ -537,18 +537,6 @@ class Launch:
         up, down = (dtype.type(8 * dtype.itemsize - x) for x in (at + n, n))
         return lambda on: self.put(operands[0], np.right_shift(np.left_shift(a(), up), down), on)
 
-    def do_prmt(self, parts, operands):
-        gets, choice = [self.get(x, np.dtype("u4")) for x in operands[1:3]], int(operands[3], 0)
-
-        def permute(on):
-            pieces = np.stack([np.broadcast_to(get(), self.lanes) for get in gets], -1).view(np.uint8)
-            chosen = [choice >> (4 * i) & 7 for i in range(4)]
-            self.put(operands[0], np.ascontiguousarray(pieces[:, chosen]).view(np.uint32)[:, 0], on)
-
-        if choice & 0x8888:
-            raise KeyError(choice)
-        return permute
-
     def arithmetic(self, parts, operands):
         """add, sub, mul, mad, fma, min, max, neg, abs: of integers, or of fp32 rounded once."""
         base, suffix, flush = parts[0], parts[-1], "ftz" in parts
