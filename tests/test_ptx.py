@@ -93,6 +93,7 @@ def test_what_a_copy_brings():
     assert run(*begun, "ld.shared.b32 %r5, [%r2]", KEEP)[1].isnan().all()
     assert (run(*begun, "cp.async.wait_group 0", "ld.shared.b32 %r5, [%r2]", KEEP)[1] == 0).all()
     assert run("ld.shared.b32 %r5, [%r2]", KEEP)[1].isnan().all()  # nothing was stored
+    assert run(KEEP)[1].isnan().all()  # nor is there anything in the register
     # a thread waits for all but its own last groups: the first 32 threads have closed one more
     more = "setp.lt.u32 %p1, %r1, 32", "@%p1 cp.async.commit_group", "cp.async.wait_group 1"
     assert run(*begun, *more, "ld.shared.b32 %r5, [%r2]", KEEP)[1].isnan().tolist() == [False] * 32 + [True] * 32
