@@ -238,9 +238,15 @@ sys.path.insert(0, {str(ROOT)!r})
 import train
 from minidistil.distributed import Distributed
 
+def name_of(thread):
+    try:
+        return (thread / "comm").read_text().strip()
+    except OSError:  # it has ended meanwhile
+        return ""
+
 def leave(ranks, leave=Distributed.leave):
     for when in "before", "after":
-        names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+        names = [name_of(thread) for thread in pathlib.Path("/proc/self/task").iterdir()]
         print(when, names.count("pt_gloo_runloop"))
         leave(ranks) if when == "before" else None
 
