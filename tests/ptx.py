@@ -10,8 +10,8 @@ shared memory, barriers and asynchronous copies, and says where a GPU could do s
 * shared memory that is read before it is written, or before an asynchronous copy into it is known to have ended (NaN).
 
 Approximate instructions (ex2, div.full, sqrt.approx ...) are off by as many units in the last place as NVIDIA's manual
-allows, as a hash of their operands says. Threads of all programs advance together; where they take different ways,
-those behind go first.
+allows, as a hash of their operands says. Up to LANES threads advance together; where they take different ways, those
+behind go first. Programs beyond these follow later, so that a race of two programs is found among neighbours only.
 
     MINIDISTIL_PTX=sm_90 python -m pytest tests/test_layer_norm.py      the tests of a kernel, with its PTX
 
@@ -296,8 +296,7 @@ class Launch:
         parts = opcode.split(".")
         if parts[0] in ("bra", "ret", "exit") or opcode in ("bar.sync", "barrier.sync"):
             return None
-        name = "cp_async" if opcode.startswith("cp.async") else {"and": "and_", "or": "or_", "not": "not_"}.get(
-            parts[0], parts[0])  # fmt: skip
+        name = "cp_async" if opcode.startswith("cp.async") else parts[0]
         try:
             return getattr(self, f"do_{name}")(parts, operands)
         except (AttributeError, KeyError, ValueError, TypeError) as error:
@@ -511,10 +510,7 @@ class Launch:
     def logical(self, parts, operands):
         return self.pure(LOGIC[parts[0]], operands, dtype_of(parts[-1]))
 
-    do_and_ = do_or_ = do_xor = logical
-
-    def do_not_(self, parts, operands):
-        return self.pure(np.invert, operands, dtype_of(parts[-1]))
+    do_and = do_or = do_xor = logical
 
     def shift(self, parts, operands):
         dtype = dtype_of(parts[-1])
